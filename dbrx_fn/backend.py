@@ -1,0 +1,63 @@
+"""What differs between MLX's back ends, and nothing else does: Metal, CUDA and the CPU."""
+
+import os
+from typing import Literal
+
+import mlx.core as mx
+from jaxtyping import Float, Integer
+
+from dbrx_fn.compile import typed
+
+Backend = Literal["metal", "cuda", "cpu"]
+
+
+def backend() -> Backend:
+    """The back end of the default device."""
+    if mx.default_device().type == mx.cpu:  # type: ignore[comparison-overlap]
+        return "cpu"
+    return "cuda" if mx.cuda.is_available() else "metal"
+
+
+def memory_size() -> int:
+    """Bytes of memory that the default device has in all."""
+    if backend() == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    info = mx.device_info()
+    return int(info.get("max_recommended_working_set_size") or info.get("total_memory") or info["memory_size"])
+
+
+def segment_rows(rows: int, experts: int) -> int:
+    """How many rows one segment of the expert dispatch holds, for `rows` (token, choice) pairs over `experts`.
+
+    A pure function of static sizes. Long segments read an expert's weights less often; short ones pad less, since a
+    half-empty segment costs as much as a full one and every expert can have one.
+
+    Metal: 1, because MLX has a kernel there for sorted single rows (`gather_mm(sorted_indices=True)`).
+    CUDA: few sizes, because MLX compiles a kernel for each on first use (6 to 20 s). The released model's 8 layers in
+    bfloat16 on one H200, milliseconds by tokens and rows a segment (`docs/performance.md`):
+        32 tokens: 1 row 91, 4 rows 29, 16 rows 20;  128: 16 rows 31, 64 rows 28;  512: 16 rows 90, 64 rows 52.
+    CPU: enough for its BLAS to reuse an expert's weights, which stops paying early.
+    """
+    average = rows // experts
+    if backend() == "metal" or average == 0:
+        return 1
+    if backend() == "cuda":
+        return 16 if average <= 16 else 64
+    return 4 if average <= 4 else 16
+
+
+@typed
+def grouped_matmul(
+    x: Float[mx.array, "segments rows inner"],
+    weight: Float[mx.array, "expert outer inner"],
+    segment_experts: Integer[mx.array, " segments"],
+) -> Float[mx.array, "segments rows outer"]:
+    """`x[s] @ weight[segment_experts[s]].T` for every segment `s`; experts must ascend.
+
+    The CPU back end's `gather_mm` knows float32 only, so other dtypes pass through it there.
+    """
+    transposed = weight.swapaxes(-1, -2)
+    if backend() == "cpu" and x.dtype != mx.float32:
+        product = mx.gather_mm(x.astype(mx.float32), transposed.astype(mx.float32), rhs_indices=segment_experts)
+        return product.astype(x.dtype)
+    return mx.gather_mm(x, transposed, rhs_indices=segment_experts, sorted_indices=backend() == "metal")

@@ -1,0 +1,142 @@
+"""The key and value cache: a value with a static capacity, from which `forward` makes the next one.
+
+Keys and values live in one array a layer, `[batch kv_heads capacity head_dim]`, of which row b's first `lengths[b]`
+positions are real. Lengths are plain ints, so that bounds are checked on the host before anything runs (MLX writes
+past an array's end without a word) and nothing waits for the device; the compiled part gets them as an array, so a
+new length is no new trace. A new capacity is one, and capacities therefore grow in buckets.
+
+Writing a token does not copy the cache as long as nobody holds the old one: MLX hands its buffer on. So rebind:
+`logits, cache = forward(params, tokens, cache)`.
+"""
+
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+from jaxtyping import Bool, Float, Int32
+
+from dbrx_fn.compile import compiled, typed
+from dbrx_fn.config import Config
+from dbrx_fn.errors import CacheError
+
+Keys = Float[mx.array, "batch kv_heads capacity head_dim"]
+Window = dict[str, mx.array | None]
+"""Where one chunk of tokens stands in the cache, the same for all layers; see `window`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """What a batch of sequences has been through, for one config.
+
+    `lengths`: tokens that each row holds.
+    `keys`, `values`: one array a layer, `[batch kv_heads capacity head_dim]`, keys after the rotary embedding.
+    """
+
+    config: Config
+    lengths: tuple[int, ...]
+    keys: tuple[mx.array, ...]
+    values: tuple[mx.array, ...]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences."""
+        return len(self.lengths)
+
+    @property
+    def capacity(self) -> int:
+        """Positions there is room for in each row."""
+        return self.keys[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keys and values take."""
+        return sum(array.nbytes for array in self.keys + self.values)
+
+
+def init_cache(config: Config, batch_size: int = 1, capacity: int = 512) -> Cache:
+    """An empty cache with room for `capacity` tokens in each of `batch_size` rows, in `config.dtype`.
+
+    A cache of capacity 0 remembers nothing: that is training and scoring.
+
+    Raises:
+        CacheError: if `batch_size` is not positive or `capacity` is negative.
+    """
+    if batch_size < 1 or capacity < 0:
+        raise CacheError(
+            f"A cache can't have batch_size {batch_size} and capacity {capacity}: give at least 1 and at least 0."
+        )
+    shape = (batch_size, config.attn.kv_n_heads, capacity, config.head_dim)
+    dtype = getattr(mx, config.dtype)
+
+    def empty() -> tuple[mx.array, ...]:
+        return tuple(mx.zeros(shape, dtype) for _ in range(config.n_layers))
+
+    return Cache(config, (0,) * batch_size, empty(), empty())
+
+
+def capacity_bucket(length: int) -> int:
+    """The capacity to give a cache that must hold `length` tokens: a power of two, at least 256.
+
+    Each capacity is one more trace of the decoding step, so there should be few of them.
+    """
+    return max(256, 1 << (length - 1).bit_length())
+
+
+def grow_cache(cache: Cache, length: int) -> Cache:
+    """The same cache with room for at least `length` tokens in each row (`capacity_bucket`); itself if it has that."""
+    if length <= cache.capacity:
+        return cache
+    more = [(0, 0), (0, 0), (0, capacity_bucket(length) - cache.capacity), (0, 0)]
+
+    def grow(arrays: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+        return tuple(mx.pad(array, more) for array in arrays)
+
+    return replace(cache, keys=grow(cache.keys), values=grow(cache.values))
+
+
+@compiled
+def window(
+    offsets: Int32[mx.array, " batch"],
+    lengths: Int32[mx.array, " batch"],
+    *,
+    time: int,
+    capacity: int,
+    dtype: str,
+    wraps: bool,
+) -> Window:
+    """Where `time` tokens a row, of which the first `lengths` are real, go after the `offsets` that are there.
+
+    Padding is written behind a row's real tokens, where the next ones will overwrite it. Where a row has no room for
+    its padding (`wraps`), that goes round to the row's start and writes there what is there already.
+
+    Returns:
+        `offsets`: int32 `[batch]`, position of each row's first new token.
+        `slots`: int32 `[batch time]`, where each token's key and value go.
+        `kept`: bool `[batch time]`, which of those slots must keep what they hold; `None` unless `wraps`.
+        `mask`: `[batch 1 time capacity]` in `dtype`, added to attention scores: a token sees what is at its own
+            position or before. An additive mask costs less than half a boolean one on CUDA.
+        The last three are `None` for a capacity of 0.
+    """
+    if capacity == 0:
+        return {"offsets": offsets, "slots": None, "kept": None, "mask": None}
+    float_type = getattr(mx, dtype)
+    positions = offsets[:, None] + mx.arange(time, dtype=mx.int32)
+    visible = mx.arange(capacity, dtype=mx.int32) <= positions[:, None, :, None]
+    mask = mx.where(visible, mx.array(0, float_type), mx.array(mx.finfo(float_type).min, float_type))
+    if not wraps:
+        return {"offsets": offsets, "slots": positions, "kept": None, "mask": mask}
+    kept = mx.arange(time, dtype=mx.int32) >= lengths[:, None]
+    return {"offsets": offsets, "slots": positions % capacity, "kept": kept, "mask": mask}
+
+
+@typed
+def write(
+    held: Keys,
+    new: Float[mx.array, "batch kv_heads time head_dim"],
+    slots: Int32[mx.array, "batch time"],
+    kept: Bool[mx.array, "batch time"] | None,
+) -> Keys:
+    """Puts each row's `new` keys (or values) at its `slots`."""
+    index = mx.broadcast_to(slots[:, None, :, None], new.shape)
+    if kept is not None:
+        new = mx.where(kept[:, None, :, None], mx.take_along_axis(held, index, axis=2), new)
+    return mx.put_along_axis(held, index, new, axis=2)

@@ -1,0 +1,25 @@
+"""What a user can get wrong, each as one sentence: what was found, what was expected, what to do."""
+
+
+class DbrxError(Exception):
+    """Base of every error a user can cause; its text is one sentence fit to print as it stands."""
+
+
+class ConfigError(DbrxError):
+    """A `config.json` that is missing, isn't DBRX's, or describes a model that can't exist."""
+
+
+class CheckpointError(DbrxError):
+    """Checkpoint files that are missing, damaged or don't hold the tensors the config asks for."""
+
+
+class TokenizerError(DbrxError):
+    """Tokenizer files that are missing or unreadable, or a chat template that can't be rendered."""
+
+
+class InputError(DbrxError):
+    """Arguments that can't work: an empty prompt, one longer than the context, an unknown option value."""
+
+
+class CacheError(DbrxError):
+    """A cache that is too small, or that was made for another batch, model or dtype."""

@@ -1,0 +1,71 @@
+"""Grouped-query attention with clipped projections and rotary positions.
+
+One matrix, `Wqkv`, makes all queries, keys and values; `clip_qkv` then clamps every one of their entries to
+[-8, 8] in the released model. That is a guard for training at this scale: attention scores are products of two such
+vectors, and one that grows without bound saturates the softmax, which shows as a spike in the loss. Clamping bounds
+the scores (to head_dim * clip² / sqrt(head_dim)) at the cost of one elementwise operation and needs no extra
+parameters, unlike normalizing queries and keys. It came with MosaicML's MPT
+(https://www.databricks.com/blog/mpt-30b), whose training code DBRX's descends from. At inference it isn't optional: a
+model trained under the clamp has entries that reach it.
+
+Rotary embedding (https://arxiv.org/abs/2104.09864) in its half-rotation form: entry i of a head turns together with
+entry i + head_dim/2. Grouped queries (https://arxiv.org/abs/2305.13245): `n_heads / kv_n_heads` query heads share
+one key and value head, so the cache is that many times smaller.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+from jaxtyping import Float
+
+from dbrx_fn.cache import Keys, Window, write
+from dbrx_fn.compile import compiled
+from dbrx_fn.config import Config
+from dbrx_fn.layers.linear import linear
+
+
+@compiled
+def attn(
+    params: dict[str, Any],
+    x: Float[mx.array, "batch time d_model"],
+    keys: Keys,
+    values: Keys,
+    window: Window,
+    *,
+    config: Config,
+) -> tuple[Float[mx.array, "batch time d_model"], Keys, Keys]:
+    """Attends from each new token to itself and all before it, in the cache and in `x`.
+
+    Args:
+        params: `Wqkv.weight` `[qkv d_model]` (rows: query heads, key heads, value heads) and `out_proj.weight`.
+        x: normalized activations.
+        keys: this layer's cached keys; of capacity 0, `x` is all there is.
+        values: this layer's cached values.
+        window: where `x` stands in the cache (`dbrx_fn.cache.window`).
+        config: sizes, `clip_qkv` and `rope_theta`.
+
+    Returns:
+        The attention's output, and keys and values with the new tokens' written in.
+    """
+    batch, time, _ = x.shape
+    qkv = linear(params["Wqkv"], x)
+    if config.attn.clip_qkv is not None:
+        qkv = mx.clip(qkv, -config.attn.clip_qkv, config.attn.clip_qkv)
+    heads = qkv.reshape(batch, time, -1, config.head_dim).swapaxes(1, 2)
+    kv_n_heads = config.attn.kv_n_heads
+    q, k, v = mx.split(heads, [config.n_heads, config.n_heads + kv_n_heads], axis=1)
+    q, k = (_rotate(heads, window["offsets"], config) for heads in (q, k))
+    if window["slots"] is not None:
+        keys = write(keys, k, window["slots"], window["kept"])
+        values = write(values, v, window["slots"], window["kept"])
+        k, v = keys, values
+    mask = "causal" if window["mask"] is None else window["mask"]
+    mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=config.head_dim**-0.5, mask=mask)
+    out = linear(params["out_proj"], mixed.swapaxes(1, 2).reshape(batch, time, -1))
+    return out, keys, values
+
+
+def _rotate(heads: mx.array, offsets: mx.array | None, config: Config) -> mx.array:
+    return mx.fast.rope(
+        heads, config.head_dim, traditional=False, base=config.attn.rope_theta, scale=1.0, offset=offsets
+    )

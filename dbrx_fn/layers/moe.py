@@ -1,0 +1,146 @@
+"""The mixture of experts: route, sort, cut into segments, multiply, put back, weigh and add.
+
+Every (token, choice) pair is a row of work for one expert. Sorting the rows by expert makes each expert's rows
+neighbours; cutting them into segments of a fixed number of rows, the last of each expert padded with zeros, gives
+arrays whose shapes don't depend on what the router says. So one compiled graph serves every routing, and each
+segment is one matrix product with one expert's weights:
+
+    tokens     t0      t1      t2            2 choices each, 3 experts, segments of 2 rows
+    choices    2 0     0 1     0 2
+    sorted     t0 t1 t2 | t1 | t0 t2         expert 0 | expert 1 | expert 2
+    segments   [t0 t1] [t2 .] [t1 .] [t0 t2] [. .]
+    of expert     0       0      1      2      2
+
+There are at most `rows // segment_rows + experts` segments, or as many as rows if that is fewer, and that is how many
+are computed. With one row a segment this is the gather that decoding a single token wants; with long ones it is the
+batched product that long prompts and training want. It is one path: nothing knows whether it trains or infers, and
+gradients flow through all of it (the choice of experts aside, which has none).
+
+This is dropless routing as in MegaBlocks (https://arxiv.org/abs/2211.15841), which DBRX was trained with: no
+capacity factor, no dropped token. Its vocabulary is used here: `top_experts`, `expert_weights`, `tokens_per_expert`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from jaxtyping import Float, Integer
+
+from dbrx_fn.backend import segment_rows
+from dbrx_fn.compile import compiled, typed
+from dbrx_fn.config import Activation, FFNConfig
+from dbrx_fn.layers.linear import expert_linear
+from dbrx_fn.layers.router import router
+
+ACTIVATIONS: dict[Activation, Callable[[mx.array], mx.array]] = {
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "gelu": nn.gelu,
+    "gelu_new": nn.gelu_approx,
+    "gelu_pytorch_tanh": nn.gelu_approx,
+    "quick_gelu": nn.gelu_fast_approx,
+    "relu": nn.relu,
+    "sigmoid": mx.sigmoid,
+    "tanh": mx.tanh,
+    "mish": nn.mish,
+}
+"""The gate's activation by the name that transformers has for it (`transformers.activations.ACT2FN`)."""
+
+
+@compiled
+def moe(
+    params: dict[str, Any], x: Float[mx.array, "batch time d_model"], *, config: FFNConfig
+) -> Float[mx.array, "batch time d_model"]:
+    """Sends each token through its chosen experts and adds what they say, weighted.
+
+    Args:
+        params: `router` and `experts.mlp`, whose `w1` and `v1` are `[expert ffn_hidden d_model]` and `w2`
+            `[expert d_model ffn_hidden]`.
+        x: normalized activations.
+        config: number of experts, how many a token goes to, the activation.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    expert_weights, top_experts = router(params["router"], tokens, config=config)
+    return mix_experts(params["experts"]["mlp"], tokens, expert_weights, top_experts, config=config).reshape(x.shape)
+
+
+@compiled
+def mix_experts(
+    params: dict[str, Any],
+    x: Float[mx.array, "tokens d_model"],
+    expert_weights: Float[mx.array, "tokens top_k"],
+    top_experts: Integer[mx.array, "tokens top_k"],
+    *,
+    config: FFNConfig,
+) -> Float[mx.array, "tokens d_model"]:
+    """`moe` after its router: for any choice of experts, also one that names an expert twice."""
+    plan = dispatch(
+        top_experts, experts=config.moe_num_experts, rows=segment_rows(top_experts.size, config.moe_num_experts)
+    )
+    segments = gather_segments(x, plan)
+    gate = ACTIVATIONS[config.ffn_act_fn](expert_linear(params["w1"], segments, plan.segment_experts))
+    up = expert_linear(params["v1"], segments, plan.segment_experts)
+    down = expert_linear(params["w2"], gate * up, plan.segment_experts)
+    return combine(down, expert_weights, plan)
+
+
+class Dispatch(NamedTuple):
+    """Where each row of work goes.
+
+    `slot_tokens`: int `[segments rows]`, the token in each slot; the number of tokens itself where the slot is padding.
+    `segment_experts`: int `[segments]`, ascending.
+    `pair_slots`: int `[tokens top_k]`, the slot of each (token, choice) pair, counted through all segments.
+    """
+
+    slot_tokens: mx.array
+    segment_experts: mx.array
+    pair_slots: mx.array
+
+
+@typed
+def dispatch(top_experts: Integer[mx.array, "tokens top_k"], *, experts: int, rows: int) -> Dispatch:
+    """Plans segments of `rows` rows that each belong to one of `experts` experts."""
+    tokens, top_k = top_experts.shape
+    pairs = tokens * top_k
+    segments = min(pairs, pairs // rows + experts)
+
+    expert_of_pair = top_experts.reshape(-1).astype(mx.int32)
+    token_of_pair = mx.broadcast_to(mx.arange(tokens, dtype=mx.int32)[:, None], (tokens, top_k)).reshape(-1)
+    order = mx.argsort(expert_of_pair)
+    if rows == 1:
+        # Nothing is padded, so slots are sorted pairs; decoding is bound by the number of operations, and this is few.
+        pair_slots = mx.argsort(order).astype(mx.int32)
+        return Dispatch(token_of_pair[order][:, None], expert_of_pair[order], pair_slots.reshape(tokens, top_k))
+
+    tokens_per_expert = mx.zeros(experts, mx.int32).at[expert_of_pair].add(1)
+    segments_per_expert = (tokens_per_expert + (rows - 1)) // rows
+    last_segments = mx.cumsum(segments_per_expert)
+
+    first_rows = mx.cumsum(tokens_per_expert) - tokens_per_expert
+    first_slots = (last_segments - segments_per_expert) * rows
+    slots = mx.arange(pairs, dtype=mx.int32) + (first_slots - first_rows)[expert_of_pair[order]]
+
+    slot_tokens = mx.put_along_axis(mx.full(segments * rows, tokens, mx.int32), slots, token_of_pair[order], axis=0)
+    pair_slots = mx.put_along_axis(mx.zeros(pairs, mx.int32), order, slots, axis=0)
+    segment_experts = (mx.arange(segments, dtype=mx.int32)[:, None] >= last_segments[:-1]).sum(axis=1)
+    return Dispatch(slot_tokens.reshape(segments, rows), segment_experts, pair_slots.reshape(tokens, top_k))
+
+
+@typed
+def gather_segments(x: Float[mx.array, "tokens d_model"], plan: Dispatch) -> Float[mx.array, "segments rows d_model"]:
+    """The rows of each segment. Padding is zeros, so that it can't overflow and spoil a gradient."""
+    segments, rows = plan.slot_tokens.shape
+    if rows == 1:
+        return x[plan.slot_tokens.reshape(-1)].reshape(segments, 1, -1)
+    padded = mx.concatenate([x, mx.zeros((1, x.shape[1]), x.dtype)])
+    return padded[plan.slot_tokens]
+
+
+@typed
+def combine(
+    down: Float[mx.array, "segments rows d_model"], expert_weights: Float[mx.array, "tokens top_k"], plan: Dispatch
+) -> Float[mx.array, "tokens d_model"]:
+    """Takes each pair's row out of its segment, and adds up each token's, weighted."""
+    chosen = down.reshape(-1, down.shape[-1])[plan.pair_slots]
+    return (chosen * expert_weights[..., None]).sum(axis=1)

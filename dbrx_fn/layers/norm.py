@@ -1,0 +1,21 @@
+"""LayerNorm with a weight and no bias, as DBRX has it three times: before attention, before the experts, at the end."""
+
+import mlx.core as mx
+from jaxtyping import Float
+
+from dbrx_fn.compile import typed
+
+EPS = 1e-5
+"""`torch.nn.LayerNorm`'s default, which the reference leaves as it is."""
+
+
+def layer_norm(params: dict[str, mx.array], x: mx.array) -> mx.array:
+    """Normalizes `[... d_model]` to mean 0 and variance 1 over the last axis, times `weight` `[d_model]`."""
+    return _layer_norm(params["weight"], x)
+
+
+@typed
+def _layer_norm(
+    weight: Float[mx.array, " d_model"], x: Float[mx.array, "*batch d_model"]
+) -> Float[mx.array, "*batch d_model"]:
+    return mx.fast.layer_norm(x, weight, None, EPS)

@@ -1,0 +1,163 @@
+"""DBRX from tokens to logits: `forward`.
+
+On the host: check the arguments, cut long inputs into chunks, pad each chunk to one of few lengths. On the device:
+embed, one compiled `block` a layer, and the head. See `docs/architecture.md` for the whole of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+from jaxtyping import Float, Int32
+
+from dbrx_fn.cache import Cache, window
+from dbrx_fn.compile import compiled
+from dbrx_fn.config import Config
+from dbrx_fn.errors import CacheError, InputError
+from dbrx_fn.layers.block import block
+from dbrx_fn.layers.linear import linear
+from dbrx_fn.layers.norm import layer_norm
+from dbrx_fn.layers.norm_attn_norm import Stream
+from dbrx_fn.params import Params
+
+CHUNK_SIZE = 2048
+"""Tokens of each row that go through the model at once, unless asked otherwise."""
+
+
+def forward(
+    params: Params,
+    tokens: mx.array,
+    cache: Cache,
+    *,
+    lengths: Sequence[int] | None = None,
+    last_only: bool = False,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[mx.array, Cache]:
+    """Logits of the next token after each of `tokens`, which continue from what `cache` holds.
+
+    One call, several, or one token at a time give the same logits. Nothing waits for the device.
+
+    Args:
+        params: the tree, as `load` or `init_params` makes it.
+        tokens: integer `[batch time]`, ids below `config.vocab_size` (they are not looked at here: an id past the
+            vocabulary reads past the embedding).
+        cache: what came before, and the model's config. One of capacity 0 stands for nothing, and stays so.
+        lengths: how many of each row's tokens are real, counted from the left; the rest is padding, whose logits mean
+            nothing. All of them, if not given. 0 leaves a row as it is.
+        last_only: only compute the logits of each row's last real token.
+        chunk_size: at most this many tokens of each row are worked on at once, to bound memory. With a cache of
+            capacity 0 everything goes at once.
+
+    Returns:
+        logits: `[batch time vocab]`, or `[batch 1 vocab]` with `last_only`, in `config.dtype`.
+        cache: holds the new tokens too. The old one stays valid, but to keep it costs a copy.
+
+    Raises:
+        InputError: if tokens or lengths don't have these shapes and types.
+        CacheError: if a row's tokens don't fit the cache's capacity (`grow_cache` makes room), or it was made for
+            another batch size.
+        CheckpointError: if the tree doesn't fit the cache's config.
+    """
+    lengths = _checked_lengths(tokens, cache, lengths)
+    config, capacity = cache.config, cache.capacity
+    tokens = tokens.astype(mx.int32)
+    time = tokens.shape[1]
+    chunk_size = min(chunk_size, capacity) if capacity else time
+    chunks = range(0, max(lengths), chunk_size)
+    hidden: list[mx.array] = []
+    for start in chunks:
+        width = min(chunk_size, time - start)
+        real = tuple(max(0, min(length - start, width)) for length in lengths)
+        x, cache = _run_chunk(params, tokens[:, start : start + width], real, cache)
+        if last_only:
+            last = pick_last(x, mx.array(real))
+            hidden = [mx.where(mx.array(real)[:, None, None] > 0, last, hidden[0]) if hidden else last]
+        else:
+            hidden.append(x[:, :width])
+        if len(chunks) > 1:
+            mx.async_eval(hidden, cache.keys, cache.values)
+    logits = head(params["transformer"]["norm_f"], params["lm_head"], mx.concatenate(hidden, axis=1), config=config)
+    if not last_only:
+        logits = mx.pad(logits, [(0, 0), (0, time - logits.shape[1]), (0, 0)])
+    return logits, cache
+
+
+def time_bucket(time: int, capacity: int) -> int:
+    """The length that `time` tokens are padded to: 1, or a power of two from 8 on, within a capacity other than 0.
+
+    Each is one trace of the block, so there should be few of them.
+    """
+    bucket = 1 if time == 1 else max(8, 1 << (time - 1).bit_length())
+    return min(bucket, capacity) if capacity else bucket
+
+
+def _run_chunk(params: Params, tokens: mx.array, lengths: tuple[int, ...], cache: Cache) -> tuple[mx.array, Cache]:
+    config, capacity = cache.config, cache.capacity
+    time = time_bucket(tokens.shape[1], capacity)
+    tokens = mx.pad(tokens, [(0, 0), (0, time - tokens.shape[1])])
+    place = window(
+        mx.array(cache.lengths, mx.int32),
+        mx.array(lengths, mx.int32),
+        time=time,
+        capacity=capacity,
+        dtype=config.dtype,
+        wraps=max(cache.lengths) + time > capacity,
+    )
+    transformer = params["transformer"]
+    keys, values = list(cache.keys), list(cache.values)
+    x = embed(transformer["wte"], tokens)
+    for n in range(config.n_layers):
+        x, keys[n], values[n] = block(transformer["blocks"][n], x, keys[n], values[n], place, config=config)
+    if capacity == 0:
+        return x, cache
+    after = tuple(held + new for held, new in zip(cache.lengths, lengths, strict=True))
+    return x, replace(cache, lengths=after, keys=tuple(keys), values=tuple(values))
+
+
+@compiled
+def embed(params: dict[str, mx.array], tokens: Int32[mx.array, "batch time"]) -> Stream:
+    """Rows of `wte.weight` `[vocab d_model]`."""
+    return params["weight"][tokens]
+
+
+@compiled
+def pick_last(x: Stream, lengths: Int32[mx.array, " batch"]) -> Float[mx.array, "batch 1 d_model"]:
+    """Each row's activations at its last real token; at its first, if it has none."""
+    return mx.take_along_axis(x, mx.maximum(lengths - 1, 0)[:, None, None], axis=1)
+
+
+@compiled
+def head(
+    norm_f: dict[str, mx.array], lm_head: dict[str, Any], x: Stream, *, config: Config
+) -> Float[mx.array, "batch time {config.vocab_size}"]:
+    """The final norm and the vocabulary's projection, which has a matrix of its own in DBRX."""
+    return linear(lm_head, layer_norm(norm_f, x))
+
+
+def _checked_lengths(tokens: mx.array, cache: Cache, lengths: Sequence[int] | None) -> tuple[int, ...]:
+    """One real length a row; raises where tokens, lengths and cache don't go together."""
+    if tokens.ndim != 2 or tokens.size == 0 or not mx.issubdtype(tokens.dtype, mx.integer):
+        raise InputError(
+            f"tokens is {tokens.dtype} {list(tokens.shape)} where integers [batch time] with at least one of each are"
+            " expected."
+        )
+    batch, time = tokens.shape
+    if batch != cache.batch_size:
+        raise CacheError(
+            f"tokens has {batch} rows and the cache {cache.batch_size}: make one with init_cache(config, {batch}, …)."
+        )
+    lengths = (time,) * batch if lengths is None else tuple(int(length) for length in lengths)
+    if len(lengths) != batch or not all(0 <= length <= time for length in lengths) or not any(lengths):
+        raise InputError(
+            f"lengths is {list(lengths)} where {batch} numbers from 0 to {time}, not all 0, are expected: how many of"
+            " each row's tokens are real."
+        )
+    if cache.capacity:
+        for row, (held, new) in enumerate(zip(cache.lengths, lengths, strict=True)):
+            if held + new > cache.capacity:
+                raise CacheError(
+                    f"Row {row} of the cache holds {held} of {cache.capacity} positions and {new} more don't fit: make"
+                    f" room with grow_cache(cache, {held + new}) first."
+                )
+    return lengths
