@@ -13,7 +13,7 @@ Backend = Literal["metal", "cuda", "cpu"]
 
 def backend() -> Backend:
     """The back end of the default device."""
-    if mx.default_device().type == mx.cpu:  # type: ignore[comparison-overlap]
+    if mx.default_device().type == mx.cpu:
         return "cpu"
     return "cuda" if mx.cuda.is_available() else "metal"
 

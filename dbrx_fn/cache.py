@@ -10,6 +10,7 @@ Writing a token does not copy the cache as long as nobody holds the old one: MLX
 """
 
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import mlx.core as mx
 from jaxtyping import Bool, Float, Int32
@@ -19,8 +20,22 @@ from dbrx_fn.config import Config
 from dbrx_fn.errors import CacheError
 
 Keys = Float[mx.array, "batch kv_heads capacity head_dim"]
-Window = dict[str, mx.array | None]
-"""Where one chunk of tokens stands in the cache, the same for all layers; see `window`."""
+
+
+class Window(TypedDict):
+    """Where one chunk of tokens stands in the cache, the same for all layers.
+
+    `offsets`: int32 `[batch]`, position of each row's first new token.
+    `slots`: int32 `[batch time]`, where each token's key and value go.
+    `kept`: bool `[batch time]`, which of those slots must keep what they hold; `None` where none must.
+    `mask`: `[batch 1 time capacity]`, added to attention scores: a token sees what is at its own position or before.
+    The last three are `None` for a cache of capacity 0.
+    """
+
+    offsets: mx.array
+    slots: mx.array | None
+    kept: mx.array | None
+    mask: mx.array | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,14 +122,7 @@ def window(
 
     Padding is written behind a row's real tokens, where the next ones will overwrite it. Where a row has no room for
     its padding (`wraps`), that goes round to the row's start and writes there what is there already.
-
-    Returns:
-        `offsets`: int32 `[batch]`, position of each row's first new token.
-        `slots`: int32 `[batch time]`, where each token's key and value go.
-        `kept`: bool `[batch time]`, which of those slots must keep what they hold; `None` unless `wraps`.
-        `mask`: `[batch 1 time capacity]` in `dtype`, added to attention scores: a token sees what is at its own
-            position or before. An additive mask costs less than half a boolean one on CUDA.
-        The last three are `None` for a capacity of 0.
+    The mask is additive because on CUDA that costs less than half of what a boolean one does.
     """
     if capacity == 0:
         return {"offsets": offsets, "slots": None, "kept": None, "mask": None}

@@ -8,7 +8,6 @@ Defaults of absent fields are the reference's
 """
 
 import json
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -239,7 +238,7 @@ def _rope_theta(attn: "_Section", rope_parameters: Any, source: str) -> float:
         return AttnConfig.rope_theta if elsewhere is None else elsewhere
     if elsewhere is not None and elsewhere != theta:
         warnings.warn(
-            f"{source}: attn_config.rope_theta {theta:g} is used, and rope_parameters.rope_theta {elsewhere:g} ignored.",
+            f"{source}: rope_parameters.rope_theta {elsewhere:g} is ignored; attn_config.rope_theta {theta:g} counts.",
             stacklevel=5,
         )
     return theta
@@ -274,13 +273,15 @@ class _Section:
     def number(self, name: str, default: float | None) -> float:
         value = self.raw.get(name, default)
         value = default if value is None else value
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and value == value
-        _require(ok and (abs(value) < _LARGEST or value == math.inf), self.prefix + name, value, "a number")
-        return float(cast(float, value))
+        # Neither NaN nor an integer past float's range passes the comparison.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+            raise ConfigError(f"{self.prefix}{name} is {value!r} where it must be a number.")
+        return float(value)
 
     def integer(self, name: str, default: int) -> int:
         value = self.number(name, default)
-        _require(value.is_integer() and abs(value) < _LARGEST, self.prefix + name, value, "a whole number below 2**31")
+        whole = value.is_integer() and value < _LARGEST
+        _require(whole, self.prefix + name, value, "a whole number below 2**31")
         return int(value)
 
 

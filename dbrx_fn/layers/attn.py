@@ -65,7 +65,7 @@ def attn(
     return out, keys, values
 
 
-def _rotate(heads: mx.array, offsets: mx.array | None, config: Config) -> mx.array:
+def _rotate(heads: mx.array, offsets: mx.array, config: Config) -> mx.array:
     return mx.fast.rope(
         heads, config.head_dim, traditional=False, base=config.attn.rope_theta, scale=1.0, offset=offsets
     )

@@ -74,7 +74,7 @@ def transformers_model_from(folder: Path, dtype: TorchDtype = "float32") -> Dbrx
     return from_pretrained(folder, config=config, dtype=getattr(torch, dtype), attn_implementation="eager")
 
 
-class Float64Rope(torch.nn.Module):
+class Float64Rope(torch.nn.Module):  # type: ignore[misc]
     """Stands in for `DbrxRotaryEmbedding`, whose arithmetic is float32 whatever the model's dtype."""
 
     def __init__(self, head_dim: int, theta: float) -> None:
@@ -106,7 +106,7 @@ def transformers_logits(model: DbrxForCausalLM, tokens: Sequence[int]) -> NDArra
 def transformers_greedy(model: DbrxForCausalLM, tokens: Sequence[int], n: int) -> list[int]:
     """The `n` likeliest next tokens, through transformers' `generate` and its cache."""
     prompt = torch.tensor([tokens])
-    generate: Any = model.generate  # type: ignore[misc]
+    generate: Any = model.generate
     out = generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=n, pad_token_id=0)
     return [int(token) for token in out[0, len(tokens) :]]
 
