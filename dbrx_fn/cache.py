@@ -15,6 +15,7 @@ from typing import TypedDict
 import mlx.core as mx
 from jaxtyping import Bool, Float, Int32
 
+from dbrx_fn.backend import memory_size
 from dbrx_fn.compile import compiled, typed
 from dbrx_fn.config import Config
 from dbrx_fn.errors import CacheError
@@ -73,7 +74,7 @@ def init_cache(config: Config, batch_size: int = 1, capacity: int = 512) -> Cach
     A cache of capacity 0 remembers nothing: that is training and scoring.
 
     Raises:
-        CacheError: if `batch_size` is not positive or `capacity` is negative.
+        CacheError: if `batch_size` is not positive, `capacity` is negative, or the cache won't fit in memory.
     """
     if batch_size < 1 or capacity < 0:
         raise CacheError(
@@ -81,6 +82,7 @@ def init_cache(config: Config, batch_size: int = 1, capacity: int = 512) -> Cach
         )
     shape = (batch_size, config.attn.kv_n_heads, capacity, config.head_dim)
     dtype = getattr(mx, config.dtype)
+    _check_memory(config, batch_size, capacity)
 
     def empty() -> tuple[mx.array, ...]:
         return tuple(mx.zeros(shape, dtype) for _ in range(config.n_layers))
@@ -97,15 +99,31 @@ def capacity_bucket(length: int) -> int:
 
 
 def grow_cache(cache: Cache, length: int) -> Cache:
-    """The same cache with room for at least `length` tokens in each row (`capacity_bucket`); itself if it has that."""
+    """The same cache with room for at least `length` tokens in each row (`capacity_bucket`); itself if it has that.
+
+    Raises:
+        CacheError: if it won't fit in memory.
+    """
     if length <= cache.capacity:
         return cache
-    more = [(0, 0), (0, 0), (0, capacity_bucket(length) - cache.capacity), (0, 0)]
+    capacity = capacity_bucket(length)
+    _check_memory(cache.config, cache.batch_size, capacity)
+    more = [(0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0)]
 
     def grow(arrays: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
         return tuple(mx.pad(array, more) for array in arrays)
 
     return replace(cache, keys=grow(cache.keys), values=grow(cache.values))
+
+
+def _check_memory(config: Config, batch_size: int, capacity: int) -> None:
+    needed = 2 * config.n_layers * batch_size * config.attn.kv_n_heads * capacity * config.head_dim
+    needed *= getattr(mx, config.dtype).size
+    if needed > memory_size():
+        raise CacheError(
+            f"A cache of {batch_size} times {capacity} tokens needs {needed / 2**30:.1f} GiB and this machine has"
+            f" {memory_size() / 2**30:.1f} GiB: make it shorter or smaller."
+        )
 
 
 @compiled

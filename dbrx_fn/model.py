@@ -63,11 +63,9 @@ def forward(
     config, capacity = cache.config, cache.capacity
     tokens = tokens.astype(mx.int32)
     time = tokens.shape[1]
-    chunk_size = min(chunk_size, capacity) if capacity else time
-    chunks = range(0, max(lengths), chunk_size)
+    chunks = _chunks(max(lengths), min(chunk_size, capacity)) if capacity else [(0, time)]
     hidden: list[mx.array] = []
-    for start in chunks:
-        width = min(chunk_size, time - start)
+    for start, width in chunks:
         real = tuple(max(0, min(length - start, width)) for length in lengths)
         x, cache = _run_chunk(params, tokens[:, start : start + width], real, cache)
         if last_only:
@@ -90,6 +88,21 @@ def time_bucket(time: int, capacity: int) -> int:
     """
     bucket = 1 if time == 1 else max(8, 1 << (time - 1).bit_length())
     return min(bucket, capacity) if capacity else bucket
+
+
+def _chunks(time: int, chunk_size: int) -> list[tuple[int, int]]:
+    """Cuts `time` tokens into (start, width) chunks, each little shorter than the bucket that it will be padded to."""
+    chunks = []
+    start = 0
+    while start < time:
+        width = min(chunk_size, time - start)
+        bucket = time_bucket(width, 0)
+        # Two passes cost less than padding by a third, unless both are so short that reading the weights is the cost.
+        if bucket > 64 and 4 * width <= 3 * bucket:
+            width = bucket // 2
+        chunks.append((start, width))
+        start += width
+    return chunks
 
 
 def _run_chunk(params: Params, tokens: mx.array, lengths: tuple[int, ...], cache: Cache) -> tuple[mx.array, Cache]:

@@ -133,7 +133,7 @@ def misfits(path: str, leaf: Leaf, shape: tuple[int, ...], dtype: str, config: C
     return problems
 
 
-def listed(problems: list[str], most: int = 12) -> str:
+def listed(problems: list[str], most: int = 40) -> str:
     """Problems as one phrase, sorted, the rest counted when there are many."""
     shown = sorted(problems)[:most]
     more = len(problems) - len(shown)

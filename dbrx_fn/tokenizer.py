@@ -100,7 +100,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
     Args:
         folder: the checkpoint's folder, with these files, generation_config.json (the stop tokens; else `eos_token_id`
-            of config.json, else `eos_token` of tokenizer_config.json) and perhaps chat_template.jinja.
+            of config.json, else `eos_token` of tokenizer_config.json and `<|im_end|>`) and perhaps chat_template.jinja.
 
     Raises:
         TokenizerError: files are missing, unreadable or contradictory, or tiktoken can't get its vocabulary.
@@ -369,7 +369,9 @@ def _read_stop_tokens(folder: Path, settings: _Settings, vocabulary: _Vocabulary
         ids = _Settings(folder / name).token_ids("eos_token_id")
         if ids is not None:
             return ids
-    return frozenset({vocabulary.token("eos_token", settings)})
+    # Without <|im_end|> a conversation would never stop; base models don't make it.
+    turn_end = {token for token, piece in vocabulary.special.items() if piece == b"<|im_end|>"}
+    return frozenset({vocabulary.token("eos_token", settings)} | turn_end)
 
 
 def _read_chat_format(folder: Path, settings: _Settings) -> ChatFormat:

@@ -1,0 +1,45 @@
+"""DBRX, Databricks' mixture-of-experts language model, as pure, typed, compiled functions on MLX.
+
+    params, config = dbrx_fn.load("path/to/dbrx")
+    tokenizer      = dbrx_fn.load_tokenizer("path/to/dbrx")
+    cache          = dbrx_fn.init_cache(config, batch_size=1, capacity=512)
+    logits, cache  = dbrx_fn.forward(params, mx.array([tokenizer.encode("…")]), cache)
+
+How the model works, and where each part of it is: `docs/architecture.md`.
+"""
+
+try:
+    import mlx.core  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"dbrx_fn needs MLX with a back end for this machine ({error}): pip install 'dbrx-fn[cpu]' or"
+        " 'dbrx-fn[cuda13]' (or cuda12) on Linux, 'dbrx-fn' alone on a Mac.",
+        name=__name__,
+    ) from None
+
+from dbrx_fn.cache import Cache as Cache
+from dbrx_fn.cache import grow_cache as grow_cache
+from dbrx_fn.cache import init_cache as init_cache
+from dbrx_fn.chat import render_chat as render_chat
+from dbrx_fn.config import DBRX as DBRX
+from dbrx_fn.config import AttnConfig as AttnConfig
+from dbrx_fn.config import Config as Config
+from dbrx_fn.config import FFNConfig as FFNConfig
+from dbrx_fn.errors import CacheError as CacheError
+from dbrx_fn.errors import CheckpointError as CheckpointError
+from dbrx_fn.errors import ConfigError as ConfigError
+from dbrx_fn.errors import DbrxError as DbrxError
+from dbrx_fn.errors import InputError as InputError
+from dbrx_fn.errors import TokenizerError as TokenizerError
+from dbrx_fn.generation import Piece as Piece
+from dbrx_fn.generation import stream_text as stream_text
+from dbrx_fn.generation import stream_tokens as stream_tokens
+from dbrx_fn.loader import load as load
+from dbrx_fn.loader import load_tokenizer as load_tokenizer
+from dbrx_fn.model import forward as forward
+from dbrx_fn.params import Params as Params
+from dbrx_fn.params import check_params as check_params
+from dbrx_fn.params import init_params as init_params
+from dbrx_fn.params import param_count as param_count
+from dbrx_fn.sampling import Sampling as Sampling
+from dbrx_fn.tokenizer import Tokenizer as Tokenizer

@@ -1,0 +1,262 @@
+"""`python -m dbrx_fn.generate`: continues a prompt, or answers it, and prints the text as it is made."""
+
+import argparse
+import json
+import os
+import secrets
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from dbrx_fn.chat import render_chat
+from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.generation import stream_text, token_budget, warm_up
+from dbrx_fn.hub import checkpoint_folder
+from dbrx_fn.loader import load
+from dbrx_fn.model import CHUNK_SIZE
+from dbrx_fn.params import Params
+from dbrx_fn.sampling import Sampling
+from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
+
+_INTERRUPTED = 130
+"""The exit status by which shells know that Ctrl-C ended a command."""
+
+
+@dataclass
+class Report:
+    """What was made and how long it took; `--json` prints it. Times are in seconds, rates in tokens per second."""
+
+    model: str
+    seed: int
+    prompt_tokens: int = 0
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = "interrupted"
+    load_time: float = 0.0
+    compile_time: float = 0.0
+    time_to_first_token: float | None = None
+    prompt_rate: float | None = None
+    generation_rate: float | None = None
+    peak_memory: int = 0
+
+    def summary(self) -> str:
+        """The figures that a person looks at, as a small table."""
+        return "\n".join(
+            (
+                f"prompt          {self.prompt_tokens:8d} tokens  {_rate(self.prompt_rate)}",
+                f"generation      {len(self.tokens):8d} tokens  {_rate(self.generation_rate)}",
+                f"first token     {_seconds(self.time_to_first_token)}",
+                f"compiling       {_seconds(self.compile_time)}",
+                f"loading         {_seconds(self.load_time)}",
+                f"peak memory     {self.peak_memory / 2**30:8.2f} GiB",
+                f"finish reason   {self.finish_reason}",
+            )
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
+    options = parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except DbrxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the text has gone; without this, Python complains once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options; those that mlx-lm has too are named as there."""
+    options = argparse.ArgumentParser(
+        prog="python -m dbrx_fn.generate",
+        description="Continue a prompt with a DBRX model, or answer it with --chat, printing the text as it is made.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = options.add_argument
+    add("--model", required=True, help="folder of a checkpoint, or a Hugging Face repository as owner/name")
+    add("--prompt", "-p", required=True, help="text to continue; - reads it from standard input")
+    add("--max-tokens", "-m", type=int, default=100, help="the most tokens to make")
+    add("--chat", action="store_true", default=False, help="put the prompt as a question in the model's chat format")
+    add("--system", "--system-prompt", help="system prompt in place of the model's default one; implies --chat")
+    add("--temp", type=float, default=0.0, help="temperature; 0 always takes the likeliest token")
+    add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this probability together")
+    add("--top-k", type=int, default=0, help="draw among this many likeliest tokens; 0 for all")
+    add("--min-p", type=float, default=0.0, help="draw among tokens at least this fraction as likely as the likeliest")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1, tokens in prompt or text become less likely")
+    add("--presence-penalty", type=float, default=0.0, help="subtracted from logits of tokens in the text")
+    add("--frequency-penalty", type=float, default=0.0, help="the same for each time that they are in the text")
+    add("--logit-bias", action="append", default=[], metavar="ID:BIAS", help="added to a token's logit; repeatable")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends the text before this; repeatable")
+    add("--extra-eos-token", action="append", default=[], metavar="TOKEN", help="ends the text too; repeatable")
+    add("--seed", type=int, help="for drawing; another one each time if not given")
+    add("--prefill-step-size", type=int, default=CHUNK_SIZE, help="prompt tokens worked on at once; bounds memory")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="convert the parameters to this when loading")
+    add("--json", action="store_true", default=False, help="print one JSON object at the end, instead of the text")
+    return options
+
+
+def _run(options: argparse.Namespace) -> int:
+    seed = getattr(options, "seed", None)
+    report = Report(model=options.model, seed=secrets.randbits(32) if seed is None else seed)
+    sampling = _sampling(options)
+    if options.prefill_step_size < 1:
+        raise InputError(f"--prefill-step-size is {options.prefill_step_size} where it must be at least 1.")
+    text = _prompt(options.prompt)
+
+    start = time.perf_counter()
+    with _printed_warnings():
+        folder = checkpoint_folder(options.model)
+        tokenizer = read_tokenizer(folder)
+        params, config = _load(folder, getattr(options, "dtype", None))
+    report.load_time = time.perf_counter() - start
+
+    prompt = _encode(tokenizer, text, options)
+    report.prompt_tokens = len(prompt)
+    budget = token_budget(prompt, config, options.max_tokens)
+    if budget < options.max_tokens:
+        print(
+            f"warning: the context of {config.max_seq_len} tokens leaves room for {budget} after the prompt.",
+            file=sys.stderr,
+        )
+    stop_tokens = tokenizer.stop_tokens | {_one_token(tokenizer, token) for token in options.extra_eos_token}
+
+    start = time.perf_counter()
+    warm_up(params, config, len(prompt), sampling, options.prefill_step_size)
+    report.compile_time = time.perf_counter() - start
+
+    pieces = stream_text(
+        params,
+        config,
+        tokenizer,
+        prompt,
+        max_tokens=budget,
+        sampling=sampling,
+        key=mx.random.key(report.seed),
+        stop_tokens=stop_tokens,
+        stop_strings=options.stop,
+        chunk_size=options.prefill_step_size,
+    )
+    start = time.perf_counter()
+    try:
+        for piece in pieces:
+            now = time.perf_counter()
+            report.tokens.append(piece.token)
+            report.text += piece.text
+            if len(report.tokens) == 1:
+                report.time_to_first_token = first = now - start
+                report.prompt_rate = report.prompt_tokens / first
+            else:
+                report.generation_rate = (len(report.tokens) - 1) / (now - start - first)
+            if piece.finish_reason is not None:
+                report.finish_reason = piece.finish_reason
+            if not options.json:
+                print(piece.text, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    report.peak_memory = mx.get_peak_memory()
+    if options.json:
+        print(json.dumps(asdict(report), ensure_ascii=False, indent=2))
+    else:
+        print(flush=True)
+    print(report.summary(), file=sys.stderr)
+    return _INTERRUPTED if report.finish_reason == "interrupted" else 0
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    return Sampling(
+        temperature=options.temp,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        logit_bias=tuple(_bias(entry) for entry in options.logit_bias),
+    )
+
+
+def _bias(entry: str) -> tuple[int, float]:
+    token, _, bias = entry.partition(":")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise InputError(f"--logit-bias is {entry!r} where a token's id, a colon and a number are expected.") from None
+
+
+def _prompt(option: str) -> str:
+    """The prompt's text, from the option or from standard input."""
+    source = "--prompt"
+    try:
+        if option == "-":
+            source = "standard input"
+            text = sys.stdin.buffer.read().decode("utf-8")
+        else:
+            # Bytes of the command line that aren't UTF-8 reach Python as lone surrogates.
+            text = option.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise InputError(f"The prompt from {source} is not UTF-8 ({error}): convert it first.") from None
+    if not text:
+        raise InputError(f"The prompt from {source} is empty: give some text to continue.")
+    return text
+
+
+def _load(folder: Any, dtype: Any) -> tuple[Params, Any]:
+    with tqdm(desc="loading", unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return load(folder, dtype=dtype, progress=progress)
+
+
+def _encode(tokenizer: Tokenizer, text: str, options: argparse.Namespace) -> list[int]:
+    system = getattr(options, "system", None)
+    if not options.chat and system is None:
+        return tokenizer.encode(text)
+    chat = render_chat([{"role": "user", "content": text}], tokenizer.chat_format, system=system)
+    return tokenizer.encode(chat, add_special_tokens=False)
+
+
+def _one_token(tokenizer: Tokenizer, text: str) -> int:
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    if len(tokens) != 1:
+        raise InputError(f"--extra-eos-token is {text!r}, which is {len(tokens)} tokens where one is expected.")
+    return tokens[0]
+
+
+@contextmanager
+def _printed_warnings() -> Iterator[None]:
+    """Prints warnings as plain lines, without the place in the code that they came from."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            for warning in caught:
+                print(f"warning: {warning.message}", file=sys.stderr)
+
+
+def _rate(rate: float | None) -> str:
+    return "" if rate is None else f"{rate:10.1f} tokens/s"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:8.2f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Making text: prompt to tokens, one at a time, the next already being computed while the last is used.
+
+`stream_tokens` is the loop; `stream_text` adds the tokenizer. Neither waits for the device except to hand out the
+token that it yields.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+import mlx.core as mx
+
+from dbrx_fn.cache import capacity_bucket, grow_cache, init_cache
+from dbrx_fn.config import Config
+from dbrx_fn.errors import InputError
+from dbrx_fn.model import CHUNK_SIZE, forward
+from dbrx_fn.params import Params
+from dbrx_fn.sampling import Sampling, init_history, sample
+from dbrx_fn.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length"]
+GREEDY = Sampling()
+_AHEAD = 256
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token adds to a text.
+
+    `token`: its id.
+    `text`: the characters that became complete and certain with it, perhaps none.
+    `finish_reason`: `None` until the last piece; there "stop" for a stop token or string, "length" for `max_tokens`
+        or the end of the model's context.
+    """
+
+    token: int
+    text: str
+    finish_reason: FinishReason | None
+
+
+def stream_tokens(
+    params: Params,
+    config: Config,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int = 100,
+    sampling: Sampling = GREEDY,
+    key: mx.array | None = None,
+    stop_tokens: frozenset[int] = frozenset(),
+    chunk_size: int = CHUNK_SIZE,
+) -> Iterator[int]:
+    """Yields the tokens that follow `prompt`, the stop token among them if one comes.
+
+    Args:
+        params: the tree.
+        config: its config.
+        prompt: token ids, at least one, at most `config.max_seq_len`.
+        max_tokens: the most to make; fewer if the context ends before.
+        sampling: how to choose them; the likeliest, if not given.
+        key: an `mx.random.key` for drawing; key 0, if not given.
+        stop_tokens: ids that end the text.
+        chunk_size: prompt tokens worked on at once.
+
+    Raises:
+        InputError: before the first token, if the prompt or `max_tokens` can't work.
+    """
+    max_tokens = token_budget(prompt, config, max_tokens)
+    cache = init_cache(config, 1, capacity_bucket(len(prompt) + min(max_tokens, _AHEAD)))
+    history = init_history([list(prompt)], config.vocab_size) if sampling.uses_history else None
+    key = mx.random.key(0) if key is None else key
+
+    logits, cache = forward(params, mx.array([prompt], mx.int32), cache, last_only=True, chunk_size=chunk_size)
+    token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
+    mx.async_eval(token)
+    for remaining in reversed(range(max_tokens)):
+        current = token
+        if remaining:
+            cache = grow_cache(cache, cache.lengths[0] + 1)
+            logits, cache = forward(params, current[:, None], cache)
+            token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
+            mx.async_eval(token)
+        made = cast(int, current.item())
+        yield made
+        if made in stop_tokens:
+            return
+
+
+def stream_text(
+    params: Params,
+    config: Config,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    *,
+    max_tokens: int = 100,
+    sampling: Sampling = GREEDY,
+    key: mx.array | None = None,
+    stop_tokens: frozenset[int] | None = None,
+    stop_strings: Sequence[str] = (),
+    chunk_size: int = CHUNK_SIZE,
+) -> Iterator[Piece]:
+    """Yields the text that follows `prompt`, a piece a token; see `stream_tokens` for what isn't said here.
+
+    No piece ends within a character, and none holds any part of a stop token or stop string.
+
+    Args:
+        params: the tree.
+        config: its config.
+        tokenizer: the checkpoint's.
+        prompt: text, or its tokens.
+        max_tokens: the most to make.
+        sampling: how to choose them.
+        key: for drawing.
+        stop_tokens: ids that end the text; `tokenizer.stop_tokens`, if not given.
+        stop_strings: strings that end the text.
+        chunk_size: prompt tokens worked on at once.
+
+    Raises:
+        InputError: as `stream_tokens`, or if a stop string is empty.
+    """
+    if not all(stop_strings):
+        raise InputError("A stop string is empty: give at least one character.")
+    stop_tokens = tokenizer.stop_tokens if stop_tokens is None else stop_tokens
+    tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    budget = token_budget(tokens, config, max_tokens)
+    stream = tokenizer.stream()
+    held = ""
+    made = stream_tokens(
+        params,
+        config,
+        tokens,
+        max_tokens=budget,
+        sampling=sampling,
+        key=key,
+        stop_tokens=stop_tokens,
+        chunk_size=chunk_size,
+    )
+    for count, token in enumerate(made, start=1):
+        last = count == budget or token in stop_tokens
+        new = stream.push(token) if token not in stop_tokens else ""
+        text, held, stopped = _cut(held + new + (stream.finish() if last else ""), stop_strings)
+        if stopped or token in stop_tokens:
+            yield Piece(token, text + held, "stop")
+            return
+        yield Piece(token, text + held, "length") if last else Piece(token, text, None)
+
+
+def token_budget(prompt: Sequence[int], config: Config, max_tokens: int) -> int:
+    """How many tokens can be made after `prompt`: `max_tokens`, or what the context leaves if that is fewer.
+
+    Raises:
+        InputError: if the prompt is empty, doesn't fit the context or holds ids past the vocabulary, or `max_tokens`
+            is not positive.
+    """
+    if max_tokens < 1:
+        raise InputError(f"max_tokens is {max_tokens} where it must be at least 1.")
+    if not prompt:
+        raise InputError("The prompt is empty: give at least one token to continue from.")
+    if len(prompt) > config.max_seq_len:
+        raise InputError(
+            f"The prompt has {len(prompt)} tokens and the model's context holds {config.max_seq_len} (max_seq_len in"
+            " config.json): shorten it."
+        )
+    strange = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
+    if strange is not None:
+        raise InputError(
+            f"The prompt holds token {strange}, past the model's vocabulary of {config.vocab_size}: the tokenizer"
+            " belongs to another model."
+        )
+    # The last token made is never fed back, so it needs no position.
+    return min(max_tokens, config.max_seq_len - len(prompt) + 1)
+
+
+def warm_up(params: Params, config: Config, prompt_length: int, sampling: Sampling, chunk_size: int) -> None:
+    """Has every kernel compiled that a generation of this shape will run, through the first layer alone.
+
+    Compiling takes seconds per kernel where MLX does it on first use (CPU, CUDA) and has not done it before on this
+    machine; with this it is out of the way, and can be timed apart.
+    """
+    transformer = params["transformer"]
+    shallow = {"transformer": {**transformer, "blocks": transformer["blocks"][:1]}, "lm_head": params["lm_head"]}
+    rest = prompt_length % chunk_size
+    for length in {min(prompt_length, chunk_size), rest or chunk_size}:
+        prompt = [0] * min(length, prompt_length)
+        list(stream_tokens(shallow, replace(config, n_layers=1), prompt, max_tokens=2, sampling=sampling))
+
+
+def _cut(text: str, stop_strings: Sequence[str]) -> tuple[str, str, bool]:
+    """Splits text into what is certain, what may yet become a stop string, and whether one has come (then cut off)."""
+    first = min((at for at in (text.find(stop) for stop in stop_strings) if at >= 0), default=-1)
+    if first >= 0:
+        return text[:first], "", True
+    longest = max(map(len, stop_strings), default=1)
+    for start in range(max(0, len(text) - longest + 1), len(text)):
+        if any(stop.startswith(text[start:]) for stop in stop_strings):
+            return text[:start], text[start:], False
+    return text, "", False

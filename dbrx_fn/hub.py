@@ -1,0 +1,48 @@
+"""Finds a checkpoint's folder: a local one, or a Hugging Face repository's, downloaded and cached."""
+
+import re
+from pathlib import Path
+
+from dbrx_fn.errors import CheckpointError
+
+_TEXT_FILES = ["*.json", "*.jinja", "*.txt"]
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def checkpoint_folder(path_or_repo: str | Path, *, weights: bool = True) -> Path:
+    """The local folder of a checkpoint.
+
+    Args:
+        path_or_repo: a folder, or a repository of the Hugging Face Hub such as `databricks/dbrx-instruct`, which is
+            downloaded into the Hub's own cache (resumed if it was interrupted, reused offline).
+        weights: whether the weights are needed too, or only config and tokenizer.
+
+    Raises:
+        CheckpointError: if there is neither such a folder nor such a repository, or it can't be downloaded.
+    """
+    folder = Path(path_or_repo).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file: give the folder that holds config.json and the weights.")
+    if isinstance(path_or_repo, Path) or not _REPOSITORY.fullmatch(path_or_repo):
+        raise CheckpointError(
+            f"{folder} doesn't exist: give a folder that holds a DBRX checkpoint, or a Hugging Face repository as"
+            " owner/name."
+        )
+    return _download(path_or_repo, [*_TEXT_FILES, "*.safetensors"] if weights else _TEXT_FILES)
+
+
+def _download(repository: str, patterns: list[str]) -> Path:
+    # Imported here because it takes as long as all the rest, and local folders don't need it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{repository} is no folder here and can't be had from the Hugging Face Hub ({reason}): check the name, the"
+            " network and your access to it."
+        ) from None

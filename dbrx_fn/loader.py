@@ -1,0 +1,226 @@
+"""Reads a checkpoint folder into the parameter tree: files, headers, checks, then tensors.
+
+Everything that can be wrong is found from the files' headers, before any tensor is read, and reported together. The
+tensors themselves are lazy: MLX reads each from its file when it is first used. A loader never computes a layer, and
+no layer reads a file.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from safetensors import SafetensorError, safe_open
+
+from dbrx_fn.backend import memory_size
+from dbrx_fn.config import Config, Dtype, read_config, with_dtype
+from dbrx_fn.errors import CheckpointError
+from dbrx_fn.hub import checkpoint_folder
+from dbrx_fn.layouts import layout_of, sources
+from dbrx_fn.params import Params, listed, nest
+from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_INDEX = "model.safetensors.index.json"
+_GIB = 2**30
+
+Progress = Callable[[int, int], None]
+"""Called with bytes read so far and bytes in all."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What a file's header says of one tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def load(
+    path_or_repo: str | Path, *, dtype: Dtype | None = None, lazy: bool = False, progress: Progress | None = None
+) -> tuple[Params, Config]:
+    """Loads a DBRX checkpoint of any known layout (`dbrx_fn.layouts`), in one file or sharded with an index.
+
+    Args:
+        path_or_repo: a folder, or a Hugging Face repository as owner/name.
+        dtype: what to convert all parameters to; as they are stored, if not given.
+        lazy: leave each tensor in its file until it is first used.
+        progress: called as parameters are read.
+
+    Returns:
+        params: the tree that `dbrx_fn.params.param_spec` describes.
+        config: the model's, its `dtype` that of the parameters.
+
+    Raises:
+        ConfigError: if `config.json` is missing or no DBRX model's.
+        CheckpointError: if files are missing or damaged, or their tensors aren't exactly the config's: every missing,
+            unexpected, duplicate, misshapen or wrongly typed one is named. Also if they won't fit in memory.
+    """
+    folder = checkpoint_folder(path_or_repo)
+    config = read_config(folder)
+    tensors = read_headers(folder)
+    table = sources(config, layout_of(tensors))
+    expected = {name: source.shape for source in table.values() for name in source.names}
+    config = with_dtype(config, _stored_dtype(tensors, expected))
+    _check(folder, tensors, expected, config.dtype, mixed=dtype is not None)
+    config = with_dtype(config, dtype or config.dtype)
+    if not lazy:
+        _check_memory(folder, expected, config)
+
+    arrays: dict[str, mx.array] = {}
+    for file in sorted({tensor.file for tensor in tensors.values()}):
+        arrays |= cast(dict[str, mx.array], mx.load(str(file)))
+    float_type = getattr(mx, config.dtype)
+    leaves = {
+        path: source.join([arrays.pop(name) for name in source.names]).astype(float_type)
+        for path, source in table.items()
+    }
+    params = nest(leaves, config)
+    del leaves
+    if not lazy:
+        _read(params, folder, progress)
+    return params, config
+
+
+def load_tokenizer(path_or_repo: str | Path) -> Tokenizer:
+    """Loads the tokenizer of a checkpoint, from a folder or a Hugging Face repository as owner/name.
+
+    Raises:
+        CheckpointError: if there is no such folder or repository.
+        TokenizerError: if its tokenizer files are missing, unreadable or contradictory.
+    """
+    return read_tokenizer(checkpoint_folder(path_or_repo, weights=False))
+
+
+def read_headers(folder: Path) -> dict[str, Tensor]:
+    """Name, file, shape and dtype of every tensor in a folder's safetensors files, without reading any.
+
+    Raises:
+        CheckpointError: if there are no weights, a shard is missing or damaged, or a tensor is there twice.
+    """
+    files, indexed = _files(folder)
+    tensors: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
+    for file in files:
+        for name, tensor in _header(file).items():
+            tensors[name] = tensor
+            counts[name] += 1
+    twice = [f"{name} is there {count} times" for name, count in counts.items() if count > 1]
+    elsewhere = [
+        f"{name} is not in {file}, where {_INDEX} says it is"
+        for name, file in indexed.items()
+        if name not in tensors or tensors[name].file.name != file
+    ]
+    if twice or elsewhere:
+        raise CheckpointError(
+            f"{folder} holds damaged weights: {listed(twice + elsewhere)}; copy the files again from where they came."
+        )
+    return tensors
+
+
+def _files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
+    """The safetensors files to read, and what the index, if there is one, says of each tensor's file."""
+    index = folder / _INDEX
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{folder} holds no safetensors file: a checkpoint's weights lie in model.safetensors or in shards"
+                f" with a {_INDEX}, and nothing else is read."
+            )
+        return files, {}
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        names = sorted(set(weight_map.values()))
+        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError("weight_map must give a plain file name for each tensor")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} is not an index of shards ({error!r}): fetch it again.") from None
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {listed(missing)}, which {_INDEX} names: fetch the missing shards.")
+    return [folder / name for name in names], weight_map
+
+
+def _header(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {name: Tensor(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size if file.exists() else 0
+        raise CheckpointError(
+            f"{file} is damaged or cut short at {size} bytes ({error}): copy it again from where it came."
+        ) from None
+
+
+def _stored_dtype(tensors: Mapping[str, Tensor], expected: Mapping[str, Any]) -> Dtype:
+    """The dtype that most of the expected tensors have."""
+    counts = Counter(_DTYPES.get(tensors[name].dtype) for name in expected if name in tensors)
+    most = [name for name, _ in counts.most_common() if name is not None]
+    return cast(Dtype, most[0] if most else get_args(Dtype)[0])
+
+
+def _check(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    *,
+    mixed: bool,
+) -> None:
+    problems = [f"{name} {list(expected[name])} is missing" for name in expected.keys() - tensors.keys()]
+    problems += [
+        f"{name} {list(tensors[name].shape)} in {tensors[name].file.name} is unexpected"
+        for name in tensors.keys() - expected.keys()
+    ]
+    for name in expected.keys() & tensors.keys():
+        tensor = tensors[name]
+        if tensor.shape != expected[name]:
+            problems.append(f"{name} is {list(tensor.shape)} where {list(expected[name])} is expected")
+        found = _DTYPES.get(tensor.dtype, tensor.dtype)
+        if found not in get_args(Dtype):
+            problems.append(f"{name} is {found} where one of {', '.join(get_args(Dtype))} is expected")
+        elif found != dtype and not mixed:
+            problems.append(f"{name} is {found} where {dtype} is expected, as most are (or ask for one dtype for all)")
+    if problems:
+        raise CheckpointError(f"{folder}: {len(problems)} of the weights don't fit config.json: {listed(problems)}.")
+
+
+def _check_memory(folder: Path, expected: Mapping[str, tuple[int, ...]], config: Config) -> None:
+    itemsize = 4 if config.dtype == "float32" else 2
+    needed = sum(_product(shape) for shape in expected.values()) * itemsize
+    if needed > memory_size():
+        raise CheckpointError(
+            f"{folder} needs {needed / _GIB:.1f} GiB in {config.dtype} and this machine has"
+            f" {memory_size() / _GIB:.1f} GiB: take a quantized or smaller checkpoint, or a larger machine."
+        )
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _read(params: Params, folder: Path, progress: Progress | None) -> None:
+    leaves = [cast(mx.array, array) for array in dict(tree_flatten(params)).values()]
+    total = sum(array.nbytes for array in leaves)
+    done = 0
+    for array in leaves:
+        try:
+            mx.eval(array)
+        except (RuntimeError, MemoryError) as error:
+            raise CheckpointError(
+                f"{folder} can't be read to its end ({error}): check the disk, and that there are {total / _GIB:.1f}"
+                " GiB of free memory."
+            ) from None
+        done += array.nbytes
+        if progress is not None:
+            progress(done, total)

@@ -1,0 +1,146 @@
+"""`python -m dbrx_fn.random_checkpoint`: writes a small checkpoint of random weights, to try everything on.
+
+It is a complete DBRX checkpoint in Hugging Face's layout with a tokenizer whose tokens are bytes. What it says is
+noise; that it says it shows that an installation works, and at any size how fast.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from dbrx_fn.config import AttnConfig, Config, FFNConfig
+from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.layouts import sources
+from dbrx_fn.params import init_params
+
+_SPECIAL = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
+_VOCABULARY = 256 + len(_SPECIAL)
+
+
+def write_random_checkpoint(folder: Path, config: Config, key: mx.array) -> None:
+    """Writes `config.json`, weights and a byte tokenizer into a new folder.
+
+    The folder appears when it is complete, or not at all.
+
+    Raises:
+        InputError: if the folder exists, or the vocabulary doesn't hold the tokenizer's 260 tokens.
+    """
+    if folder.exists():
+        raise InputError(f"{folder} exists already: name a new folder.")
+    if config.vocab_size < _VOCABULARY:
+        raise InputError(f"vocab_size is {config.vocab_size} where the byte tokenizer needs at least {_VOCABULARY}.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        leaves = dict(tree_flatten(init_params(config, key)))
+        tensors: dict[str, mx.array] = {}
+        for path, source in sources(config, "fused").items():
+            tensors |= zip(source.names, source.part(leaves[path]), strict=True)
+        mx.save_safetensors(str(beside / "model.safetensors"), tensors, {"format": "pt"})
+        _byte_tokenizer().save(str(beside / "tokenizer.json"))
+        for name, content in _settings(config).items():
+            (beside / name).write_text(json.dumps(content, indent=2) + "\n")
+        beside.chmod(0o755)
+        beside.rename(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0, or 2 for anything the user can mend."""
+    options = argparse.ArgumentParser(
+        prog="python -m dbrx_fn.random_checkpoint",
+        description="Write a DBRX checkpoint of random weights and a byte tokenizer, to try everything on.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    options.add_argument("folder", type=Path, help="new folder to write")
+    options.add_argument("--seed", type=int, default=0, help="for drawing the weights")
+    options.add_argument("--d-model", type=int, default=256)
+    options.add_argument("--n-heads", type=int, default=8)
+    options.add_argument("--kv-n-heads", type=int, default=2)
+    options.add_argument("--n-layers", type=int, default=4)
+    options.add_argument("--ffn-hidden-size", type=int, default=448)
+    options.add_argument("--experts", type=int, default=16)
+    options.add_argument("--top-k", type=int, default=4)
+    options.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    chosen = options.parse_args(arguments)
+    try:
+        config = Config(
+            d_model=chosen.d_model,
+            n_heads=chosen.n_heads,
+            n_layers=chosen.n_layers,
+            max_seq_len=32_768,
+            vocab_size=-(-_VOCABULARY // 64) * 64,
+            attn=AttnConfig(clip_qkv=8.0, kv_n_heads=chosen.kv_n_heads, rope_theta=500_000.0),
+            ffn=FFNConfig(
+                ffn_hidden_size=chosen.ffn_hidden_size, moe_num_experts=chosen.experts, moe_top_k=chosen.top_k
+            ),
+            dtype=chosen.dtype,
+        )
+        write_random_checkpoint(chosen.folder, config, mx.random.key(chosen.seed))
+    except DbrxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {chosen.folder} can't be written ({error.strerror}).", file=sys.stderr)
+        return 2
+    print(f"{chosen.folder}: a random DBRX of {config.n_layers} layers, {config.ffn.moe_num_experts} experts")
+    return 0
+
+
+def _byte_tokenizer() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: n for n, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in _SPECIAL])
+    return tokenizer
+
+
+def _settings(config: Config) -> dict[str, dict[str, Any]]:
+    """The JSON files beside the weights, by name, as the released checkpoint has them."""
+    end, im_end = 256 + _SPECIAL.index("<|endoftext|>"), 256 + _SPECIAL.index("<|im_end|>")
+    return {
+        "config.json": {
+            "architectures": ["DbrxForCausalLM"],
+            "model_type": "dbrx",
+            "d_model": config.d_model,
+            "n_heads": config.n_heads,
+            "n_layers": config.n_layers,
+            "max_seq_len": config.max_seq_len,
+            "vocab_size": config.vocab_size,
+            "attn_config": {
+                "clip_qkv": config.attn.clip_qkv,
+                "kv_n_heads": config.attn.kv_n_heads,
+                "rope_theta": config.attn.rope_theta,
+            },
+            "ffn_config": {
+                "ffn_hidden_size": config.ffn.ffn_hidden_size,
+                "moe_num_experts": config.ffn.moe_num_experts,
+                "moe_top_k": config.ffn.moe_top_k,
+            },
+            "tie_word_embeddings": False,
+            "torch_dtype": config.dtype,
+        },
+        "generation_config.json": {"eos_token_id": [end, im_end]},
+        "tokenizer_config.json": {
+            "tokenizer_class": "GPT2Tokenizer",
+            "bos_token": "<|endoftext|>",
+            "eos_token": "<|endoftext|>",
+            "pad_token": "<|pad|>",
+        },
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
