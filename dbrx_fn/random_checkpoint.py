@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     options.add_argument("folder", type=Path, help="new folder to write")
+    options.add_argument("--keep", action="store_true", help="if the folder exists, leave it and succeed")
     options.add_argument("--seed", type=int, default=0, help="for drawing the weights")
     options.add_argument("--d-model", type=int, default=256)
     options.add_argument("--n-heads", type=int, default=8)
@@ -74,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--top-k", type=int, default=4)
     options.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     chosen = options.parse_args(arguments)
+    if chosen.keep and chosen.folder.is_dir():
+        print(f"{chosen.folder} exists already and is kept")
+        return 0
     try:
         config = Config(
             d_model=chosen.d_model,
