@@ -14,7 +14,7 @@ from jaxtyping import Float, Int32
 from dbrx_fn.cache import Cache, window
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
-from dbrx_fn.errors import CacheError, InputError
+from dbrx_fn.errors import CacheError, CheckpointError, InputError
 from dbrx_fn.layers.block import block
 from dbrx_fn.layers.linear import linear
 from dbrx_fn.layers.norm import layer_norm
@@ -54,30 +54,34 @@ def forward(
         cache: holds the new tokens too. The old one stays valid, but to keep it costs a copy.
 
     Raises:
-        InputError: if tokens or lengths don't have these shapes and types.
+        InputError: if tokens, lengths or chunk_size aren't of these shapes, types and ranges.
         CacheError: if a row's tokens don't fit the cache's capacity (`grow_cache` makes room), or it was made for
             another batch size.
         CheckpointError: if the tree doesn't fit the cache's config.
     """
     lengths = _checked_lengths(tokens, cache, lengths)
+    if chunk_size < 1:
+        raise InputError(f"chunk_size is {chunk_size} where it must be at least 1.")
     config, capacity = cache.config, cache.capacity
     tokens = tokens.astype(mx.int32)
     time = tokens.shape[1]
     chunks = _chunks(max(lengths), min(chunk_size, capacity)) if capacity else [(0, time)]
-    hidden: list[mx.array] = []
+    pieces: list[mx.array] = []
+    last = None
     for start, width in chunks:
         real = tuple(max(0, min(length - start, width)) for length in lengths)
         x, cache = _run_chunk(params, tokens[:, start : start + width], real, cache)
         if last_only:
-            last = pick_last(x, mx.array(real))
-            hidden = [mx.where(mx.array(real)[:, None, None] > 0, last, hidden[0]) if hidden else last]
+            last = pick_last(x, mx.array(real, mx.int32), last)
         else:
-            hidden.append(x[:, :width])
+            pieces.append(_head(params, x, config)[:, :width])
         if len(chunks) > 1:
-            mx.async_eval(hidden, cache.keys, cache.values)
-    logits = head(params["transformer"]["norm_f"], params["lm_head"], mx.concatenate(hidden, axis=1), config=config)
-    if not last_only:
-        logits = mx.pad(logits, [(0, 0), (0, time - logits.shape[1]), (0, 0)])
+            # Chunk by chunk, or the cache's old buffers would all be alive at once.
+            mx.async_eval(last, pieces, cache.keys, cache.values)
+    if last is not None:
+        return _head(params, last, config), cache
+    logits = mx.concatenate(pieces, axis=1)
+    logits = mx.pad(logits, [(0, 0), (0, time - logits.shape[1]), (0, 0)])
     return logits, cache
 
 
@@ -118,8 +122,13 @@ def _run_chunk(params: Params, tokens: mx.array, lengths: tuple[int, ...], cache
         wraps=max(cache.lengths) + time > capacity,
     )
     transformer = params["transformer"]
+    if len(transformer["blocks"]) != config.n_layers:
+        raise CheckpointError(
+            f"The parameters have {len(transformer['blocks'])} blocks where the cache's config has {config.n_layers}:"
+            " make the cache with the config that belongs to them."
+        )
     keys, values = list(cache.keys), list(cache.values)
-    x = embed(transformer["wte"], tokens)
+    x = embed(transformer["wte"], tokens, config=config)
     for n in range(config.n_layers):
         x, keys[n], values[n] = block(transformer["blocks"][n], x, keys[n], values[n], place, config=config)
     if capacity == 0:
@@ -129,15 +138,19 @@ def _run_chunk(params: Params, tokens: mx.array, lengths: tuple[int, ...], cache
 
 
 @compiled
-def embed(params: dict[str, mx.array], tokens: Int32[mx.array, "batch time"]) -> Stream:
+def embed(wte: dict[str, mx.array], tokens: Int32[mx.array, "batch time"], *, config: Config) -> Stream:
     """Rows of `wte.weight` `[vocab d_model]`."""
-    return params["weight"][tokens]
+    check_params(wte, config, under="transformer.wte")
+    return wte["weight"][tokens]
 
 
 @compiled
-def pick_last(x: Stream, lengths: Int32[mx.array, " batch"]) -> Float[mx.array, "batch 1 d_model"]:
-    """Each row's activations at its last real token; at its first, if it has none."""
-    return mx.take_along_axis(x, mx.maximum(lengths - 1, 0)[:, None, None], axis=1)
+def pick_last(
+    x: Stream, lengths: Int32[mx.array, " batch"], before: Float[mx.array, "batch 1 d_model"] | None
+) -> Float[mx.array, "batch 1 d_model"]:
+    """Each row's activations at its last real token, or those from `before` if it has none in this chunk."""
+    last = mx.take_along_axis(x, mx.maximum(lengths - 1, 0)[:, None, None], axis=1)
+    return last if before is None else mx.where(lengths[:, None, None] > 0, last, before)
 
 
 @compiled
@@ -145,7 +158,13 @@ def head(
     norm_f: dict[str, mx.array], lm_head: dict[str, Any], x: Stream, *, config: Config
 ) -> Float[mx.array, "batch time {config.vocab_size}"]:
     """The final norm and the vocabulary's projection, which has a matrix of its own in DBRX."""
+    check_params(norm_f, config, under="transformer.norm_f")
+    check_params(lm_head, config, under="lm_head")
     return linear(lm_head, layer_norm(norm_f, x))
+
+
+def _head(params: Params, x: mx.array, config: Config) -> mx.array:
+    return head(params["transformer"]["norm_f"], params["lm_head"], x, config=config)
 
 
 def _checked_lengths(tokens: mx.array, cache: Cache, lengths: Sequence[int] | None) -> tuple[int, ...]:

@@ -106,15 +106,21 @@ def nest(arrays: Mapping[str, mx.array], config: Config) -> Params:
     return tree
 
 
-def check_params(params: Params, config: Config) -> None:
+def check_params(params: Params, config: Config, *, under: str = "") -> None:
     """Compares a tree with the spec.
+
+    Args:
+        params: the tree, or the part of it below a path.
+        config: the model's.
+        under: that path, such as `transformer.blocks.0`.
 
     Raises:
         CheckpointError: naming every leaf that is missing, unexpected, misshapen or of another dtype than
             `config.dtype`, with found and expected shapes.
     """
-    spec = param_spec(config)
-    found = dict(tree_flatten(params))
+    prefix = f"{under}." if under else ""
+    spec = {path: leaf for path, leaf in param_spec(config).items() if path.startswith(prefix)}
+    found = {prefix + path: array for path, array in dict(tree_flatten(params)).items()}
     problems = [f"{path} is missing" for path in spec.keys() - found.keys()]
     problems += [f"{path} is unexpected" for path in found.keys() - spec.keys()]
     for path in spec.keys() & found.keys():

@@ -1,12 +1,12 @@
 """Grouped-query attention with clipped projections and rotary positions.
 
-One matrix, `Wqkv`, makes all queries, keys and values; `clip_qkv` then clamps every one of their entries to
-[-8, 8] in the released model. That is a guard for training at this scale: attention scores are products of two such
-vectors, and one that grows without bound saturates the softmax, which shows as a spike in the loss. Clamping bounds
-the scores (to head_dim * clip² / sqrt(head_dim)) at the cost of one elementwise operation and needs no extra
-parameters, unlike normalizing queries and keys. It came with MosaicML's MPT
-(https://www.databricks.com/blog/mpt-30b), whose training code DBRX's descends from. At inference it isn't optional: a
-model trained under the clamp has entries that reach it.
+One matrix, `Wqkv`, makes all queries, keys and values; `clip_qkv` then clamps every one of their entries, to [-8, 8]
+in the released model. That is a guard for training at scale: attention scores are products of two such vectors, and
+entries that run away show as spikes in the loss. The clamp stops runaway entries (not large scores as such: it bounds
+them by head_dim * clip² / sqrt(head_dim), 724 here) for one elementwise operation and no parameters, where
+normalizing queries and keys would cost both. MosaicML added it to its GPT in 2023
+(https://github.com/mosaicml/examples/pull/197, with what was tried), from where it came to MPT and llm-foundry, DBRX's
+training code. At inference it isn't optional: the clamp is part of the function that was trained.
 
 Rotary embedding (https://arxiv.org/abs/2104.09864) in its half-rotation form: entry i of a head turns together with
 entry i + head_dim/2. Grouped queries (https://arxiv.org/abs/2305.13245): `n_heads / kv_n_heads` query heads share

@@ -8,15 +8,15 @@ segment is one matrix product with one expert's weights:
     tokens     t0      t1      t2            2 choices each, 3 experts, segments of 2 rows
     choices    2 0     0 1     0 2
     sorted     t0 t1 t2 | t1 | t0 t2         expert 0 | expert 1 | expert 2
-    segments   [t0 t1] [t2 .] [t1 .] [t0 t2] [. .]
-    of expert     0       0      1      2      2
+    segments   [t0 t1] [t2 .] [t1 .] [t0 t2] [. .] [. .]
+    of expert     0       0      1      2      2     2
 
 There are at most `rows // segment_rows + experts` segments, or as many as rows if that is fewer, and that is how many
 are computed. With one row a segment this is the gather that decoding a single token wants; with long ones it is the
 batched product that long prompts and training want. It is one path: nothing knows whether it trains or infers, and
 gradients flow through all of it (the choice of experts aside, which has none).
 
-This is dropless routing as in MegaBlocks (https://arxiv.org/abs/2211.15841), which DBRX was trained with: no
+This is dropless routing as in MegaBlocks (https://arxiv.org/abs/2211.15841), the library that DBRX was trained with: no
 capacity factor, no dropped token. Its vocabulary is used here: `top_experts`, `expert_weights`, `tokens_per_expert`.
 """
 

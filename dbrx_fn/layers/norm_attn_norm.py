@@ -6,11 +6,11 @@ DBRX's reference cuts the same arithmetic elsewhere, so that `norm_2` belongs to
     h = x + attn(norm_1(x))         the residual stream
     return h, norm_2(h)             the experts add to the first and read the second
 
-The block then computes `h + moe(norm_2(h))`. Both streams must be handed on since neither can be had from the other
-cheaply: the sum is taken over unnormalized activations, the experts (and their router) want normalized ones. The cut
-comes from MosaicML's llm-foundry (`fuse_norm_attn_norm`), where it kept everything before the experts in one module
-that could be fused, sharded and checkpointed apart from the mixture of experts; the parameters' names
-(`norm_attn_norm.attn.Wqkv`) still show it.
+The block then computes `h + moe(norm_2(h))`. The sum needs `h` as it is, and `h` can't be had back from its normalized
+form; the experts and their router read that form, and it is made here because its weight lives in this half. The cut
+is llm-foundry's `fuse_norm_attn_norm` (https://github.com/mosaicml/llm-foundry/pull/1102), where everything before the
+experts is one module that activation checkpointing can take as its unit. Nothing is fused by it in the arithmetic, but
+the parameters' names (`norm_attn_norm.attn.Wqkv`) follow it.
 """
 
 from typing import Any

@@ -1,10 +1,9 @@
 """Which experts a token goes to, and how much each of them counts.
 
-Softmax over all experts comes first and the choice second (Mixtral has it the other way round); the chosen weights
-are then divided by their p-norm, p = `moe_normalize_expert_weights`, so that for p = 1 they sum to one. The softmax
-is taken in float32 whatever the activations' dtype, as in the reference
-(https://huggingface.co/databricks/dbrx-instruct/blob/main/modeling_dbrx.py), because close calls between experts are
-decided there.
+Softmax over all experts comes first and the choice second; the chosen weights are then divided by their p-norm,
+p = `moe_normalize_expert_weights`, so that for p = 1 they sum to one. The softmax is taken in float32 whatever the
+activations' dtype, as in the reference
+(https://huggingface.co/databricks/dbrx-instruct/blob/main/modeling_dbrx.py): in bfloat16 it makes ties of near ones.
 """
 
 from typing import Any
