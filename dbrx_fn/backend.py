@@ -33,8 +33,8 @@ def segment_rows(rows: int, experts: int) -> int:
     half-empty segment costs as much as a full one and every expert can have one.
 
     Metal: 1, because MLX has a kernel there for sorted single rows (`gather_mm(sorted_indices=True)`).
-    CUDA: few sizes, because MLX compiles a kernel for each on first use (6 to 20 s). 8 layers of the released widths in bfloat16
-    on one H200 (MLX 0.32.4), milliseconds by tokens and rows a segment:
+    CUDA: few sizes, because MLX compiles a kernel for each on first use (6 to 20 s). 8 layers of the released widths
+    in bfloat16 on one H200 (MLX 0.32.4), milliseconds by tokens and rows a segment:
         32 tokens: 1 row 91, 4 rows 29, 16 rows 20;  128: 16 rows 31, 64 rows 28;  512: 16 rows 90, 64 rows 52.
     CPU: enough for its BLAS to reuse an expert's weights, which stops paying early.
     """

@@ -19,7 +19,7 @@ from dbrx_fn.layers.block import block
 from dbrx_fn.layers.linear import linear
 from dbrx_fn.layers.norm import layer_norm
 from dbrx_fn.layers.norm_attn_norm import Stream
-from dbrx_fn.params import Params
+from dbrx_fn.params import Params, check_params
 
 CHUNK_SIZE = 2048
 """Tokens of each row that go through the model at once, unless asked otherwise."""
