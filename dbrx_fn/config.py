@@ -10,7 +10,7 @@ Defaults of absent fields are the reference's
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -283,8 +283,3 @@ class _Section:
         whole = value.is_integer() and value < _LARGEST
         _require(whole, self.prefix + name, value, "a whole number below 2**31")
         return int(value)
-
-
-def with_dtype(config: Config, dtype: Dtype) -> Config:
-    """The same model with parameters, activations and cache of another dtype."""
-    return replace(config, dtype=dtype)

@@ -10,12 +10,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
 
 import mlx.core as mx
 from tqdm import tqdm
 
 from dbrx_fn.chat import render_chat
+from dbrx_fn.config import Config, Dtype
 from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.generation import stream_text, token_budget, warm_up
 from dbrx_fn.hub import checkpoint_folder
@@ -213,7 +214,7 @@ def _prompt(option: str) -> str:
     return text
 
 
-def _load(folder: Any, dtype: Any) -> tuple[Params, Any]:
+def _load(folder: Path, dtype: Dtype | None) -> tuple[Params, Config]:
     with tqdm(desc="loading", unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:

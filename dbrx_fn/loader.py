@@ -8,7 +8,7 @@ no layer reads a file.
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from dbrx_fn.backend import memory_size
-from dbrx_fn.config import Config, Dtype, read_config, with_dtype
+from dbrx_fn.config import Config, Dtype, read_config
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.hub import checkpoint_folder
 from dbrx_fn.layouts import layout_of, sources
@@ -66,9 +66,9 @@ def load(
     tensors = read_headers(folder)
     table = sources(config, layout_of(tensors))
     expected = {name: source.shape for source in table.values() for name in source.names}
-    config = with_dtype(config, _stored_dtype(tensors, expected))
+    config = replace(config, dtype=_stored_dtype(tensors, expected))
     _check(folder, tensors, expected, config.dtype, mixed=dtype is not None)
-    config = with_dtype(config, dtype or config.dtype)
+    config = replace(config, dtype=dtype or config.dtype)
     if not lazy:
         _check_memory(folder, expected, config)
 

@@ -169,6 +169,8 @@ def _head(params: Params, x: mx.array, config: Config) -> mx.array:
 
 def _checked_lengths(tokens: mx.array, cache: Cache, lengths: Sequence[int] | None) -> tuple[int, ...]:
     """One real length a row; raises where tokens, lengths and cache don't go together."""
+    if not isinstance(tokens, mx.array):
+        raise InputError(f"tokens is a {type(tokens).__name__} where an mx.array [batch time] is expected.")
     if tokens.ndim != 2 or tokens.size == 0 or not mx.issubdtype(tokens.dtype, mx.integer):
         raise InputError(
             f"tokens is {tokens.dtype} {list(tokens.shape)} where integers [batch time] with at least one of each are"
