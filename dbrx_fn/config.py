@@ -22,6 +22,8 @@ Activation = Literal[
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 _LARGEST = 2**31
+# The tree is a description per layer, so a file that lies about their number would cost memory before it is found out.
+_MOST_LAYERS = 10_000
 _ROTARY = "since the rotary embedding turns halves of a head against each other"
 
 
@@ -82,6 +84,10 @@ class FFNConfig:
         p = self.moe_normalize_expert_weights
         if p is not None:
             _require(p > 0, "ffn_config.moe_normalize_expert_weights", p, "a positive number or null")
+        eps = self.moe_jitter_eps
+        _require(eps is None or 0 <= eps < 1, "ffn_config.moe_jitter_eps", eps, "null, or from 0 to below 1")
+        weight = self.moe_loss_weight
+        _require(weight >= 0, "ffn_config.moe_loss_weight", weight, "0 or a positive number")
         known = get_args(Activation)
         _require(self.ffn_act_fn in known, "ffn_config.ffn_act_fn", self.ffn_act_fn, f"one of {', '.join(known)}")
 
@@ -119,6 +125,9 @@ class Config:
             kv_n_heads,
             f"a divisor of n_heads, {self.n_heads}",
         )
+        _require(self.n_layers <= _MOST_LAYERS, "n_layers", self.n_layers, f"at most {_MOST_LAYERS}")
+        scale = self.initializer_range
+        _require(scale >= 0, "initializer_range", scale, "0 or a positive number")
         _require(self.dtype in get_args(Dtype), "dtype", self.dtype, f"one of {', '.join(get_args(Dtype))}")
 
     @property
@@ -185,10 +194,9 @@ def config_from_dict(raw: Mapping[str, Any], *, source: str = "config.json") -> 
 
 
 def _config(raw: Mapping[str, Any], source: str) -> Config:
-    _refuse_other_models(raw)
-    attn = _Section(raw.get("attn_config") or {}, "attn_config.")
-    ffn = _Section(raw.get("ffn_config") or {}, "ffn_config.")
+    attn, ffn = (_Section({} if raw.get(n) is None else raw[n], f"{n}.") for n in ("attn_config", "ffn_config"))
     top = _Section(raw, "")
+    _refuse_other_models(raw, ffn)
     for section, name in ((attn, "attn_pdrop"), (top, "resid_pdrop"), (top, "emb_pdrop")):
         if section.number(name, 0.0):
             warnings.warn(f"{source}: {section.prefix}{name} is ignored, since no dropout is applied.", stacklevel=4)
@@ -219,15 +227,14 @@ def _config(raw: Mapping[str, Any], source: str) -> Config:
     )
 
 
-def _refuse_other_models(raw: Mapping[str, Any]) -> None:
+def _refuse_other_models(raw: Mapping[str, Any], ffn: "_Section") -> None:
     """Refuses settings under which the reference computes something that is not built here."""
     _require(not raw.get("tie_word_embeddings"), "tie_word_embeddings", True, "false, since DBRX's head is its own")
     for name in ("rope_parameters", "rope_scaling"):
         scaling = raw.get(name) or {}
         kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
         _require(kind == "default", f"{name}.rope_type", kind, "'default', the only one DBRX was made with")
-    ffn = raw.get("ffn_config") or {}
-    uniform = isinstance(ffn, dict) and ffn.get("uniform_expert_assignment")
+    uniform = ffn.raw.get("uniform_expert_assignment")
     _require(not uniform, "ffn_config.uniform_expert_assignment", True, "false, since it replaces the router")
 
 

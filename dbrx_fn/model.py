@@ -14,7 +14,7 @@ from jaxtyping import Float, Int32
 from dbrx_fn.cache import Cache, window
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
-from dbrx_fn.errors import CacheError, CheckpointError, InputError
+from dbrx_fn.errors import CacheError, InputError
 from dbrx_fn.layers.block import block
 from dbrx_fn.layers.linear import linear
 from dbrx_fn.layers.norm import layer_norm
@@ -63,6 +63,7 @@ def forward(
     if chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size} where it must be at least 1.")
     config, capacity = cache.config, cache.capacity
+    _check_outline(params, config)
     tokens = tokens.astype(mx.int32)
     time = tokens.shape[1]
     chunks = _chunks(max(lengths), min(chunk_size, capacity)) if capacity else [(0, time)]
@@ -122,11 +123,6 @@ def _run_chunk(params: Params, tokens: mx.array, lengths: tuple[int, ...], cache
         wraps=max(cache.lengths) + time > capacity,
     )
     transformer = params["transformer"]
-    if len(transformer["blocks"]) != config.n_layers:
-        raise CheckpointError(
-            f"The parameters have {len(transformer['blocks'])} blocks where the cache's config has {config.n_layers}:"
-            " make the cache with the config that belongs to them."
-        )
     keys, values = list(cache.keys), list(cache.values)
     x = embed(transformer["wte"], tokens, config=config)
     for n in range(config.n_layers):
@@ -167,6 +163,14 @@ def _head(params: Params, x: mx.array, config: Config) -> mx.array:
     return head(params["transformer"]["norm_f"], params["lm_head"], x, config=config)
 
 
+def _check_outline(params: Params, config: Config) -> None:
+    """Checks that all the parts are there; each is looked into where it is traced, which costs nothing per token."""
+    transformer = params.get("transformer", {})
+    complete = {"wte", "blocks", "norm_f"} <= transformer.keys() and "lm_head" in params
+    if not complete or len(transformer["blocks"]) != config.n_layers:
+        check_params(params, config)
+
+
 def _checked_lengths(tokens: mx.array, cache: Cache, lengths: Sequence[int] | None) -> tuple[int, ...]:
     """One real length a row; raises where tokens, lengths and cache don't go together."""
     if not isinstance(tokens, mx.array):
@@ -181,11 +185,12 @@ def _checked_lengths(tokens: mx.array, cache: Cache, lengths: Sequence[int] | No
         raise CacheError(
             f"tokens has {batch} rows and the cache {cache.batch_size}: make one with init_cache(config, {batch}, …)."
         )
-    lengths = (time,) * batch if lengths is None else tuple(int(length) for length in lengths)
-    if len(lengths) != batch or not all(0 <= length <= time for length in lengths) or not any(lengths):
+    lengths = (time,) * batch if lengths is None else tuple(lengths)
+    whole = all(isinstance(length, int) and 0 <= length <= time for length in lengths)
+    if len(lengths) != batch or not whole or not any(lengths):
         raise InputError(
-            f"lengths is {list(lengths)} where {batch} numbers from 0 to {time}, not all 0, are expected: how many of"
-            " each row's tokens are real."
+            f"lengths is {list(lengths)} where {batch} whole numbers from 0 to {time}, not all 0, are expected: how"
+            " many of each row's tokens are real."
         )
     if cache.capacity:
         for row, (held, new) in enumerate(zip(cache.lengths, lengths, strict=True)):

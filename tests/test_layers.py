@@ -1,0 +1,249 @@
+"""Attention, the router and their block against the oracle, and the shapes that layers refuse."""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+from numpy.typing import NDArray
+
+from dbrx_fn.cache import Window, init_cache, window
+from dbrx_fn.compile import compiled
+from dbrx_fn.config import AttnConfig, Config, FFNConfig
+from dbrx_fn.layers.attn import attn
+from dbrx_fn.layers.block import block
+from dbrx_fn.layers.linear import linear
+from dbrx_fn.layers.moe import moe
+from dbrx_fn.layers.norm import layer_norm
+from dbrx_fn.layers.norm_attn_norm import norm_attn_norm
+from dbrx_fn.layers.router import router
+from dbrx_fn.params import init_params
+from tests import oracle
+from tests.trees import as_float64, relative_error
+
+BAR = 5e-6
+TIME = 11
+
+Array = NDArray[Any]
+
+
+def config_with(clip: float | None = None, kv_n_heads: int = 2, **ffn: Any) -> Config:
+    return Config(
+        d_model=36,
+        n_heads=6,
+        n_layers=1,
+        vocab_size=20,
+        attn=AttnConfig(clip_qkv=clip, kv_n_heads=kv_n_heads),
+        ffn=FFNConfig(ffn_hidden_size=7, moe_num_experts=5, moe_top_k=2, **ffn),
+        dtype="float32",
+    )
+
+
+def normal(seed: int, *shape: int) -> Array:
+    """float32, of mean 0 and variance 1."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def nothing_cached(config: Config) -> tuple[mx.array, mx.array, Window]:
+    """Keys, values and window of a cache of capacity 0."""
+    cache = init_cache(config, 1, 0)
+    zero = mx.zeros(1, mx.int32)
+    place = window(zero, zero, time=TIME, capacity=0, dtype=config.dtype, wraps=False)
+    return cache.keys[0], cache.values[0], place
+
+
+def attention(config: Config, x: Array, wqkv: Array, out_proj: Array) -> tuple[mx.array, NDArray[np.float64]]:
+    """Ours and the oracle's."""
+    params = {"Wqkv": {"weight": mx.array(wqkv)}, "out_proj": {"weight": mx.array(out_proj)}}
+    ours, _, _ = attn(params, mx.array(x)[None], *nothing_cached(config), config=config)
+    raw = {
+        "n_heads": config.n_heads,
+        "d_model": config.d_model,
+        "attn_config": {
+            "kv_n_heads": config.attn.kv_n_heads,
+            "clip_qkv": config.attn.clip_qkv,
+            "rope_theta": config.attn.rope_theta,
+        },
+    }
+    x64, wqkv64, out_proj64 = (array.astype(np.float64) for array in (x, wqkv, out_proj))
+    return ours[0], oracle.attention(raw, x64, wqkv64, out_proj64)
+
+
+@pytest.mark.parametrize("kv_n_heads", [1, 2, 3, 6])
+@pytest.mark.parametrize("clip", [0.5, None])
+def test_attention(clip: float | None, kv_n_heads: int) -> None:
+    config = config_with(clip, kv_n_heads)
+    ours, expected = attention(config, normal(0, TIME, 36), normal(1, config.qkv_dim, 36) / 6, normal(2, 36, 36))
+    assert relative_error(ours, expected) <= BAR
+
+
+def test_the_clip_binds_where_it_must_and_nowhere_else() -> None:
+    x, wqkv, out_proj = normal(0, TIME, 36), normal(1, config_with().qkv_dim, 36) / 6, normal(2, 36, 36)
+    largest = float(np.abs(x @ wqkv.T).max())
+    free, _ = attention(config_with(None), x, wqkv, out_proj)
+    loose, _ = attention(config_with(2 * largest), x, wqkv, out_proj)
+    tight, expected = attention(config_with(0.1), x, wqkv, out_proj)
+    np.testing.assert_array_equal(np.array(loose), np.array(free))
+    assert relative_error(tight, expected) <= BAR
+    assert relative_error(tight, np.array(free)) > 0.1
+
+
+def test_attention_writes_clipped_and_rotated_keys() -> None:
+    config = config_with(0.5)
+    params = {"Wqkv": {"weight": mx.array(normal(1, config.qkv_dim, 36))}, "out_proj": {"weight": mx.eye(36)}}
+    x = normal(0, 1, TIME, 36)
+    cache = init_cache(config, 1, 16)
+    start, lengths = mx.array([0], mx.int32), mx.array([TIME], mx.int32)
+    place = window(start, lengths, time=TIME, capacity=16, dtype="float32", wraps=False)
+    _, keys, values = attn(params, mx.array(x), cache.keys[0], cache.values[0], place, config=config)
+
+    qkv = np.clip(x[0].astype(np.float64) @ as_float64(params["Wqkv"]["weight"]).T, -0.5, 0.5)
+    heads = qkv.reshape(TIME, -1, config.head_dim).swapaxes(0, 1)
+    expected_keys = np.stack([oracle.rope(head, config.attn.rope_theta) for head in heads[6:8]])
+    assert keys.shape == values.shape == (1, 2, 16, config.head_dim)
+    assert relative_error(keys[0, :, :TIME], expected_keys) <= BAR
+    assert relative_error(values[0, :, :TIME], heads[8:]) <= BAR
+    assert np.abs(np.array(values[0, :, :TIME])).max() == 0.5
+    assert not np.array(keys[0, :, TIME:]).any()
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, None])
+@pytest.mark.parametrize("top_k", [1, 3, 5])
+def test_router(p: float | None, top_k: int) -> None:
+    x, weight = normal(0, 13, 8), normal(1, 5, 8)
+    config = FFNConfig(moe_num_experts=5, moe_top_k=top_k, moe_normalize_expert_weights=p)
+    weights, experts = router({"layer": {"weight": mx.array(weight)}}, mx.array(x), config=config)
+    expected_weights, expected_experts = oracle.route(x.astype(np.float64), weight.astype(np.float64), top_k, p)
+    likeliest_first = np.argsort(-np.array(weights), axis=1)
+    np.testing.assert_array_equal(np.take_along_axis(np.array(experts), likeliest_first, 1), expected_experts)
+    assert relative_error(np.take_along_axis(np.array(weights), likeliest_first, 1), expected_weights) <= 1e-6
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4, 6])
+def test_router_breaks_ties_for_any_but_different_experts(top_k: int) -> None:
+    """Experts 1, 3 and 4 are alike, and likelier than 0, 2 and 5, which are alike too."""
+    weight = np.zeros((6, 4), np.float32)
+    weight[[1, 3, 4]] = 1.0
+    config = FFNConfig(moe_num_experts=6, moe_top_k=top_k, moe_normalize_expert_weights=None)
+    weights, experts = router({"layer": {"weight": mx.array(weight)}}, mx.ones((3, 4)), config=config)
+    probabilities = oracle.softmax(4.0 * weight[:, 0].astype(np.float64))
+    for chosen, their_weights in zip(np.array(experts), np.array(weights), strict=True):
+        assert len(set(chosen.tolist())) == top_k
+        assert len(set(chosen.tolist()) & {1, 3, 4}) == min(top_k, 3)
+        np.testing.assert_allclose(their_weights, probabilities[chosen], rtol=1e-6)
+
+
+@pytest.mark.parametrize("likeliest", [0, 1, 2])
+def test_router_decides_in_float32(likeliest: int) -> None:
+    """These logits are different in bfloat16, and their probabilities are not: all are 0.333984375."""
+    logits = np.full((3, 1), 0.001, np.float32)
+    logits[likeliest] = 0.00101
+    config = FFNConfig(moe_num_experts=3, moe_top_k=1, moe_normalize_expert_weights=None)
+    weight = mx.array(logits).astype(mx.bfloat16)
+    probabilities = mx.softmax(weight[:, 0])
+    assert len(set(np.array(weight.astype(mx.float32)).ravel().tolist())) == 2
+    assert len(set(np.array(probabilities.astype(mx.float32)).tolist())) == 1
+
+    weights, experts = router({"layer": {"weight": weight}}, mx.ones((1, 1), mx.bfloat16), config=config)
+    assert weights.dtype == mx.bfloat16
+    assert int(np.array(experts)[0, 0]) == likeliest
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
+def test_layer_norm(scale: float) -> None:
+    """The small scale shows the epsilon."""
+    x, weight = scale * normal(0, 5, 12), normal(1, 12)
+    expected = oracle.layer_norm(x.astype(np.float64), weight.astype(np.float64))
+    assert relative_error(layer_norm({"weight": mx.array(weight)}, mx.array(x)), expected) <= BAR
+
+
+def block_params(config: Config) -> Any:
+    return init_params(config, mx.random.key(0))["transformer"]["blocks"][0]
+
+
+def test_norm_attn_norm_hands_on_the_residual_and_its_norm() -> None:
+    config = config_with(0.5)
+    params = block_params(config)["norm_attn_norm"]
+    params["attn"]["Wqkv"]["weight"] = mx.array(normal(1, config.qkv_dim, 36))
+    params["attn"]["out_proj"]["weight"] = mx.array(normal(2, 36, 36))
+    params["norm_1"]["weight"], params["norm_2"]["weight"] = mx.array(normal(3, 36)), mx.array(normal(4, 36))
+    x = mx.array(normal(0, 1, TIME, 36))
+    residual, normed, _, _ = norm_attn_norm(params, x, *nothing_cached(config), config=config)
+
+    attended, _, _ = attn(params["attn"], layer_norm(params["norm_1"], x), *nothing_cached(config), config=config)
+    assert relative_error(residual, as_float64(x + attended)) <= BAR
+    norm_2 = as_float64(params["norm_2"]["weight"])
+    assert relative_error(normed[0], oracle.layer_norm(as_float64(residual[0]), norm_2)) <= BAR
+
+
+def test_block_adds_what_the_experts_say_of_the_norm() -> None:
+    config = config_with(0.5)
+    params = block_params(config)
+    params["ffn"]["experts"]["mlp"] = {
+        name: {"weight": 10 * leaf["weight"]} for name, leaf in params["ffn"]["experts"]["mlp"].items()
+    }
+    x = mx.array(normal(0, 1, TIME, 36))
+    out, _, _ = block(params, x, *nothing_cached(config), config=config)
+    residual, normed, _, _ = norm_attn_norm(params["norm_attn_norm"], x, *nothing_cached(config), config=config)
+    said = moe(params["ffn"], normed, config=config.ffn)
+    assert relative_error(out, as_float64(residual + said)) <= BAR
+    assert relative_error(out, as_float64(residual)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("weight", "x"),
+    [
+        (mx.zeros((4, 5)), mx.zeros((2, 3))),
+        (mx.zeros((4,)), mx.zeros((2, 4))),
+        (mx.zeros((2, 4, 3)), mx.zeros((2, 3))),
+        (mx.zeros((4, 3), mx.int32), mx.zeros((2, 3))),
+        (mx.zeros((4, 3)), mx.zeros((2, 3), mx.int32)),
+    ],
+)
+def test_linear_refuses_what_does_not_fit(weight: mx.array, x: mx.array) -> None:
+    with pytest.raises(TypeCheckError):
+        linear({"weight": weight}, x)
+
+
+def test_layers_refuse_what_does_not_fit() -> None:
+    config = config_with()
+    cached = nothing_cached(config)
+    x = mx.zeros((1, TIME, 36))
+
+    def refused(layer: Any, *arrays: Any, **static: Any) -> None:
+        with pytest.raises(TypeCheckError):
+            layer(*arrays, **static)
+
+    params = block_params(config)
+    refused(block, params, x[0], *cached, config=config)
+    refused(block, params, mx.zeros((1, TIME, 36), mx.int32), *cached, config=config)
+    refused(block, params, x, cached[0][0], *cached[1:], config=config)
+    refused(
+        attn, {**params["norm_attn_norm"]["attn"], "Wqkv": {"weight": mx.zeros((60, 35))}}, x, *cached, config=config
+    )
+    refused(moe, params["ffn"], x[0], config=config.ffn)
+    refused(moe, {**params["ffn"], "router": {"layer": {"weight": mx.zeros((5, 35))}}}, x, config=config.ffn)
+    experts = {"mlp": {**params["ffn"]["experts"]["mlp"], "w1": {"weight": mx.zeros((7, 36))}}}
+    refused(moe, {**params["ffn"], "experts": experts}, x, config=config.ffn)
+    experts = {"mlp": {**params["ffn"]["experts"]["mlp"], "w2": {"weight": mx.zeros((5, 36, 8))}}}
+    refused(moe, {**params["ffn"], "experts": experts}, x, config=config.ffn)
+    refused(layer_norm, {"weight": mx.zeros(35)}, x)
+    block(params, x, *cached, config=config)
+
+
+def test_types_are_checked_once_a_trace() -> None:
+    """A layer's Python code, and with it the check, doesn't run again for a shape that it knows."""
+    runs = []
+
+    @compiled
+    def double(x: mx.array, *, times: int) -> mx.array:
+        runs.append(x.shape)
+        return x * times
+
+    for _ in range(3):
+        assert np.array(double(mx.ones(2), times=2)).tolist() == [2, 2]
+    assert runs == [(2,)]
+    assert np.array(double(mx.ones(2), times=3)).tolist() == [3, 3]
+    double(mx.ones(3), times=2)
+    assert runs == [(2,), (2,), (3,)]
