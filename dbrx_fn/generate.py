@@ -1,6 +1,7 @@
 """`python -m dbrx_fn.generate`: continues a prompt, or answers it, and prints the text as it is made."""
 
 import argparse
+import io
 import json
 import os
 import secrets
@@ -18,12 +19,12 @@ from tqdm import tqdm
 from dbrx_fn.chat import render_chat
 from dbrx_fn.config import Config, Dtype
 from dbrx_fn.errors import DbrxError, InputError
-from dbrx_fn.generation import stream_text, token_budget, warm_up
+from dbrx_fn.generation import check_limits, stream_text, token_budget, warm_up
 from dbrx_fn.hub import checkpoint_folder
 from dbrx_fn.loader import load
 from dbrx_fn.model import CHUNK_SIZE
 from dbrx_fn.params import Params
-from dbrx_fn.sampling import Sampling
+from dbrx_fn.sampling import Sampling, random_key
 from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
 
 _INTERRUPTED = 130
@@ -65,6 +66,9 @@ class Report:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
     options = parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Not every terminal's encoding has U+FFFD, which stands for bytes that are no character.
+        sys.stdout.reconfigure(errors="replace")
     try:
         return _run(options)
     except DbrxError as error:
@@ -72,10 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the text has gone; without this, Python complains once more when it flushes at exit.
+    except OSError as error:
+        # Without this, Python complains once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if isinstance(error, BrokenPipeError):
+            # Whoever read the text has gone.
+            return 0
+        print(f"error: the text can't be written ({error.strerror}).", file=sys.stderr)
+        return 2
 
 
 def parser() -> argparse.ArgumentParser:
@@ -112,7 +120,8 @@ def parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     seed = getattr(options, "seed", None)
     report = Report(model=options.model, seed=secrets.randbits(32) if seed is None else seed)
-    sampling = _sampling(options)
+    sampling, key = _sampling(options), random_key(report.seed)
+    check_limits(options.max_tokens, options.stop)
     if options.prefill_step_size < 1:
         raise InputError(f"--prefill-step-size is {options.prefill_step_size} where it must be at least 1.")
     text = _prompt(options.prompt)
@@ -145,7 +154,7 @@ def _run(options: argparse.Namespace) -> int:
         prompt,
         max_tokens=budget,
         sampling=sampling,
-        key=mx.random.key(report.seed),
+        key=key,
         stop_tokens=stop_tokens,
         stop_strings=options.stop,
         chunk_size=options.prefill_step_size,
@@ -169,7 +178,7 @@ def _run(options: argparse.Namespace) -> int:
         pass
     report.peak_memory = mx.get_peak_memory()
     if options.json:
-        print(json.dumps(asdict(report), ensure_ascii=False, indent=2))
+        print(json.dumps(asdict(report), indent=2))
     else:
         print(flush=True)
     print(report.summary(), file=sys.stderr)
@@ -203,6 +212,8 @@ def _prompt(option: str) -> str:
     try:
         if option == "-":
             source = "standard input"
+            if sys.stdin is None:
+                raise InputError("The prompt from standard input can't be read, since that is closed.")
             text = sys.stdin.buffer.read().decode("utf-8")
         else:
             # Bytes of the command line that aren't UTF-8 reach Python as lone surrogates.

@@ -69,7 +69,7 @@ def stream_tokens(
     history = init_history([list(prompt)], config.vocab_size) if sampling.uses_history else None
     key = mx.random.key(0) if key is None else key
 
-    logits, cache = forward(params, mx.array([prompt], mx.int32), cache, last_only=True, chunk_size=chunk_size)
+    logits, cache = forward(params, mx.array([list(prompt)], mx.int32), cache, last_only=True, chunk_size=chunk_size)
     token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
     mx.async_eval(token)
     for remaining in reversed(range(max_tokens)):
@@ -117,8 +117,7 @@ def stream_text(
     Raises:
         InputError: as `stream_tokens`, or if a stop string is empty.
     """
-    if not all(stop_strings):
-        raise InputError("A stop string is empty: give at least one character.")
+    check_limits(max_tokens, stop_strings)
     stop_tokens = tokenizer.stop_tokens if stop_tokens is None else stop_tokens
     tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     budget = token_budget(tokens, config, max_tokens)
@@ -144,6 +143,14 @@ def stream_text(
         yield Piece(token, text + held, "length") if last else Piece(token, text, None)
 
 
+def check_limits(max_tokens: int, stop_strings: Sequence[str] = ()) -> None:
+    """Raises `InputError` for limits that suit no prompt: `max_tokens` not positive, an empty stop string."""
+    if max_tokens < 1:
+        raise InputError(f"max_tokens is {max_tokens} where it must be at least 1.")
+    if not all(stop_strings):
+        raise InputError("A stop string is empty: give at least one character.")
+
+
 def token_budget(prompt: Sequence[int], config: Config, max_tokens: int) -> int:
     """How many tokens can be made after `prompt`: `max_tokens`, or what the context leaves if that is fewer.
 
@@ -151,8 +158,7 @@ def token_budget(prompt: Sequence[int], config: Config, max_tokens: int) -> int:
         InputError: if the prompt is empty, doesn't fit the context or holds ids past the vocabulary, or `max_tokens`
             is not positive.
     """
-    if max_tokens < 1:
-        raise InputError(f"max_tokens is {max_tokens} where it must be at least 1.")
+    check_limits(max_tokens)
     if not prompt:
         raise InputError("The prompt is empty: give at least one token to continue from.")
     if len(prompt) > config.max_seq_len:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from textwrap import shorten
 
 from dbrx_fn.errors import CheckpointError
 
@@ -20,10 +21,20 @@ def checkpoint_folder(path_or_repo: str | Path, *, weights: bool = True) -> Path
     Raises:
         CheckpointError: if there is neither such a folder nor such a repository, or it can't be downloaded.
     """
-    folder = Path(path_or_repo).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
+    try:
+        folder = Path(path_or_repo).expanduser()
+        # MLX takes UTF-8 names only.
+        str(folder).encode()
+        if folder.is_dir():
+            return folder
+        exists = folder.exists()
+    except (OSError, RuntimeError, UnicodeError) as error:
+        name = shorten(str(path_or_repo).encode(errors="replace").decode(), 200, placeholder="…")
+        raise CheckpointError(
+            f"{name} can't be a folder's name ({getattr(error, 'strerror', error)}): give a folder that holds a DBRX"
+            " checkpoint."
+        ) from None
+    if exists:
         raise CheckpointError(f"{folder} is a file: give the folder that holds config.json and the weights.")
     if isinstance(path_or_repo, Path) or not _REPOSITORY.fullmatch(path_or_repo):
         raise CheckpointError(
@@ -36,12 +47,12 @@ def checkpoint_folder(path_or_repo: str | Path, *, weights: bool = True) -> Path
 def _download(repository: str, patterns: list[str]) -> Path:
     # Imported here because it takes as long as all the rest, and local folders don't need it.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+    # Besides the Hub's own errors, a connection that breaks raises those of an HTTP library or of hf-xet.
+    except Exception as error:
+        reason = shorten(str(error), 200, placeholder="…")
         raise CheckpointError(
             f"{repository} is no folder here and can't be had from the Hugging Face Hub ({reason}): check the name, the"
             " network and your access to it."

@@ -21,6 +21,7 @@ from dbrx_fn.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.layouts import sources
 from dbrx_fn.params import init_params
+from dbrx_fn.sampling import random_key
 
 _SPECIAL = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 _VOCABULARY = 256 + len(_SPECIAL)
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ),
             dtype=chosen.dtype,
         )
-        write_random_checkpoint(chosen.folder, config, mx.random.key(chosen.seed))
+        write_random_checkpoint(chosen.folder, config, random_key(chosen.seed))
     except DbrxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

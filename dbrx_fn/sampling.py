@@ -18,6 +18,9 @@ from dbrx_fn.errors import InputError
 Logits = Float[mx.array, "batch vocab"]
 Tokens = Int32[mx.array, " batch"]
 
+_COLDEST = 1e-6
+"""Below this temperature a division may leave float32, where all positive logits would then be equal."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -70,6 +73,17 @@ class Sampling:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
+def random_key(seed: int) -> mx.array:
+    """`mx.random.key` of a number that a user gave.
+
+    Raises:
+        InputError: if it is negative or doesn't fit 64 bits.
+    """
+    if not 0 <= seed < 2**64:
+        raise InputError(f"The seed is {seed} where it must be from 0 to 2**64 - 1.")
+    return mx.random.key(seed)
+
+
 class History(TypedDict):
     """What penalties look at.
 
@@ -116,7 +130,7 @@ def sample(
     if sampling.temperature == 0:
         tokens = logits.argmax(axis=-1).astype(mx.int32)
     else:
-        logits = logits / sampling.temperature
+        logits = logits / max(sampling.temperature, _COLDEST)
         if 0 < sampling.top_k < logits.shape[-1]:
             logits = apply_top_k(logits, k=sampling.top_k)
         if sampling.top_p < 1:
@@ -132,8 +146,15 @@ def sample(
 
 @compiled
 def apply_logit_bias(logits: Logits, *, bias: tuple[tuple[int, float], ...]) -> Logits:
-    """Adds each bias to its token's logit."""
+    """Adds each bias to its token's logit.
+
+    Raises:
+        InputError: if a token is past the vocabulary.
+    """
     tokens, amounts = zip(*bias, strict=True)
+    # MLX writes past an array's end without a word.
+    if max(tokens) >= logits.shape[-1]:
+        raise InputError(f"logit_bias names token {max(tokens)}, past the model's vocabulary of {logits.shape[-1]}.")
     return logits.at[:, mx.array(tokens)].add(mx.array(amounts, mx.float32))
 
 

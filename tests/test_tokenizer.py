@@ -353,8 +353,8 @@ def test_stream_passes_bytes_that_no_character_holds(of_tiktoken: Tokenizer) -> 
         ({"eos_token_id": None}, {"eos_token_id": [1]}, {1}),
         ({}, {"eos_token_id": 1}, {1}),
         (None, {"eos_token_id": 1}, {1}),
-        ({}, {"eos_token_id": None}, {100257}),
-        (None, None, {100257}),
+        ({}, {"eos_token_id": None}, {100257, 100279}),
+        (None, None, {100257, 100279}),
     ],
 )
 def test_stop_tokens(generation: object, config: object, expected: set[int], tmp_path: Path) -> None:
