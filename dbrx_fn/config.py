@@ -10,7 +10,7 @@ Defaults of absent fields are the reference's
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -191,6 +191,24 @@ def config_from_dict(raw: Mapping[str, Any], *, source: str = "config.json") -> 
         return _config(raw, source)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """A `config.json`'s content for `config`, under the released file's names; `config_from_dict` is its inverse."""
+    return {
+        "architectures": ["DbrxForCausalLM"],
+        "model_type": "dbrx",
+        "d_model": config.d_model,
+        "n_heads": config.n_heads,
+        "n_layers": config.n_layers,
+        "max_seq_len": config.max_seq_len,
+        "vocab_size": config.vocab_size,
+        "attn_config": asdict(config.attn),
+        "ffn_config": asdict(config.ffn) | {"ffn_act_fn": {"name": config.ffn.ffn_act_fn}},
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": False,
+        "torch_dtype": config.dtype,
+    }
 
 
 def _config(raw: Mapping[str, Any], source: str) -> Config:

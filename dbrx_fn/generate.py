@@ -91,18 +91,16 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="python -m dbrx_fn.generate",
         description="Continue a prompt with a DBRX model, or answer it with --chat, printing the text as it is made.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        argument_default=argparse.SUPPRESS,
     )
     add = options.add_argument
     add("--model", required=True, help="folder of a checkpoint, or a Hugging Face repository as owner/name")
     add("--prompt", "-p", required=True, help="text to continue; - reads it from standard input")
-    add("--max-tokens", "-m", type=int, default=100, help="the most tokens to make")
-    add("--chat", action="store_true", default=False, help="put the prompt as a question in the model's chat format")
+    add("--max-tokens", "-m", type=int, default=100, help="the most tokens to make; %(default)s if not given")
+    add("--chat", action="store_true", help="put the prompt as a question in the model's chat format")
     add("--system", "--system-prompt", help="system prompt in place of the model's default one; implies --chat")
-    add("--temp", type=float, default=0.0, help="temperature; 0 always takes the likeliest token")
+    add("--temp", type=float, default=0.0, help="temperature; 0, the default, always takes the likeliest token")
     add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this probability together")
-    add("--top-k", type=int, default=0, help="draw among this many likeliest tokens; 0 for all")
+    add("--top-k", type=int, default=0, help="draw among this many likeliest tokens; 0, the default, for all")
     add("--min-p", type=float, default=0.0, help="draw among tokens at least this fraction as likely as the likeliest")
     add("--repetition-penalty", type=float, default=1.0, help="above 1, tokens in prompt or text become less likely")
     add("--presence-penalty", type=float, default=0.0, help="subtracted from logits of tokens in the text")
@@ -111,15 +109,20 @@ def parser() -> argparse.ArgumentParser:
     add("--stop", action="append", default=[], metavar="TEXT", help="ends the text before this; repeatable")
     add("--extra-eos-token", action="append", default=[], metavar="TOKEN", help="ends the text too; repeatable")
     add("--seed", type=int, help="for drawing; another one each time if not given")
-    add("--prefill-step-size", type=int, default=CHUNK_SIZE, help="prompt tokens worked on at once; bounds memory")
+    add(
+        "--prefill-step-size",
+        type=int,
+        default=CHUNK_SIZE,
+        help="prompt tokens worked on at once, %(default)s if not given; bounds memory",
+    )
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="convert the parameters to this when loading")
-    add("--json", action="store_true", default=False, help="print one JSON object at the end, instead of the text")
+    add("--json", action="store_true", help="print one JSON object at the end, instead of the text")
     return options
 
 
 def _run(options: argparse.Namespace) -> int:
-    seed = getattr(options, "seed", None)
-    report = Report(model=options.model, seed=secrets.randbits(32) if seed is None else seed)
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    report = Report(model=options.model, seed=seed)
     sampling, key = _sampling(options), random_key(report.seed)
     check_limits(options.max_tokens, options.stop)
     if options.prefill_step_size < 1:
@@ -130,7 +133,7 @@ def _run(options: argparse.Namespace) -> int:
     with _printed_warnings():
         folder = checkpoint_folder(options.model)
         tokenizer = read_tokenizer(folder)
-        params, config = _load(folder, getattr(options, "dtype", None))
+        params, config = _load(folder, options.dtype)
     report.load_time = time.perf_counter() - start
 
     prompt = _encode(tokenizer, text, options)
@@ -144,7 +147,10 @@ def _run(options: argparse.Namespace) -> int:
     stop_tokens = tokenizer.stop_tokens | {_one_token(tokenizer, token) for token in options.extra_eos_token}
 
     start = time.perf_counter()
-    warm_up(params, config, len(prompt), sampling, options.prefill_step_size)
+    # Nothing to wait for once MLX has the kernels; the first time on a machine it is seconds, or a minute on CUDA.
+    waiting = "compiling, which takes longest the first time"
+    with tqdm(desc=waiting, bar_format="{desc}", disable=None, leave=False):
+        warm_up(params, config, len(prompt), sampling, options.prefill_step_size)
     report.compile_time = time.perf_counter() - start
 
     pieces = stream_text(
@@ -236,10 +242,9 @@ def _load(folder: Path, dtype: Dtype | None) -> tuple[Params, Config]:
 
 
 def _encode(tokenizer: Tokenizer, text: str, options: argparse.Namespace) -> list[int]:
-    system = getattr(options, "system", None)
-    if not options.chat and system is None:
+    if not options.chat and options.system is None:
         return tokenizer.encode(text)
-    chat = render_chat([{"role": "user", "content": text}], tokenizer.chat_format, system=system)
+    chat = render_chat([{"role": "user", "content": text}], tokenizer.chat_format, system=options.system)
     return tokenizer.encode(chat, add_special_tokens=False)
 
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from dbrx_fn.config import AttnConfig, Config, FFNConfig
+from dbrx_fn.config import AttnConfig, Config, FFNConfig, config_to_dict
 from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.layouts import sources
 from dbrx_fn.params import init_params
@@ -62,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(
         prog="python -m dbrx_fn.random_checkpoint",
         description="Write a DBRX checkpoint of random weights and a byte tokenizer, to try everything on.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     options.add_argument("folder", type=Path, help="new folder to write")
     options.add_argument("--keep", action="store_true", help="if the folder exists, leave it and succeed")
@@ -116,27 +115,7 @@ def _settings(config: Config) -> dict[str, dict[str, Any]]:
     """The JSON files beside the weights, by name, as the released checkpoint has them."""
     end, im_end = 256 + _SPECIAL.index("<|endoftext|>"), 256 + _SPECIAL.index("<|im_end|>")
     return {
-        "config.json": {
-            "architectures": ["DbrxForCausalLM"],
-            "model_type": "dbrx",
-            "d_model": config.d_model,
-            "n_heads": config.n_heads,
-            "n_layers": config.n_layers,
-            "max_seq_len": config.max_seq_len,
-            "vocab_size": config.vocab_size,
-            "attn_config": {
-                "clip_qkv": config.attn.clip_qkv,
-                "kv_n_heads": config.attn.kv_n_heads,
-                "rope_theta": config.attn.rope_theta,
-            },
-            "ffn_config": {
-                "ffn_hidden_size": config.ffn.ffn_hidden_size,
-                "moe_num_experts": config.ffn.moe_num_experts,
-                "moe_top_k": config.ffn.moe_top_k,
-            },
-            "tie_word_embeddings": False,
-            "torch_dtype": config.dtype,
-        },
+        "config.json": config_to_dict(config),
         "generation_config.json": {"eos_token_id": [end, im_end]},
         "tokenizer_config.json": {
             "tokenizer_class": "GPT2Tokenizer",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dbrx_fn.config import DBRX, AttnConfig, Config, FFNConfig, config_from_dict, read_config
+from dbrx_fn.config import DBRX, AttnConfig, Config, FFNConfig, config_from_dict, config_to_dict, read_config
 from dbrx_fn.errors import ConfigError
 
 # The released databricks/dbrx-instruct's.
@@ -262,6 +262,36 @@ def test_configs_made_by_hand_are_checked_too() -> None:
         FFNConfig(moe_top_k=5)
     with pytest.raises(ConfigError, match="kv_n_heads is 3 where"):
         Config(attn=AttnConfig(kv_n_heads=3))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DBRX,
+        Config(),
+        Config(
+            d_model=60,
+            n_heads=6,
+            n_layers=2,
+            max_seq_len=77,
+            vocab_size=50,
+            attn=AttnConfig(clip_qkv=None, kv_n_heads=3, rope_theta=12345.5),
+            ffn=FFNConfig(
+                ffn_hidden_size=7,
+                moe_num_experts=5,
+                moe_top_k=2,
+                moe_normalize_expert_weights=None,
+                ffn_act_fn="gelu",
+                moe_jitter_eps=0.1,
+                moe_loss_weight=0.2,
+            ),
+            initializer_range=0.3,
+            dtype="float16",
+        ),
+    ],
+)
+def test_configs_survive_being_written(config: Config) -> None:
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
 
 
 def test_reading_a_folder(tmp_path: Path) -> None:
