@@ -36,14 +36,15 @@ def segment_rows(rows: int, experts: int) -> int:
     CUDA: few sizes, because MLX compiles a kernel for each on first use (6 to 20 s). 8 layers of the released widths
     in bfloat16 on one H200 (MLX 0.32.4), milliseconds by tokens and rows a segment:
         32 tokens: 1 row 91, 4 rows 29, 16 rows 20;  128: 16 rows 31, 64 rows 28;  512: 16 rows 90, 64 rows 52.
-    CPU: enough for its BLAS to reuse an expert's weights, which stops paying early.
+    CPU: the BLAS in MLX's wheel gains nothing from long segments, so padding is all loss until there is little of it
+    (d_model 256, 16 experts, 4 of them; milliseconds for 32 tokens: 1 row 36, 16 rows 103; for 512: 611 and 620).
     """
     average = rows // experts
     if backend() == "metal" or average == 0:
         return 1
     if backend() == "cuda":
         return 16 if average <= 16 else 64
-    return 4 if average <= 4 else 16
+    return 1 if average < 64 else 8
 
 
 @typed
