@@ -197,7 +197,7 @@ def test_gradients_equal_finite_differences_of_the_oracle() -> None:
         assert relative_error(ours, difference(name)) <= BAR
 
 
-COMPILED_SHAPES = [(1, 2, 3), (6, 2, 3), (24, 2, 5)]
+COMPILED_SHAPES = [(1, 2, 3), (24, 2, 5), (100, 2, 3)]
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), COMPILED_SHAPES)
@@ -219,7 +219,7 @@ def test_the_compiled_mixture_equals_the_loop(tokens: int, top_k: int, experts: 
 
 @pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="other back ends choose other segments")
 def test_the_compiled_shapes_have_segments_of_all_lengths() -> None:
-    assert [segment_rows(tokens * top_k, experts) for tokens, top_k, experts in COMPILED_SHAPES] == [1, 4, 16]
+    assert [segment_rows(tokens * top_k, experts) for tokens, top_k, experts in COMPILED_SHAPES] == [1, 1, 8]
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
