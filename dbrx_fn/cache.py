@@ -44,7 +44,8 @@ class Cache:
     """What a batch of sequences has been through, for one config.
 
     `lengths`: tokens that each row holds.
-    `keys`, `values`: one array a layer, `[batch kv_heads capacity head_dim]`, keys after the rotary embedding.
+    `keys`, `values`: one array a layer, `[batch kv_heads capacity head_dim]`, keys after the rotary embedding. These
+        are what to evaluate: `mx.eval(cache.keys, cache.values)`.
     """
 
     config: Config

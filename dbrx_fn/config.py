@@ -10,7 +10,7 @@ Defaults of absent fields are the reference's
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -134,6 +134,14 @@ class Config:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.d_model // self.n_heads
+
+    @property
+    def layer(self) -> "Config":
+        """What one layer's numbers depend on: the same for models that differ in depth or context only.
+
+        Compiled layers take this as their static value, so that such models share them.
+        """
+        return replace(self, n_layers=1, max_seq_len=1, initializer_range=0.0)
 
     @property
     def qkv_dim(self) -> int:

@@ -76,13 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except BrokenPipeError:
+        _close_standard_output()
+        return 0
     except OSError as error:
-        # Without this, Python complains once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            # Whoever read the text has gone.
-            return 0
-        print(f"error: the text can't be written ({error.strerror}).", file=sys.stderr)
+        _close_standard_output()
+        where = f"{error.filename}: " if error.filename else "the text can't be written, or a file read: "
+        print(f"error: {where}{error.strerror}.", file=sys.stderr)
         return 2
 
 
@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     add("--frequency-penalty", type=float, default=0.0, help="the same for each time that they are in the text")
     add("--logit-bias", action="append", default=[], metavar="ID:BIAS", help="added to a token's logit; repeatable")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends the text before this; repeatable")
-    add("--extra-eos-token", action="append", default=[], metavar="TOKEN", help="ends the text too; repeatable")
+    add("--extra-eos-token", action="extend", nargs="+", default=[], metavar="TOKEN", help="ends the text too")
     add("--seed", type=int, help="for drawing; another one each time if not given")
     add(
         "--prefill-step-size",
@@ -150,7 +150,14 @@ def _run(options: argparse.Namespace) -> int:
     # Nothing to wait for once MLX has the kernels; the first time on a machine it is seconds, or a minute on CUDA.
     waiting = "compiling, which takes longest the first time"
     with tqdm(desc=waiting, bar_format="{desc}", disable=None, leave=False):
-        warm_up(params, config, len(prompt), sampling, options.prefill_step_size)
+        warm_up(
+            params,
+            config,
+            len(prompt),
+            max_tokens=budget,
+            sampling=sampling,
+            chunk_size=options.prefill_step_size,
+        )
     report.compile_time = time.perf_counter() - start
 
     pieces = stream_text(
@@ -191,6 +198,11 @@ def _run(options: argparse.Namespace) -> int:
     return _INTERRUPTED if report.finish_reason == "interrupted" else 0
 
 
+def _close_standard_output() -> None:
+    """Keeps Python from complaining once more when it flushes at exit what can't be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _sampling(options: argparse.Namespace) -> Sampling:
     return Sampling(
         temperature=options.temp,
@@ -226,6 +238,8 @@ def _prompt(option: str) -> str:
             text = option.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError as error:
         raise InputError(f"The prompt from {source} is not UTF-8 ({error}): convert it first.") from None
+    except OSError as error:
+        raise InputError(f"The prompt from {source} can't be read ({error.strerror}).") from None
     if not text:
         raise InputError(f"The prompt from {source} is empty: give some text to continue.")
     return text

@@ -13,7 +13,7 @@ import mlx.core as mx
 from dbrx_fn.cache import capacity_bucket, grow_cache, init_cache
 from dbrx_fn.config import Config
 from dbrx_fn.errors import InputError
-from dbrx_fn.model import CHUNK_SIZE, forward
+from dbrx_fn.model import CHUNK_SIZE, chunk_widths, forward
 from dbrx_fn.params import Params
 from dbrx_fn.sampling import Sampling, init_history, sample
 from dbrx_fn.tokenizer import Tokenizer
@@ -21,6 +21,7 @@ from dbrx_fn.tokenizer import Tokenizer
 FinishReason = Literal["stop", "length"]
 GREEDY = Sampling()
 _AHEAD = 256
+"""Tokens to make room for at first; the cache grows when there are more, so that short answers attend over less."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,13 @@ def stream_tokens(
     Raises:
         InputError: before the first token, if the prompt or `max_tokens` can't work.
     """
+    prompt = [int(token) for token in prompt]
     max_tokens = token_budget(prompt, config, max_tokens)
-    cache = init_cache(config, 1, capacity_bucket(len(prompt) + min(max_tokens, _AHEAD)))
-    history = init_history([list(prompt)], config.vocab_size) if sampling.uses_history else None
+    cache = init_cache(config, 1, _first_capacity(len(prompt), max_tokens))
+    history = init_history([prompt], config.vocab_size) if sampling.uses_history else None
     key = mx.random.key(0) if key is None else key
 
-    logits, cache = forward(params, mx.array([list(prompt)], mx.int32), cache, last_only=True, chunk_size=chunk_size)
+    logits, cache = forward(params, mx.array([prompt], mx.int32), cache, last_only=True, chunk_size=chunk_size)
     token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
     mx.async_eval(token)
     for remaining in reversed(range(max_tokens)):
@@ -147,6 +149,8 @@ def check_limits(max_tokens: int, stop_strings: Sequence[str] = ()) -> None:
     """Raises `InputError` for limits that suit no prompt: `max_tokens` not positive, an empty stop string."""
     if max_tokens < 1:
         raise InputError(f"max_tokens is {max_tokens} where it must be at least 1.")
+    if isinstance(stop_strings, str):
+        raise InputError(f"stop_strings is the string {stop_strings!r} where a list of strings is expected.")
     if not all(stop_strings):
         raise InputError("A stop string is empty: give at least one character.")
 
@@ -176,18 +180,34 @@ def token_budget(prompt: Sequence[int], config: Config, max_tokens: int) -> int:
     return min(max_tokens, config.max_seq_len - len(prompt) + 1)
 
 
-def warm_up(params: Params, config: Config, prompt_length: int, sampling: Sampling, chunk_size: int) -> None:
-    """Has every kernel compiled that a generation of this shape will run, through the first layer alone.
+def warm_up(
+    params: Params,
+    config: Config,
+    prompt_length: int,
+    *,
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    chunk_size: int = CHUNK_SIZE,
+) -> None:
+    """Has everything traced and compiled that such a generation will run, by running it through the first layer alone.
 
-    Compiling takes seconds per kernel where MLX does it on first use (CPU, CUDA) and has not done it before on this
+    Compiling takes seconds where MLX builds kernels on first use (CPU, CUDA) and has not done it before on this
     machine; with this it is out of the way, and can be timed apart.
     """
     transformer = params["transformer"]
     shallow = {"transformer": {**transformer, "blocks": transformer["blocks"][:1]}, "lm_head": params["lm_head"]}
-    rest = prompt_length % chunk_size
-    for length in {min(prompt_length, chunk_size), rest or chunk_size}:
-        prompt = [0] * min(length, prompt_length)
-        list(stream_tokens(shallow, replace(config, n_layers=1), prompt, max_tokens=2, sampling=sampling))
+    empty = init_cache(replace(config, n_layers=1), 1, _first_capacity(prompt_length, max_tokens))
+    history = init_history([[0]], config.vocab_size) if sampling.uses_history else None
+    key = mx.random.key(0)
+    for width in {*chunk_widths(prompt_length, min(chunk_size, empty.capacity)), 1}:
+        tokens = mx.zeros((1, width), mx.int32)
+        logits, _ = forward(shallow, tokens, empty, last_only=width > 1, chunk_size=width)
+        mx.eval(sample(logits[:, 0], key, history, sampling=sampling)[0])
+
+
+def _first_capacity(prompt_length: int, max_tokens: int) -> int:
+    """The capacity that a generation starts with; the last token made is never fed back, so it needs no position."""
+    return capacity_bucket(prompt_length + min(max_tokens - 1, _AHEAD))
 
 
 def _cut(text: str, stop_strings: Sequence[str]) -> tuple[str, str, bool]:

@@ -70,8 +70,7 @@ def sources(config: Config, layout: Layout) -> Mapping[str, Source]:
     """For each leaf's path, where it comes from in a checkpoint of this layout."""
     make = _fused if layout == "fused" else _split
     return {
-        path: make(path, leaf) if leaf.axes[0] == "expert" and len(leaf.axes) == 3 else _same(path, leaf)
-        for path, leaf in param_spec(config).items()
+        path: make(path, leaf) if leaf.is_expert else _same(path, leaf) for path, leaf in param_spec(config).items()
     }
 
 

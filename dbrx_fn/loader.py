@@ -21,7 +21,7 @@ from dbrx_fn.config import Config, Dtype, read_config
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.hub import checkpoint_folder
 from dbrx_fn.layouts import layout_of, sources
-from dbrx_fn.params import Params, listed, nest
+from dbrx_fn.params import Params, listed, nest, param_count
 from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -64,13 +64,15 @@ def load(
     folder = checkpoint_folder(path_or_repo)
     config = read_config(folder)
     tensors = read_headers(folder)
+    if any(name.endswith(".scales") for name in tensors):
+        raise CheckpointError(f"{folder} is quantized, which isn't read yet: take the model's unquantized checkpoint.")
     table = sources(config, layout_of(tensors))
     expected = {name: source.shape for source in table.values() for name in source.names}
     config = replace(config, dtype=_stored_dtype(tensors, expected))
     _check(folder, tensors, expected, config.dtype, mixed=dtype is not None)
     config = replace(config, dtype=dtype or config.dtype)
     if not lazy:
-        _check_memory(folder, expected, config)
+        _check_memory(folder, config)
 
     arrays: dict[str, mx.array] = {}
     for file in sorted({tensor.file for tensor in tensors.values()}):
@@ -192,21 +194,13 @@ def _check(
         raise CheckpointError(f"{folder}: {len(problems)} of the weights don't fit config.json: {listed(problems)}.")
 
 
-def _check_memory(folder: Path, expected: Mapping[str, tuple[int, ...]], config: Config) -> None:
-    itemsize = 4 if config.dtype == "float32" else 2
-    needed = sum(_product(shape) for shape in expected.values()) * itemsize
+def _check_memory(folder: Path, config: Config) -> None:
+    needed = param_count(config) * getattr(mx, config.dtype).size
     if needed > memory_size():
         raise CheckpointError(
             f"{folder} needs {needed / _GIB:.1f} GiB in {config.dtype} and this machine has"
-            f" {memory_size() / _GIB:.1f} GiB: take a quantized or smaller checkpoint, or a larger machine."
+            f" {memory_size() / _GIB:.1f} GiB: take a smaller checkpoint, or a larger machine."
         )
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _read(params: Params, folder: Path, progress: Progress | None) -> None:

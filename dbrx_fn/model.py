@@ -4,6 +4,8 @@ On the host: check the arguments, cut long inputs into chunks, pad each chunk to
 embed, one compiled `block` a layer, and the head. See `docs/architecture.md` for the whole of it.
 """
 
+import contextlib
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 from jaxtyping import Float, Int32
 
+from dbrx_fn.backend import cheap_chunk
 from dbrx_fn.cache import Cache, window
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
@@ -45,7 +48,7 @@ def forward(
         cache: what came before, and the model's config. One of capacity 0 stands for nothing, and stays so.
         lengths: how many of each row's tokens are real, counted from the left; the rest is padding, whose logits mean
             nothing. All of them, if not given. 0 leaves a row as it is.
-        last_only: only compute the logits of each row's last real token.
+        last_only: only compute the logits of each row's last real token; a row without any gets some that mean nothing.
         chunk_size: at most this many tokens of each row are worked on at once, to bound memory. With a cache of
             capacity 0 everything goes at once.
 
@@ -66,52 +69,66 @@ def forward(
     _check_outline(params, config)
     tokens = tokens.astype(mx.int32)
     time = tokens.shape[1]
-    chunks = _chunks(max(lengths), min(chunk_size, capacity)) if capacity else [(0, time)]
+    chunks = chunk_widths(max(lengths), min(chunk_size, capacity)) if capacity else [max(lengths)]
     pieces: list[mx.array] = []
     last = None
-    for start, width in chunks:
+    start = 0
+    for width in chunks:
         real = tuple(max(0, min(length - start, width)) for length in lengths)
         x, cache = _run_chunk(params, tokens[:, start : start + width], real, cache)
         if last_only:
             last = pick_last(x, mx.array(real, mx.int32), last)
         else:
             pieces.append(_head(params, x, config)[:, :width])
+        start += width
         if len(chunks) > 1:
-            # Chunk by chunk, or the cache's old buffers would all be alive at once.
-            mx.async_eval(last, pieces, cache.keys, cache.values)
+            # Chunk by chunk, or the cache's old buffers would all be alive at once. Within a transformation of the
+            # caller's, such as mx.grad, nothing can be evaluated, and it has to hold them all anyway.
+            with contextlib.suppress(ValueError):
+                mx.async_eval(last, pieces, cache.keys, cache.values)
     if last is not None:
         return _head(params, last, config), cache
     logits = mx.concatenate(pieces, axis=1)
-    logits = mx.pad(logits, [(0, 0), (0, time - logits.shape[1]), (0, 0)])
+    if logits.shape[1] < time:
+        logits = mx.pad(logits, [(0, 0), (0, time - logits.shape[1]), (0, 0)])
     return logits, cache
 
 
 def time_bucket(time: int, capacity: int) -> int:
-    """The length that `time` tokens are padded to: 1, or a power of two from 8 on, within a capacity other than 0.
+    """The length that `time` tokens are padded to, within a capacity other than 0. Each is one trace of the block.
 
-    Each is one trace of the block, so there should be few of them.
+    1, or a power of two from 8 on; a prompt is cut so that it comes close to them (`chunk_widths`). What goes into a
+    cache of capacity 0 can't be cut, so there are eight lengths to each doubling then.
     """
-    bucket = 1 if time == 1 else max(8, 1 << (time - 1).bit_length())
-    return min(bucket, capacity) if capacity else bucket
+    if time == 1:
+        return 1
+    bucket = _power_of_two(time)
+    if capacity:
+        return min(bucket, capacity)
+    step = max(8, bucket // 16)
+    return -(-time // step) * step
 
 
-def _chunks(time: int, chunk_size: int) -> list[tuple[int, int]]:
-    """Cuts `time` tokens into (start, width) chunks, each little shorter than the bucket that it will be padded to."""
-    chunks = []
-    start = 0
-    while start < time:
-        width = min(chunk_size, time - start)
-        bucket = time_bucket(width, 0)
-        # Two passes cost less than padding by a third, unless both are so short that reading the weights is the cost.
-        if bucket > 64 and 4 * width <= 3 * bucket:
+def chunk_widths(time: int, chunk_size: int) -> list[int]:
+    """Cuts `time` tokens into chunks of at most `chunk_size`, each little shorter than what it will be padded to."""
+    widths = []
+    while time:
+        width = min(chunk_size, time)
+        bucket = _power_of_two(width)
+        # Two passes cost less than one with a third of padding, unless passes this short all cost the same.
+        if bucket > cheap_chunk() and 4 * width <= 3 * bucket:
             width = bucket // 2
-        chunks.append((start, width))
-        start += width
-    return chunks
+        widths.append(width)
+        time -= width
+    return widths
+
+
+def _power_of_two(time: int) -> int:
+    return max(8, 1 << (time - 1).bit_length())
 
 
 def _run_chunk(params: Params, tokens: mx.array, lengths: tuple[int, ...], cache: Cache) -> tuple[mx.array, Cache]:
-    config, capacity = cache.config, cache.capacity
+    config, capacity = cache.config.layer, cache.capacity
     time = time_bucket(tokens.shape[1], capacity)
     tokens = mx.pad(tokens, [(0, 0), (0, time - tokens.shape[1])])
     place = window(
@@ -125,7 +142,7 @@ def _run_chunk(params: Params, tokens: mx.array, lengths: tuple[int, ...], cache
     transformer = params["transformer"]
     keys, values = list(cache.keys), list(cache.values)
     x = embed(transformer["wte"], tokens, config=config)
-    for n in range(config.n_layers):
+    for n in range(cache.config.n_layers):
         x, keys[n], values[n] = block(transformer["blocks"][n], x, keys[n], values[n], place, config=config)
     if capacity == 0:
         return x, cache
@@ -160,7 +177,7 @@ def head(
 
 
 def _head(params: Params, x: mx.array, config: Config) -> mx.array:
-    return head(params["transformer"]["norm_f"], params["lm_head"], x, config=config)
+    return head(params["transformer"]["norm_f"], params["lm_head"], x, config=config.layer)
 
 
 def _check_outline(params: Params, config: Config) -> None:
@@ -175,6 +192,8 @@ def _checked_lengths(tokens: mx.array, cache: Cache, lengths: Sequence[int] | No
     """One real length a row; raises where tokens, lengths and cache don't go together."""
     if not isinstance(tokens, mx.array):
         raise InputError(f"tokens is a {type(tokens).__name__} where an mx.array [batch time] is expected.")
+    if not isinstance(cache, Cache):
+        raise InputError(f"cache is a {type(cache).__name__} where what init_cache made is expected.")
     if tokens.ndim != 2 or tokens.size == 0 or not mx.issubdtype(tokens.dtype, mx.integer):
         raise InputError(
             f"tokens is {tokens.dtype} {list(tokens.shape)} where integers [batch time] with at least one of each are"
@@ -185,18 +204,20 @@ def _checked_lengths(tokens: mx.array, cache: Cache, lengths: Sequence[int] | No
         raise CacheError(
             f"tokens has {batch} rows and the cache {cache.batch_size}: make one with init_cache(config, {batch}, …)."
         )
-    lengths = (time,) * batch if lengths is None else tuple(lengths)
-    whole = all(isinstance(length, int) and 0 <= length <= time for length in lengths)
-    if len(lengths) != batch or not whole or not any(lengths):
+    try:
+        real = (time,) * batch if lengths is None else tuple(map(operator.index, lengths))
+    except TypeError:
+        real = ()
+    if len(real) != batch or not all(0 <= length <= time for length in real) or not any(real):
         raise InputError(
-            f"lengths is {list(lengths)} where {batch} whole numbers from 0 to {time}, not all 0, are expected: how"
+            f"lengths is {lengths} where {batch} whole numbers from 0 to {time}, not all 0, are expected: how"
             " many of each row's tokens are real."
         )
     if cache.capacity:
-        for row, (held, new) in enumerate(zip(cache.lengths, lengths, strict=True)):
+        for row, (held, new) in enumerate(zip(cache.lengths, real, strict=True)):
             if held + new > cache.capacity:
                 raise CacheError(
                     f"Row {row} of the cache holds {held} of {cache.capacity} positions and {new} more don't fit: make"
                     f" room with grow_cache(cache, {held + new}) first."
                 )
-    return lengths
+    return real

@@ -10,6 +10,7 @@ experts along rows:
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,11 @@ class Leaf:
 
     axes: tuple[str, ...]
     shape: tuple[int, ...]
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether this is one matrix for each expert."""
+        return self.axes[0] == "expert" and len(self.axes) == 3
 
     @property
     def is_norm(self) -> bool:
@@ -72,8 +78,8 @@ def param_count(config: Config, *, active: bool = False) -> int:
     """Number of parameters; with `active`, of those that one token passes through (its `moe_top_k` experts)."""
     total = 0
     for leaf in param_spec(config).values():
-        size = functools.reduce(int.__mul__, leaf.shape)
-        if active and leaf.axes[0] == "expert" and len(leaf.axes) == 3:
+        size = math.prod(leaf.shape)
+        if active and leaf.is_expert:
             size = size // config.ffn.moe_num_experts * config.ffn.moe_top_k
         total += size
     return total
@@ -124,19 +130,13 @@ def check_params(params: Params, config: Config, *, under: str = "") -> None:
     problems = [f"{path} is missing" for path in spec.keys() - found.keys()]
     problems += [f"{path} is unexpected" for path in found.keys() - spec.keys()]
     for path in spec.keys() & found.keys():
-        problems += misfits(path, spec[path], tuple(found[path].shape), str(found[path].dtype), config)
+        leaf, shape, dtype = spec[path], list(found[path].shape), str(found[path].dtype).removeprefix("mlx.core.")
+        if shape != list(leaf.shape):
+            problems.append(f"{path} is {shape} where {list(leaf.shape)} ({' '.join(leaf.axes)}) is expected")
+        if dtype != config.dtype:
+            problems.append(f"{path} is {dtype} where {config.dtype} is expected")
     if problems:
         raise CheckpointError(f"The parameters don't fit the config: {listed(problems)}.")
-
-
-def misfits(path: str, leaf: Leaf, shape: tuple[int, ...], dtype: str, config: Config) -> list[str]:
-    """What is wrong with one leaf's shape and dtype, as phrases; empty if nothing is."""
-    problems = []
-    if shape != leaf.shape:
-        problems.append(f"{path} is {list(shape)} where {list(leaf.shape)} ({' '.join(leaf.axes)}) is expected")
-    if dtype.removeprefix("mlx.core.") != config.dtype:
-        problems.append(f"{path} is {dtype.removeprefix('mlx.core.')} where {config.dtype} is expected")
-    return problems
 
 
 def listed(problems: list[str], most: int = 40) -> str:

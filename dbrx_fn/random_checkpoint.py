@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--top-k", type=int, default=4)
     options.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     chosen = options.parse_args(arguments)
-    if chosen.keep and chosen.folder.is_dir():
+    if chosen.keep and (chosen.folder / "config.json").is_file():
         print(f"{chosen.folder} exists already and is kept")
         return 0
     try:
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             n_heads=chosen.n_heads,
             n_layers=chosen.n_layers,
             max_seq_len=32_768,
-            vocab_size=-(-_VOCABULARY // 64) * 64,
+            vocab_size=_VOCABULARY,
             attn=AttnConfig(clip_qkv=8.0, kv_n_heads=chosen.kv_n_heads, rope_theta=500_000.0),
             ffn=FFNConfig(
                 ffn_hidden_size=chosen.ffn_hidden_size, moe_num_experts=chosen.experts, moe_top_k=chosen.top_k

@@ -1,22 +1,24 @@
 """Choosing the next token: pure functions of logits, an explicit key, and what has been said so far.
 
 Each `apply_*` takes float32 logits `[batch vocab]` and gives such logits back; excluded tokens become -inf. `sample`
-composes those that a `Sampling` asks for, in the order of transformers' generation: bias and penalties, temperature,
-top-k, top-p, min-p, then a draw (or, at temperature 0, the likeliest token).
+composes those that a `Sampling` asks for into one compiled function, in the order of transformers' generation: bias
+and penalties, temperature, top-k, top-p, min-p, then a draw (or, at temperature 0, the likeliest token).
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TypedDict
 
 import mlx.core as mx
-from jaxtyping import Bool, Float, Int32, UInt32
+from jaxtyping import Bool, Float, Float32, Int32, UInt32
 
-from dbrx_fn.compile import compiled
+from dbrx_fn.compile import compiled, typed
 from dbrx_fn.errors import InputError
 
-Logits = Float[mx.array, "batch vocab"]
-Tokens = Int32[mx.array, " batch"]
+Logits = Float32[mx.array, "batch vocab"]
+Number = Float32[mx.array, ""]
+Key = UInt32[mx.array, "2"]
 
 _COLDEST = 1e-6
 """Below this temperature a division may leave float32, where all positive logits would then be equal."""
@@ -24,7 +26,7 @@ _COLDEST = 1e-6
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens; static, so each distinct value is compiled once.
+    """How to choose tokens. Which steps there are, and `top_k`, is compiled in; other numbers may change freely.
 
     `temperature`: divides the logits; 0 always takes the likeliest token.
     `top_k`: draw among this many likeliest tokens; 0 means all.
@@ -50,6 +52,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "logit_bias", tuple((token, bias) for token, bias in self.logit_bias))
         for name, ok, expected in (
             ("temperature", 0 <= self.temperature < math.inf, "0 or a positive number"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or a positive integer"),
@@ -103,40 +106,97 @@ def init_history(prompts: list[list[int]], vocab_size: int) -> History:
     return {"prompted": prompted, "made": mx.zeros((len(prompts), vocab_size), mx.int32)}
 
 
-@compiled
 def sample(
-    logits: Logits, key: UInt32[mx.array, "2"], history: History | None, *, sampling: Sampling
-) -> tuple[Tokens, UInt32[mx.array, "2"], History | None]:
+    logits: mx.array, key: mx.array, history: History | None, *, sampling: Sampling
+) -> tuple[mx.array, mx.array, History | None]:
     """Chooses each row's next token.
 
     Args:
-        logits: any float dtype; computed on in float32.
+        logits: `[batch vocab]` of any float dtype; computed on in float32.
         key: an `mx.random.key`.
         history: what penalties look at; `None` if `sampling` asks for none.
         sampling: how to choose.
 
     Returns:
-        The tokens, the key for the next call, and the history with these tokens counted.
+        The tokens, int32 `[batch]`, the key for the next call, and the history with these tokens counted.
+
+    Raises:
+        InputError: if `logit_bias` names a token past the vocabulary.
     """
+    strange = max((token for token, _ in sampling.logit_bias), default=-1)
+    if strange >= logits.shape[-1]:
+        raise InputError(f"logit_bias names token {strange}, past the model's vocabulary of {logits.shape[-1]}.")
+    return _sample(
+        logits,
+        key,
+        history,
+        _numbers(sampling),
+        greedy=sampling.temperature == 0,
+        top_k=sampling.top_k,
+        uses_top_p=sampling.top_p < 1,
+        uses_min_p=sampling.min_p > 0,
+    )
+
+
+class _Numbers(TypedDict):
+    """A `Sampling`'s numbers as arrays, so that other values need no other compiled function."""
+
+    temperature: mx.array
+    top_p: mx.array
+    min_p: mx.array
+    repetition_penalty: mx.array
+    presence_penalty: mx.array
+    frequency_penalty: mx.array
+    biased_tokens: mx.array | None
+    biases: mx.array | None
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(sampling: Sampling) -> _Numbers:
+    tokens, biases = zip(*sampling.logit_bias, strict=True) if sampling.logit_bias else (None, None)
+    return {
+        "temperature": mx.array(max(sampling.temperature, _COLDEST), mx.float32),
+        "top_p": mx.array(sampling.top_p, mx.float32),
+        "min_p": mx.array(sampling.min_p, mx.float32),
+        "repetition_penalty": mx.array(sampling.repetition_penalty, mx.float32),
+        "presence_penalty": mx.array(sampling.presence_penalty, mx.float32),
+        "frequency_penalty": mx.array(sampling.frequency_penalty, mx.float32),
+        "biased_tokens": None if tokens is None else mx.array(tokens, mx.int32),
+        "biases": None if biases is None else mx.array(biases, mx.float32),
+    }
+
+
+@compiled
+def _sample(
+    logits: Float[mx.array, "batch vocab"],
+    key: Key,
+    history: History | None,
+    numbers: _Numbers,
+    *,
+    greedy: bool,
+    top_k: int,
+    uses_top_p: bool,
+    uses_min_p: bool,
+) -> tuple[Int32[mx.array, " batch"], Key, History | None]:
     logits = logits.astype(mx.float32)
-    if sampling.logit_bias:
-        logits = apply_logit_bias(logits, bias=sampling.logit_bias)
+    if numbers["biased_tokens"] is not None and numbers["biases"] is not None:
+        logits = apply_logit_bias(logits, numbers["biased_tokens"], numbers["biases"])
     if history is not None:
         seen = history["prompted"] | (history["made"] > 0)
-        logits = apply_repetition_penalty(logits, seen, penalty=sampling.repetition_penalty)
-        logits = apply_presence_penalty(logits, history["made"], penalty=sampling.presence_penalty)
-        logits = apply_frequency_penalty(logits, history["made"], penalty=sampling.frequency_penalty)
+        logits = apply_repetition_penalty(logits, seen, numbers["repetition_penalty"])
+        logits = apply_presence_penalty(logits, history["made"], numbers["presence_penalty"])
+        logits = apply_frequency_penalty(logits, history["made"], numbers["frequency_penalty"])
     key, this_key = mx.random.split(key)
-    if sampling.temperature == 0:
+    if greedy:
         tokens = logits.argmax(axis=-1).astype(mx.int32)
     else:
-        logits = logits / max(sampling.temperature, _COLDEST)
-        if 0 < sampling.top_k < logits.shape[-1]:
-            logits = apply_top_k(logits, k=sampling.top_k)
-        if sampling.top_p < 1:
-            logits = apply_top_p(logits, p=sampling.top_p)
-        if sampling.min_p > 0:
-            logits = apply_min_p(logits, p=sampling.min_p)
+        logits = logits / numbers["temperature"]
+        if 0 < top_k < logits.shape[-1]:
+            logits = apply_top_k(logits, k=top_k)
+        if uses_top_p:
+            logits = apply_top_p(logits, numbers["top_p"])
+        if uses_min_p:
+            logits = apply_min_p(logits, numbers["min_p"])
         tokens = mx.random.categorical(logits, key=this_key).astype(mx.int32)
     if history is not None:
         made = history["made"].at[mx.arange(tokens.shape[0]), tokens].add(1)
@@ -144,47 +204,39 @@ def sample(
     return tokens, key, history
 
 
-@compiled
-def apply_logit_bias(logits: Logits, *, bias: tuple[tuple[int, float], ...]) -> Logits:
-    """Adds each bias to its token's logit.
-
-    Raises:
-        InputError: if a token is past the vocabulary.
-    """
-    tokens, amounts = zip(*bias, strict=True)
-    # MLX writes past an array's end without a word.
-    if max(tokens) >= logits.shape[-1]:
-        raise InputError(f"logit_bias names token {max(tokens)}, past the model's vocabulary of {logits.shape[-1]}.")
-    return logits.at[:, mx.array(tokens)].add(mx.array(amounts, mx.float32))
+@typed
+def apply_logit_bias(logits: Logits, tokens: Int32[mx.array, " biased"], biases: Float[mx.array, " biased"]) -> Logits:
+    """Adds each of `biases` to the logit of its token; ids must be of the vocabulary."""
+    return logits.at[:, tokens].add(biases)
 
 
-@compiled
-def apply_repetition_penalty(logits: Logits, seen: Bool[mx.array, "batch vocab"], *, penalty: float) -> Logits:
+@typed
+def apply_repetition_penalty(logits: Logits, seen: Bool[mx.array, "batch vocab"], penalty: Number) -> Logits:
     """Makes `seen` tokens less likely (for a penalty above 1): positive logits are divided, negative multiplied."""
     return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-@compiled
-def apply_presence_penalty(logits: Logits, made: Int32[mx.array, "batch vocab"], *, penalty: float) -> Logits:
+@typed
+def apply_presence_penalty(logits: Logits, made: Int32[mx.array, "batch vocab"], penalty: Number) -> Logits:
     """Subtracts `penalty` where a token has been made at all."""
     return logits - penalty * (made > 0)
 
 
-@compiled
-def apply_frequency_penalty(logits: Logits, made: Int32[mx.array, "batch vocab"], *, penalty: float) -> Logits:
+@typed
+def apply_frequency_penalty(logits: Logits, made: Int32[mx.array, "batch vocab"], penalty: Number) -> Logits:
     """Subtracts `penalty` for each time that a token has been made."""
     return logits - penalty * made
 
 
-@compiled
+@typed
 def apply_top_k(logits: Logits, *, k: int) -> Logits:
     """Keeps the `k` largest logits of each row, and what ties with the last of them."""
     smallest = mx.topk(logits, k, axis=-1).min(axis=-1, keepdims=True)
     return mx.where(logits < smallest, -math.inf, logits)
 
 
-@compiled
-def apply_top_p(logits: Logits, *, p: float) -> Logits:
+@typed
+def apply_top_p(logits: Logits, p: Number) -> Logits:
     """Keeps the fewest likeliest tokens of each row whose probabilities add up to at least `p`."""
     order = mx.argsort(logits, axis=-1)
     ascending = mx.take_along_axis(logits, order, axis=-1)
@@ -194,7 +246,7 @@ def apply_top_p(logits: Logits, *, p: float) -> Logits:
     return mx.put_along_axis(logits, order, mx.where(kept, ascending, -math.inf), axis=-1)
 
 
-@compiled
-def apply_min_p(logits: Logits, *, p: float) -> Logits:
+@typed
+def apply_min_p(logits: Logits, p: Number) -> Logits:
     """Keeps tokens whose probability is at least `p` times the row's largest."""
-    return mx.where(logits < logits.max(axis=-1, keepdims=True) + math.log(p), -math.inf, logits)
+    return mx.where(logits < logits.max(axis=-1, keepdims=True) + mx.log(p), -math.inf, logits)

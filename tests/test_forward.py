@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from dbrx_fn.cache import Cache, init_cache
 from dbrx_fn.config import DBRX, Config, Dtype, FFNConfig
 from dbrx_fn.errors import CheckpointError, InputError
-from dbrx_fn.model import forward, time_bucket
-from dbrx_fn.params import init_params
+from dbrx_fn.model import chunk_widths, forward, time_bucket
+from dbrx_fn.params import Params, init_params
 from tests.trees import Case, as_float64, random_case, relative_error
 
 SEEDS = range(24)
@@ -304,10 +304,53 @@ def test_half_precision_is_near_the_oracle(dtype: Dtype, seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("time", "capacity", "bucket"),
-    [(1, 0, 1), (2, 0, 8), (8, 0, 8), (9, 0, 16), (17, 0, 32), (17, 27, 27), (5, 6, 6), (1, 512, 1), (600, 1024, 1024)],
+    [
+        (1, 0, 1),
+        (2, 0, 8),
+        (8, 0, 8),
+        (9, 0, 16),
+        (17, 0, 24),
+        (1025, 0, 1152),
+        (17, 32, 32),
+        (17, 27, 27),
+        (5, 6, 6),
+        (1, 512, 1),
+        (600, 1024, 1024),
+    ],
 )
 def test_time_bucket(time: int, capacity: int, bucket: int) -> None:
     assert time_bucket(time, capacity) == bucket
+
+
+@pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="a GPU cuts from 512 tokens on")
+@pytest.mark.parametrize(
+    ("time", "chunk_size", "widths"),
+    [
+        (1, 2048, [1]),
+        (64, 2048, [64]),
+        (76, 2048, [64, 12]),
+        (100, 2048, [100]),
+        (1100, 2048, [1024, 64, 12]),
+        (5000, 2048, [2048, 2048, 904]),
+        (20, 7, [7, 7, 6]),
+    ],
+)
+def test_chunk_widths(time: int, chunk_size: int, widths: list[int]) -> None:
+    assert chunk_widths(time, chunk_size) == widths
+
+
+def test_gradients_through_a_cache_in_chunks() -> None:
+    """Within a transformation nothing may be evaluated, which longer inputs otherwise are, chunk by chunk."""
+    params = init_params(SMALL, mx.random.key(0))
+    tokens = mx.random.randint(0, SMALL.vocab_size, (1, 76), key=mx.random.key(1))
+
+    def loss(params: Params, capacity: int) -> mx.array:
+        return forward(params, tokens, init_cache(SMALL, 1, capacity))[0].square().mean()
+
+    assert len(chunk_widths(76, 2048)) > 1 or mx.default_device().type != mx.cpu
+    cached, uncached = (dict(tree_flatten(mx.grad(loss)(params, capacity))) for capacity in (80, 0))
+    for path in cached:
+        assert relative_error(cached[path], as_float64(uncached[path])) <= BAR
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import codecs
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 import dbrx_fn.generation
-from dbrx_fn.cache import init_cache
+from dbrx_fn.cache import Cache, init_cache
 from dbrx_fn.errors import InputError
 from dbrx_fn.generation import Piece, stream_text, stream_tokens, token_budget, warm_up
 from dbrx_fn.model import forward
@@ -190,14 +191,42 @@ def test_nothing_is_computed_past_the_last_token(monkeypatch: pytest.MonkeyPatch
 
 
 def test_warm_up_leaves_no_trace_to_be_made(caplog: pytest.LogCaptureFixture) -> None:
-    """After it, a generation of this shape traces nothing but what depends on the length of the cache."""
+    """All but the few operations that carry the last token's activations from one chunk to the next."""
     sampling = Sampling(temperature=0.5, top_k=11, top_p=0.8)
-    warm_up(PARAMS, CONFIG, 40, sampling, 16)
+    warm_up(PARAMS, CONFIG, 40, max_tokens=3, sampling=sampling, chunk_size=16)
     with caplog.at_level("DEBUG", logger="dbrx_fn.compile"):
         made([1] * 40, max_tokens=3, sampling=sampling, chunk_size=16)
-    traced = {record.getMessage() for record in caplog.records}
-    assert "tracing sample" not in traced
-    assert "tracing apply_top_k" not in traced
+    assert {record.getMessage() for record in caplog.records} <= {"tracing pick_last"}
+
+
+def test_other_numbers_are_no_traces(caplog: pytest.LogCaptureFixture) -> None:
+    """A temperature, penalty or bias of its own for each request must not cost a compilation."""
+    first = Sampling(temperature=0.5, top_p=0.8, min_p=0.1, repetition_penalty=1.1, logit_bias=((3, 1.0),))
+    other = Sampling(temperature=0.7, top_p=0.9, min_p=0.2, repetition_penalty=1.2, logit_bias=((4, 2.0),))
+    made(max_tokens=3, sampling=first)
+    with caplog.at_level("DEBUG", logger="dbrx_fn.compile"):
+        made(max_tokens=3, sampling=other)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("length", "max_tokens", "capacity"), [(200, 57, 256), (200, 58, 512), (250, 100, 256)])
+def test_the_cache_is_no_larger_than_needed(
+    length: int, max_tokens: int, capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last token made is never fed back, and the context of 256 ends the third one."""
+    capacities: list[int] = []
+
+    def spy(params: Params, tokens: mx.array, cache: Cache, **more: Any) -> Any:
+        capacities.append(cache.capacity)
+        return forward(params, tokens, cache, **more)
+
+    monkeypatch.setattr(dbrx_fn.generation, "forward", spy)
+    list(
+        stream_tokens(
+            PARAMS, replace(CONFIG, max_seq_len=256 if length == 250 else 300), [1] * length, max_tokens=max_tokens
+        )
+    )
+    assert set(capacities) == {capacity}
 
 
 # What can't be continued

@@ -410,6 +410,15 @@ def test_sources_are_each_others_inverse() -> None:
 # Files
 
 
+def test_quantized_weights_are_refused_in_one_short_sentence(fused: Path) -> None:
+    tensors = cast(dict[str, mx.array], mx.load(str(fused / "model.safetensors")))
+    tensors["lm_head.scales"] = mx.zeros((2, 2))
+    mx.save_safetensors(str(fused / "model.safetensors"), tensors)
+    with pytest.raises(CheckpointError, match="is quantized, which isn't read yet") as error:
+        load(fused)
+    assert len(str(error.value)) < 300
+
+
 def test_no_weights(fused: Path) -> None:
     """Pickles can run code when they are read, so none is."""
     (fused / "model.safetensors").rename(fused / "pytorch_model.bin")

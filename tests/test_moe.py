@@ -166,6 +166,25 @@ def test_gradients_of_segments_equal_the_loops(rows: int, routing: tuple[Array, 
         assert relative_error(ours, np.array(theirs)) <= BAR
 
 
+@pytest.mark.parametrize("tokens", [32, 512])
+def test_gradients_take_memory_by_experts_not_by_segments(tokens: int) -> None:
+    """MLX makes a matrix for each segment unless it is told that their experts ascend."""
+    config = FFNConfig(ffn_hidden_size=128, moe_num_experts=8, moe_top_k=2)
+    key = mx.random.key(0)
+    params = {n: {"weight": mx.random.normal((8, 128, 128), key=key)} for n in ("w1", "v1", "w2")}
+    x, weights = mx.random.normal((tokens, 128), key=key), mx.full((tokens, 2), 0.5)
+    experts = mx.random.randint(0, 8, (tokens, 2), key=key)
+
+    def loss(params: Any) -> mx.array:
+        return mix_experts(params, x, weights, experts, config=config).square().sum()
+
+    mx.eval(params, x, weights, experts, mx.grad(loss)(params))
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(mx.grad(loss)(params))
+    assert mx.get_peak_memory() - held < 4 * 3 * 8 * 128 * 128 * 4 + 16 * tokens * 128 * 4 * 2
+
+
 def test_gradients_equal_finite_differences_of_the_oracle() -> None:
     """Of the whole compiled path; central differences in float64 leave some 1e-9."""
     rng = np.random.default_rng(0)

@@ -13,11 +13,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 import dbrx_fn.random_checkpoint
-from dbrx_fn.config import AttnConfig, Config, Dtype, FFNConfig
+from dbrx_fn.config import AttnConfig, Config, Dtype, FFNConfig, read_config
 from dbrx_fn.errors import InputError
 from dbrx_fn.loader import load, load_tokenizer
 from dbrx_fn.params import check_params, init_params, param_count
 from dbrx_fn.random_checkpoint import main, write_random_checkpoint
+from dbrx_fn.tokenizer import read_tokenizer
 
 SMALL = Config(
     d_model=32,
@@ -75,6 +76,14 @@ def test_tokens_are_bytes(tmp_path: Path) -> None:
     assert tokenizer.decode(tokens) == text
     assert tokenizer.vocab_size == 260
     assert tokenizer.stop_tokens == set(tokenizer.encode("<|endoftext|><|im_end|>"))
+
+
+def test_every_token_has_a_text(tmp_path: Path) -> None:
+    """Or a random model could go on and print nothing."""
+    assert main([str(tmp_path / "random"), "--n-layers", "1"]) == 0
+    tokenizer = read_tokenizer(tmp_path / "random")
+    assert tokenizer.vocab_size == read_config(tmp_path / "random").vocab_size
+    assert all(tokenizer.decode([token], skip_special_tokens=False) for token in range(tokenizer.vocab_size))
 
 
 def test_keys(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def test_top_k(logits: Floats, k: int) -> None:
 @example(logits=np.zeros((BATCH, VOCAB), np.float32), p=0.7)
 def test_top_p(logits: Floats, p: float) -> None:
     """The fewest tokens, likeliest first, that have p together; which of two equally likely ones is left open."""
-    kept = np.isfinite(np.array(apply_top_p(mx.array(logits), p=p)))
-    assert_kept(apply_top_p(mx.array(logits), p=p), logits, kept)
+    kept = np.isfinite(np.array(apply_top_p(mx.array(logits), mx.array(p))))
+    assert_kept(apply_top_p(mx.array(logits), mx.array(p)), logits, kept)
     for row, probabilities, stays in zip(logits, softmax(logits), kept, strict=True):
         assert stays.any()
         descending = np.sort(probabilities)[::-1]
@@ -81,7 +81,7 @@ def test_top_p(logits: Floats, p: float) -> None:
 def test_min_p(logits: Floats, p: float) -> None:
     probabilities = softmax(logits)
     least = p * probabilities.max(axis=-1, keepdims=True)
-    assert_kept(apply_min_p(mx.array(logits), p=p), logits, probabilities >= least * (1 - 1e-6))
+    assert_kept(apply_min_p(mx.array(logits), mx.array(p)), logits, probabilities >= least * (1 - 1e-6))
 
 
 @settings(max_examples=60)
@@ -89,16 +89,16 @@ def test_min_p(logits: Floats, p: float) -> None:
 def test_repetition_penalty(logits: Floats, counts: NDArray[np.int32], penalty: float) -> None:
     seen = counts > 0
     expected = np.where(seen, np.where(logits > 0, logits / penalty, logits * penalty), logits)
-    actual = apply_repetition_penalty(mx.array(logits), mx.array(seen), penalty=penalty)
+    actual = apply_repetition_penalty(mx.array(logits), mx.array(seen), mx.array(penalty))
     np.testing.assert_allclose(np.array(actual), expected, rtol=1e-6)
 
 
 @settings(max_examples=60)
 @given(logits=all_logits, counts=all_counts, penalty=st.just(-0.5))
 def test_presence_and_frequency_penalty(logits: Floats, counts: NDArray[np.int32], penalty: float) -> None:
-    presence = apply_presence_penalty(mx.array(logits), mx.array(counts), penalty=penalty)
+    presence = apply_presence_penalty(mx.array(logits), mx.array(counts), mx.array(penalty))
     np.testing.assert_array_equal(np.array(presence), logits - penalty * (counts > 0))
-    frequency = apply_frequency_penalty(mx.array(logits), mx.array(counts), penalty=penalty)
+    frequency = apply_frequency_penalty(mx.array(logits), mx.array(counts), mx.array(penalty))
     np.testing.assert_array_equal(np.array(frequency), logits - penalty * counts)
 
 
@@ -108,16 +108,18 @@ def test_logit_bias(logits: Floats, bias: tuple[tuple[int, float], ...]) -> None
     expected = logits.copy()
     for token, amount in bias:
         expected[:, token] += amount
-    np.testing.assert_array_equal(np.array(apply_logit_bias(mx.array(logits), bias=bias)), expected)
+    tokens, biases = zip(*bias, strict=True)
+    actual = apply_logit_bias(mx.array(logits), mx.array(tokens), mx.array(biases))
+    np.testing.assert_array_equal(np.array(actual), expected)
 
 
 @pytest.mark.parametrize(
     "step",
     [
         lambda logits: apply_top_k(logits, k=2),
-        lambda logits: apply_top_p(logits, p=0.7),
-        lambda logits: apply_min_p(logits, p=0.4),
-        lambda logits: apply_logit_bias(logits, bias=((0, 1.5),)),
+        lambda logits: apply_top_p(logits, mx.array(0.7)),
+        lambda logits: apply_min_p(logits, mx.array(0.4)),
+        lambda logits: apply_logit_bias(logits, mx.array([0]), mx.array([1.5])),
     ],
 )
 def test_steps_take_float32_rows_only(step: Callable[[mx.array], mx.array]) -> None:
@@ -130,8 +132,8 @@ def test_steps_take_float32_rows_only(step: Callable[[mx.array], mx.array]) -> N
     "step",
     [
         lambda logits: apply_top_k(logits, k=2),
-        lambda logits: apply_top_p(logits, p=0.7),
-        lambda logits: apply_min_p(logits, p=0.4),
+        lambda logits: apply_top_p(logits, mx.array(0.7)),
+        lambda logits: apply_min_p(logits, mx.array(0.4)),
     ],
 )
 def test_excluded_tokens_stay_excluded(step: Callable[[mx.array], mx.array]) -> None:

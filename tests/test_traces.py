@@ -1,9 +1,11 @@
 """How often the block is traced: once for each shape that it meets, and never for a token, a position or a layer.
 
-Every test has a `max_seq_len` of its own, which makes its config a new static value, for which nothing is traced yet.
+Every test has a `moe_loss_weight` of its own, which makes its config a new static value, for which nothing is traced
+yet.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,16 +20,20 @@ from dbrx_fn.params import Params, init_params, nest
 
 
 class Traces:
-    """Counts traces of the block."""
+    """Counts traces."""
 
     def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
         self.caplog = caplog
 
     def count(self) -> int:
-        """Traces since the last call."""
+        """Traces of the block since the last call."""
+        return self.all()["tracing block"]
+
+    def all(self) -> Counter[str]:
+        """Traces of everything since the last call."""
         messages = [record.getMessage() for record in self.caplog.records if record.name == "dbrx_fn.compile"]
         self.caplog.clear()
-        return messages.count("tracing block")
+        return Counter(messages)
 
 
 @pytest.fixture
@@ -36,15 +42,14 @@ def traces(caplog: pytest.LogCaptureFixture) -> Iterator[Traces]:
         yield Traces(caplog)
 
 
-def model(max_seq_len: int, n_layers: int = 2) -> tuple[Config, Params]:
+def model(number: int, n_layers: int = 2) -> tuple[Config, Params]:
     config = Config(
         d_model=12,
         n_heads=2,
         n_layers=n_layers,
-        max_seq_len=max_seq_len,
         vocab_size=20,
         attn=AttnConfig(clip_qkv=2.0),
-        ffn=FFNConfig(ffn_hidden_size=8, moe_num_experts=3, moe_top_k=2),
+        ffn=FFNConfig(ffn_hidden_size=8, moe_num_experts=3, moe_top_k=2, moe_loss_weight=float(number)),
         dtype="float32",
     )
     return config, init_params(config, mx.random.key(0))
@@ -73,6 +78,17 @@ def test_decoding_is_traced_once(traces: Traces) -> None:
         counts.append(traces.count())
     assert counts == [1] + [0] * 54
     assert logits.shape == (1, 1, config.vocab_size)
+
+
+def test_nothing_at_all_is_traced_per_token(traces: Traces) -> None:
+    config, params = model(1012)
+    cache = init_cache(config, 1, 64)
+    _, cache = forward(params, tokens(3), cache)
+    _, cache = forward(params, tokens(1), cache)
+    traces.all()
+    for _ in range(20):
+        _, cache = forward(params, tokens(1), cache)
+    assert not traces.all()
 
 
 def test_growing_the_cache_is_one_more_trace(traces: Traces) -> None:

@@ -75,14 +75,14 @@ def test_the_same_tokens_are_left_with_the_same_logits(model: DbrxForCausalLM, c
     logits = mx.array(raw)
     if "repetition_penalty" in chain:
         seen = init_history([PROMPT], 40)["prompted"]
-        logits = apply_repetition_penalty(logits, seen, penalty=chain["repetition_penalty"])
+        logits = apply_repetition_penalty(logits, seen, mx.array(chain["repetition_penalty"]))
     logits = logits / chain["temperature"]
     if "top_k" in chain and chain["top_k"] < 40:
         logits = apply_top_k(logits, k=chain["top_k"])
     if "top_p" in chain:
-        logits = apply_top_p(logits, p=chain["top_p"])
+        logits = apply_top_p(logits, mx.array(chain["top_p"]))
     if "min_p" in chain:
-        logits = apply_min_p(logits, p=chain["min_p"])
+        logits = apply_min_p(logits, mx.array(chain["min_p"]))
     actual = np.array(logits)
     np.testing.assert_array_equal(np.isfinite(actual), np.isfinite(expected))
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
