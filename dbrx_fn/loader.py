@@ -189,7 +189,7 @@ def _check(
         if found not in get_args(Dtype):
             problems.append(f"{name} is {found} where one of {', '.join(get_args(Dtype))} is expected")
         elif found != dtype and not mixed:
-            problems.append(f"{name} is {found} where {dtype} is expected, as most are (or ask for one dtype for all)")
+            problems.append(f"{name} is {found} where {dtype} is expected, as most are (dtype converts all)")
     if problems:
         raise CheckpointError(f"{folder}: {len(problems)} of the weights don't fit config.json: {listed(problems)}.")
 
