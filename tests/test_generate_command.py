@@ -225,7 +225,7 @@ def test_prefill_step_size_changes_nothing(folder: Path, command: Command) -> No
 def test_dtype_converts(copy: Path, command: Command, refused: Refused) -> None:
     """Seen where one tensor has another dtype than the rest, which takes that option."""
     edit_tensors(copy, lambda t: t.update({ROUTER: t[ROUTER].astype(mx.float16)}))
-    refused(["--model", copy, "-p", "x"], "ask for one dtype for all")
+    refused(["--model", copy, "-p", "x"], "dtype converts all")
     assert len(command("--model", copy, "-p", "x", "-m", 2, "--dtype", "float32", *NO_SPECIAL)["tokens"]) == 2
 
 
