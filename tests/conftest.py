@@ -1,7 +1,38 @@
-"""Settings that all tests share."""
+"""Settings that all tests share, and a table of what they measured."""
 
+from collections.abc import Callable
+
+import pytest
 from hypothesis import settings
 
 # The first example of each shape waits for MLX to compile its kernels, which no deadline should count.
 settings.register_profile("dbrx_fn", deadline=None)
 settings.load_profile("dbrx_fn")
+
+_MEASURED = "measured: "
+
+
+@pytest.fixture
+def measured(record_property: Callable[[str, object], None]) -> Callable[[str, float], float]:
+    """Notes a figure under a name, for the table at the end, and gives it back to be compared."""
+
+    def note(name: str, value: float) -> float:
+        record_property(_MEASURED + name, value)
+        return value
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the largest figure of each name, over all tests that noted one."""
+    figures: dict[str, list[float]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "call":
+                for name, value in report.user_properties:
+                    if name.startswith(_MEASURED):
+                        figures.setdefault(name.removeprefix(_MEASURED), []).append(value)
+    if figures:
+        terminalreporter.section("largest of what was measured")
+        for name, values in sorted(figures.items()):
+            terminalreporter.line(f"{max(values):10.2e}  {name} ({len(values)} figures)")

@@ -1,6 +1,7 @@
 """`forward` computes DBRX: the same logits as the float64 oracle, however the tokens are handed to it."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from dbrx_fn.errors import CheckpointError, InputError
 from dbrx_fn.model import chunk_widths, forward, time_bucket
 from dbrx_fn.params import Params, init_params
 from tests.trees import Case, as_float64, random_case, relative_error
+
+Measured = Callable[[str, float], float]
 
 SEEDS = range(24)
 BAR = 5e-6
@@ -52,42 +55,42 @@ def test_the_seeds_cover_what_a_config_can_say() -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_whole_sequence_without_a_cache(seed: int) -> None:
+def test_a_whole_sequence_without_a_cache(seed: int, measured: Measured) -> None:
     case, tokens, expected = sequence(seed)
     logits, cache = forward(case.params, batch_of(tokens), init_cache(case.config, 1, 0))
     assert logits.dtype == mx.float32
-    assert relative_error(logits[0], expected) <= BAR
+    assert measured("float32 to the oracle, whole, no cache", relative_error(logits[0], expected)) <= BAR
     assert cache.capacity == 0
     assert cache.lengths == (0,)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_whole_sequence_into_a_cache(seed: int) -> None:
+def test_a_whole_sequence_into_a_cache(seed: int, measured: Measured) -> None:
     case, tokens, expected = sequence(seed)
     logits, cache = forward(case.params, batch_of(tokens), init_cache(case.config, 1, CAPACITY))
-    assert relative_error(logits[0], expected) <= BAR
+    assert measured("float32 to the oracle, whole", relative_error(logits[0], expected)) <= BAR
     assert cache.lengths == (len(tokens),)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_chunks_into_a_cache(seed: int) -> None:
+def test_chunks_into_a_cache(seed: int, measured: Measured) -> None:
     case, tokens, expected = sequence(seed)
     empty = init_cache(case.config, 1, CAPACITY)
     logits, cache = forward(case.params, batch_of(tokens), empty, chunk_size=7)
     assert logits.shape == (1, *expected.shape)
-    assert relative_error(logits[0], expected) <= BAR
+    assert measured("float32 to the oracle, chunks", relative_error(logits[0], expected)) <= BAR
     assert cache.lengths == (len(tokens),)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_one_token_at_a_time(seed: int) -> None:
+def test_one_token_at_a_time(seed: int, measured: Measured) -> None:
     case, tokens, expected = sequence(seed)
     cache = init_cache(case.config, 1, CAPACITY)
     steps = []
     for token in tokens:
         logits, cache = forward(case.params, batch_of([token]), cache)
         steps.append(logits[0, 0])
-    assert relative_error(mx.stack(steps), expected) <= BAR
+    assert measured("float32 to the oracle, token by token", relative_error(mx.stack(steps), expected)) <= BAR
 
 
 @pytest.mark.parametrize("capacity", [150, 200])
@@ -149,12 +152,12 @@ def run_ragged(case: Case, talk: Conversation, **options: Any) -> tuple[list[NDA
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_ragged_batches(seed: int) -> None:
+def test_ragged_batches(seed: int, measured: Measured) -> None:
     case, _, _ = sequence(seed)
     talk = conversation(case.config.vocab_size, np.random.default_rng(seed))
     rows, per_call = run_ragged(case, talk)
     for row, held in zip(rows, talk.rows, strict=True):
-        assert relative_error(row, case.expected(held)) <= BAR
+        assert measured("float32 to the oracle, ragged batch", relative_error(row, case.expected(held))) <= BAR
     for logits, (tokens, _) in zip(per_call, talk.calls, strict=True):
         assert logits.shape == (*tokens.shape, case.config.vocab_size)
 
