@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Write a DBRX checkpoint of random weights and a byte tokenizer, to try everything on.",
     )
     options.add_argument("folder", type=Path, help="new folder to write")
-    options.add_argument("--keep", action="store_true", help="if the folder exists, leave it and succeed")
+    options.add_argument(
+        "--keep", action="store_true", help="if the folder holds a checkpoint already, leave it and succeed"
+    )
     options.add_argument("--seed", type=int, default=0, help="for drawing the weights")
     options.add_argument("--d-model", type=int, default=256)
     options.add_argument("--n-heads", type=int, default=8)

@@ -5,8 +5,8 @@ in the released model. That is a guard for training at scale: attention scores a
 entries that run away show as spikes in the loss. The clamp stops runaway entries (not large scores as such: it bounds
 them by head_dim * clip² / sqrt(head_dim), 724 here) for one elementwise operation and no parameters, where
 normalizing queries and keys would cost both. MosaicML added it to its GPT in 2023
-(https://github.com/mosaicml/examples/pull/197, with what was tried), from where it came to MPT and llm-foundry, DBRX's
-training code. At inference it isn't optional: the clamp is part of the function that was trained.
+(https://github.com/mosaicml/examples/pull/197, with what was tried), from where it came to MPT and llm-foundry, with
+which DBRX was trained. At inference it isn't optional: the clamp is part of the function that was trained.
 
 Rotary embedding (https://arxiv.org/abs/2104.09864) in its half-rotation form: entry i of a head turns together with
 entry i + head_dim/2. Grouped queries (https://arxiv.org/abs/2305.13245): `n_heads / kv_n_heads` query heads share
