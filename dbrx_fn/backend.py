@@ -72,5 +72,6 @@ def grouped_matmul(
         x, weight = x.astype(mx.float32), weight.astype(mx.float32)
     # Told that they ascend, MLX makes the weights' gradient expert by expert; else it makes a matrix for every segment.
     # On CUDA (MLX 0.32.4) single rows then take another kernel, which is slower and was seen to be wrong.
-    product = mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=segment_experts, sorted_indices=backend() != "cuda")
+    ascending = backend() != "cuda" or x.shape[1] > 1
+    product = mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=segment_experts, sorted_indices=ascending)
     return product.astype(dtype)

@@ -1,10 +1,11 @@
-"""DBRX from tokens to logits: `forward`.
+"""DBRX from tokens to logits: `forward`, and `score` for whole sequences together with what the routers said.
 
-On the host: check the arguments, cut long inputs into chunks, pad each chunk to one of few lengths. On the device:
+Both run the same blocks. On the host: check the arguments, cut long inputs into chunks, pad each chunk to one of few lengths. On the device:
 embed, one compiled `block` a layer, and the head. See `docs/architecture.md` for the whole of it.
 """
 
 import contextlib
+import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import mlx.core as mx
 from jaxtyping import Float, Int32
 
 from dbrx_fn.backend import cheap_chunk
-from dbrx_fn.cache import Cache, window
+from dbrx_fn.cache import Cache, init_cache, window
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
 from dbrx_fn.errors import CacheError, InputError
@@ -22,6 +23,7 @@ from dbrx_fn.layers.block import block
 from dbrx_fn.layers.linear import linear
 from dbrx_fn.layers.norm import layer_norm
 from dbrx_fn.layers.norm_attn_norm import Stream
+from dbrx_fn.layers.router import Routing
 from dbrx_fn.params import Params, check_params
 
 CHUNK_SIZE = 2048
@@ -94,6 +96,43 @@ def forward(
     return logits, cache
 
 
+def score(
+    params: Params,
+    tokens: mx.array,
+    config: Config,
+    *,
+    jitter_key: mx.array | None = None,
+    recompute: bool = False,
+) -> tuple[mx.array, Routing]:
+    """Logits of the next token after each of `tokens`, and what each layer's router said: training reads both.
+
+    The logits are those of `forward` with a cache of capacity 0.
+
+    Args:
+        params: the tree.
+        tokens: integer `[batch time]`, ids below `config.vocab_size`.
+        config: the model's.
+        jitter_key: an `mx.random.key` for the routers' `moe_jitter_eps`; no jitter, if not given.
+        recompute: under a gradient, keep only each block's input and compute the rest again: about a third more time,
+            for the memory of one block instead of all.
+
+    Returns:
+        logits: `[batch time vocab]`.
+        routing: `logits` float32 `[layer batch time expert]` and `top_experts` uint32 `[layer batch time top_k]`.
+
+    Raises:
+        InputError: if tokens aren't of this shape and type.
+        CheckpointError: if the tree doesn't fit the config.
+    """
+    cache = init_cache(config, tokens.shape[0] if isinstance(tokens, mx.array) and tokens.ndim else 1, 0)
+    lengths = _checked_lengths(tokens, cache, None)
+    _check_outline(params, config)
+    batch, time = tokens.shape
+    x, _, _, routing = _run_blocks(params, tokens.astype(mx.int32), lengths, cache, jitter_key, recompute)
+    said = (mx.stack(parts).reshape(config.n_layers, batch, x.shape[1], -1) for parts in zip(*routing, strict=True))
+    return _head(params, x, config)[:, :time], Routing(*(parts[:, :, :time] for parts in said))
+
+
 def time_bucket(time: int, capacity: int) -> int:
     """The length that `time` tokens are padded to, within a capacity other than 0. Each is one trace of the block.
 
@@ -128,6 +167,22 @@ def _power_of_two(time: int) -> int:
 
 
 def _run_chunk(params: Params, tokens: mx.array, lengths: tuple[int, ...], cache: Cache) -> tuple[mx.array, Cache]:
+    x, keys, values, _ = _run_blocks(params, tokens, lengths, cache)
+    if cache.capacity == 0:
+        return x, cache
+    after = tuple(held + new for held, new in zip(cache.lengths, lengths, strict=True))
+    return x, replace(cache, lengths=after, keys=tuple(keys), values=tuple(values))
+
+
+def _run_blocks(
+    params: Params,
+    tokens: mx.array,
+    lengths: tuple[int, ...],
+    cache: Cache,
+    jitter_key: mx.array | None = None,
+    recompute: bool = False,
+) -> tuple[mx.array, list[mx.array], list[mx.array], list[Routing]]:
+    """Pads `tokens` to their bucket and runs them through every block; returns what each made, padding and all."""
     config, capacity = cache.config.layer, cache.capacity
     time = time_bucket(tokens.shape[1], capacity)
     tokens = mx.pad(tokens, [(0, 0), (0, time - tokens.shape[1])])
@@ -139,15 +194,19 @@ def _run_chunk(params: Params, tokens: mx.array, lengths: tuple[int, ...], cache
         dtype=config.dtype,
         wraps=max(cache.lengths) + time > capacity,
     )
+    layer = functools.partial(block, config=config)
+    if recompute:
+        layer = mx.checkpoint(layer)
+    n_layers = cache.config.n_layers
+    jitter_keys = [None] * n_layers if jitter_key is None else list(mx.random.split(jitter_key, n_layers))
     transformer = params["transformer"]
     keys, values = list(cache.keys), list(cache.values)
+    routing: list[Routing] = []
     x = embed(transformer["wte"], tokens, config=config)
-    for n in range(cache.config.n_layers):
-        x, keys[n], values[n] = block(transformer["blocks"][n], x, keys[n], values[n], place, config=config)
-    if capacity == 0:
-        return x, cache
-    after = tuple(held + new for held, new in zip(cache.lengths, lengths, strict=True))
-    return x, replace(cache, lengths=after, keys=tuple(keys), values=tuple(values))
+    for n, (parameters, key) in enumerate(zip(transformer["blocks"], jitter_keys, strict=True)):
+        x, keys[n], values[n], said = layer(parameters, x, keys[n], values[n], place, key)
+        routing.append(said)
+    return x, keys, values, routing
 
 
 @compiled

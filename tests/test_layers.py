@@ -113,7 +113,7 @@ def test_attention_writes_clipped_and_rotated_keys() -> None:
 def test_router(p: float | None, top_k: int) -> None:
     x, weight = normal(0, 13, 8), normal(1, 5, 8)
     config = FFNConfig(moe_num_experts=5, moe_top_k=top_k, moe_normalize_expert_weights=p)
-    weights, experts = router({"layer": {"weight": mx.array(weight)}}, mx.array(x), config=config)
+    weights, _, experts = router({"layer": {"weight": mx.array(weight)}}, mx.array(x), config=config)
     expected_weights, expected_experts = oracle.route(x.astype(np.float64), weight.astype(np.float64), top_k, p)
     likeliest_first = np.argsort(-np.array(weights), axis=1)
     np.testing.assert_array_equal(np.take_along_axis(np.array(experts), likeliest_first, 1), expected_experts)
@@ -126,7 +126,7 @@ def test_router_breaks_ties_for_any_but_different_experts(top_k: int) -> None:
     weight = np.zeros((6, 4), np.float32)
     weight[[1, 3, 4]] = 1.0
     config = FFNConfig(moe_num_experts=6, moe_top_k=top_k, moe_normalize_expert_weights=None)
-    weights, experts = router({"layer": {"weight": mx.array(weight)}}, mx.ones((3, 4)), config=config)
+    weights, _, experts = router({"layer": {"weight": mx.array(weight)}}, mx.ones((3, 4)), config=config)
     probabilities = oracle.softmax(4.0 * weight[:, 0].astype(np.float64))
     for chosen, their_weights in zip(np.array(experts), np.array(weights), strict=True):
         assert len(set(chosen.tolist())) == top_k
@@ -145,7 +145,7 @@ def test_router_decides_in_float32(likeliest: int) -> None:
     assert len(set(np.array(weight.astype(mx.float32)).ravel().tolist())) == 2
     assert len(set(np.array(probabilities.astype(mx.float32)).tolist())) == 1
 
-    weights, experts = router({"layer": {"weight": weight}}, mx.ones((1, 1), mx.bfloat16), config=config)
+    weights, _, experts = router({"layer": {"weight": weight}}, mx.ones((1, 1), mx.bfloat16), config=config)
     assert weights.dtype == mx.bfloat16
     assert int(np.array(experts)[0, 0]) == likeliest
 
@@ -184,9 +184,9 @@ def test_block_adds_what_the_experts_say_of_the_norm() -> None:
         name: {"weight": 10 * leaf["weight"]} for name, leaf in params["ffn"]["experts"]["mlp"].items()
     }
     x = mx.array(normal(0, 1, TIME, 36))
-    out, _, _ = block(params, x, *nothing_cached(config), config=config)
+    out, _, _, routing = block(params, x, *nothing_cached(config), config=config)
     residual, normed, _, _ = norm_attn_norm(params["norm_attn_norm"], x, *nothing_cached(config), config=config)
-    said = moe(params["ffn"], normed, config=config.ffn)
+    said, _ = moe(params["ffn"], normed, config=config.ffn)
     assert relative_error(out, as_float64(residual + said)) <= BAR
     assert relative_error(out, as_float64(residual)) > 1e-4
 

@@ -249,7 +249,7 @@ def test_one_expert_is_a_dense_mlp(tokens: int) -> None:
     router = {"layer": {"weight": mx.array(rng.standard_normal((1, D_MODEL)).astype(np.float32))}}
     x = mx.array(rng.standard_normal((1, tokens, D_MODEL)).astype(np.float32))
     config = FFNConfig(ffn_hidden_size=FFN_HIDDEN, moe_num_experts=1, moe_top_k=1)
-    actual = moe({"router": router, "experts": {"mlp": mlp}}, x, config=config)
+    actual, _ = moe({"router": router, "experts": {"mlp": mlp}}, x, config=config)
 
     w1, v1, w2 = ({"weight": mlp[name]["weight"][0]} for name in ("w1", "v1", "w2"))
     gate = linear(w1, x)

@@ -2,18 +2,29 @@
 
 from typing import Any
 
+import mlx.core as mx
+from jaxtyping import UInt32
+
 from dbrx_fn.cache import Keys, Window
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
 from dbrx_fn.layers.moe import moe
 from dbrx_fn.layers.norm_attn_norm import Stream, norm_attn_norm
+from dbrx_fn.layers.router import Routing
 from dbrx_fn.params import check_params
 
 
 @compiled
 def block(
-    params: dict[str, Any], x: Stream, keys: Keys, values: Keys, window: Window, *, config: Config
-) -> tuple[Stream, Keys, Keys]:
+    params: dict[str, Any],
+    x: Stream,
+    keys: Keys,
+    values: Keys,
+    window: Window,
+    jitter_key: UInt32[mx.array, "2"] | None = None,
+    *,
+    config: Config,
+) -> tuple[Stream, Keys, Keys, Routing]:
     """`h = x + attn(norm_1(x))`, then `h + moe(norm_2(h))`.
 
     Args:
@@ -22,10 +33,11 @@ def block(
         keys: this layer's cached keys.
         values: this layer's cached values.
         window: where `x` stands in the cache.
+        jitter_key: for the router's jitter; none, if not given.
         config: sizes and constants.
 
     Returns:
-        The residual stream after this layer, and the layer's new keys and values.
+        The residual stream after this layer, the layer's new keys and values, and what its router said.
 
     Raises:
         CheckpointError: when traced with parameters that don't fit the config, naming those of the first block.
@@ -33,4 +45,5 @@ def block(
     # Any block's parameters get here once per shape that they come in, so this costs nothing per token.
     check_params(params, config, under="transformer.blocks.0")
     residual, normed, keys, values = norm_attn_norm(params["norm_attn_norm"], x, keys, values, window, config=config)
-    return residual + moe(params["ffn"], normed, config=config.ffn), keys, values
+    mixed, routing = moe(params["ffn"], normed, jitter_key, config=config.ffn)
+    return residual + mixed, keys, values, routing

@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, UInt32
 
 from dbrx_fn.backend import segment_rows
 from dbrx_fn.compile import compiled, typed
 from dbrx_fn.config import Activation, FFNConfig
 from dbrx_fn.layers.linear import expert_linear
-from dbrx_fn.layers.router import router
+from dbrx_fn.layers.router import Routing, router
 
 ACTIVATIONS: dict[Activation, Callable[[mx.array], mx.array]] = {
     "silu": nn.silu,
@@ -50,19 +50,28 @@ ACTIVATIONS: dict[Activation, Callable[[mx.array], mx.array]] = {
 
 @compiled
 def moe(
-    params: dict[str, Any], x: Float[mx.array, "batch time d_model"], *, config: FFNConfig
-) -> Float[mx.array, "batch time d_model"]:
+    params: dict[str, Any],
+    x: Float[mx.array, "batch time d_model"],
+    jitter_key: UInt32[mx.array, "2"] | None = None,
+    *,
+    config: FFNConfig,
+) -> tuple[Float[mx.array, "batch time d_model"], Routing]:
     """Sends each token through its chosen experts and adds what they say, weighted.
 
     Args:
         params: `router` and `experts.mlp`, whose `w1` and `v1` are `[expert ffn_hidden d_model]` and `w2`
             `[expert d_model ffn_hidden]`.
         x: normalized activations.
+        jitter_key: for the router's jitter; none, if not given.
         config: number of experts, how many a token goes to, the activation.
+
+    Returns:
+        The experts' output, and what the router said of each of the `batch * time` tokens.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    expert_weights, top_experts = router(params["router"], tokens, config=config)
-    return mix_experts(params["experts"]["mlp"], tokens, expert_weights, top_experts, config=config).reshape(x.shape)
+    expert_weights, logits, top_experts = router(params["router"], tokens, jitter_key, config=config)
+    mixed = mix_experts(params["experts"]["mlp"], tokens, expert_weights, top_experts, config=config)
+    return mixed.reshape(x.shape), Routing(logits, top_experts)
 
 
 @compiled

@@ -1,0 +1,250 @@
+"""One step of training as a function of values: state and batch to the next state and what was measured.
+
+    state = init_state(params, recipe, mx.random.key(0))
+    state, measured = train_step(state, tokens, mask, config=config, recipe=recipe)
+
+The state is a tree of arrays: float32 master weights, the optimizer's moments, the key that jitter is drawn from. The
+recipe is static. Few functions are compiled, each traced once for a whole run: `gradients` of one micro-batch, `add` of two,
+`update`. The first runs the same `score` that inference does; there is no other path.
+
+Optimizer and schedules are `mlx.optimizers`'. Its AdamW is an object that holds a state; here it is made anew inside
+the trace, given the state, and asked for the next, so nothing outlives the step.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, get_args
+
+import mlx.core as mx
+from jaxtyping import Bool, Float32, Integer, UInt32
+from mlx import optimizers
+from mlx.utils import tree_flatten, tree_map
+
+from dbrx_fn.compile import compiled
+from dbrx_fn.config import Config, Dtype
+from dbrx_fn.errors import InputError
+from dbrx_fn.losses import LossParts, loss
+from dbrx_fn.params import Params, nest
+
+State = dict[str, Any]
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: everything about a run that isn't the model, the data or an array.
+
+    `steps`: updates in the whole run, which the schedule is stretched over.
+    `learning_rate`: at its highest, after `warmup` steps of linear rise.
+    `schedule`: how it falls from there to `final_share` of it at the last step.
+    `betas`, `eps`, `weight_decay`: AdamW's (https://arxiv.org/abs/1711.05101), with bias correction. Norms' weights
+        don't decay.
+    `clip_norm`: gradients are scaled so that their global norm is at most this; `None` leaves them.
+    `micro_batches`: how many a batch is cut into, one after the other, so that less memory is needed.
+    `dtype`: what the forward and backward pass compute in; master weights and optimizer are float32 whatever it is.
+    `recompute`: keep only each block's input for the backward pass, and compute the rest again.
+    `z_loss_weight`: of the routers' z-loss.
+
+    Raises:
+        InputError: naming the field, if it can't work.
+    """
+
+    steps: int
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    schedule: Schedule = "cosine"
+    final_share: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    micro_batches: int = 1
+    dtype: Dtype = "float32"
+    recompute: bool = False
+    z_loss_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise InputError(f"{name} is {getattr(self, name)!r} where it must be {expected}.")
+
+        require(self.steps >= 1, "steps", "at least 1")
+        require(0 <= self.learning_rate < float("inf"), "learning_rate", "0 or a positive number")
+        require(0 <= self.warmup <= self.steps, "warmup", f"from 0 to the number of steps, {self.steps}")
+        require(self.schedule in get_args(Schedule), "schedule", f"one of {', '.join(get_args(Schedule))}")
+        require(0 <= self.final_share <= 1, "final_share", "from 0 to 1")
+        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers from 0 to below 1")
+        require(self.eps > 0, "eps", "a positive number")
+        require(self.weight_decay >= 0, "weight_decay", "0 or a positive number")
+        require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "a positive number or None")
+        require(self.micro_batches >= 1, "micro_batches", "at least 1")
+        known = ("float32", "bfloat16")
+        require(self.dtype in known, "dtype", f"one of {', '.join(known)}: gradients of float16 leave its range")
+        require(self.z_loss_weight >= 0, "z_loss_weight", "0 or a positive number")
+
+
+class Measured(NamedTuple):
+    """What a step measured, before its update; lazy float32 arrays.
+
+    `loss`: what was differentiated.
+    `parts`: what that was made of; means over the micro-batches.
+    `gradient_norm`: global, before clipping.
+    `learning_rate`: of this step's update.
+    """
+
+    loss: mx.array
+    parts: LossParts
+    gradient_norm: mx.array
+    learning_rate: mx.array
+
+
+class Gradients(NamedTuple):
+    """Of a batch or of a part of it: a tree as the parameters, float32; the loss; its parts."""
+
+    tree: Params
+    loss: mx.array
+    parts: LossParts
+
+
+def init_state(params: Params, recipe: Recipe, key: mx.array) -> State:
+    """The state before the first step: `params` (any float dtype, becoming float32), `optimizer`, `key`."""
+    masters = tree_map(lambda array: array.astype(mx.float32), params)
+    optimizer = {}
+    for name, part in _by_decay(masters).items():
+        adamw = _adamw(name, recipe)
+        adamw.init(part)
+        optimizer[name] = adamw.state
+    return {"params": masters, "optimizer": optimizer, "key": key}
+
+
+def train_step(
+    state: State, tokens: mx.array, mask: mx.array | None, *, config: Config, recipe: Recipe
+) -> tuple[State, Measured]:
+    """One update. Nothing waits for the device.
+
+    Args:
+        state: from `init_state`, or from the step before; drop it for the one returned, and its memory is reused.
+        tokens: int32 `[batch time]`; all of them are predicted, but for the first of each row.
+        mask: bool `[batch time]`, which of them count; all, if `None`.
+        config: the model's; `moe_loss_weight` and `moe_jitter_eps` count, `dtype` doesn't (the recipe's does).
+        recipe: how to train.
+
+    Returns:
+        The state after it, and what was measured.
+
+    Raises:
+        InputError: if the batch can't be cut into the recipe's micro-batches, or isn't tokens at all.
+    """
+    count = recipe.micro_batches
+    if tokens.shape[0] % count:
+        raise InputError(f"The batch has {tokens.shape[0]} rows, which {count} micro-batches don't divide evenly.")
+    config = replace(config, dtype=recipe.dtype)
+    next_key, *keys = mx.random.split(state["key"], count + 1)
+    # Each micro-batch counts by its targets, so that cutting a batch changes nothing.
+    targets = None if mask is None else mask[:, 1:].sum()
+    total: Gradients | None = None
+    for part, key, part_mask in zip(
+        mx.split(tokens, count), keys, [None] * count if mask is None else mx.split(mask, count), strict=True
+    ):
+        share = mx.array(1 / count) if part_mask is None else part_mask[:, 1:].sum() / mx.maximum(targets, 1)
+        made = gradients(state["params"], part, part_mask, share, key, config=config, recipe=recipe)
+        total = made if total is None else add(total, made)
+    assert total is not None
+    params, optimizer, norm, rate = update(state["params"], state["optimizer"], total.tree, config=config, recipe=recipe)
+    return {"params": params, "optimizer": optimizer, "key": next_key}, Measured(total.loss, total.parts, norm, rate)
+
+
+@compiled
+def gradients(
+    params: Params,
+    tokens: Integer[mx.array, "batch time"],
+    mask: Bool[mx.array, "batch time"] | None,
+    share: Float32[mx.array, ""],
+    key: UInt32[mx.array, "2"],
+    *,
+    config: Config,
+    recipe: Recipe,
+) -> Gradients:
+    """What one micro-batch adds to the batch's gradients, loss and its parts.
+
+    Args:
+        params: float32 masters.
+        tokens: of this micro-batch.
+        mask: which of them are targets.
+        share: of all the batch's targets, those in this micro-batch.
+        key: for jitter.
+        config: the model's, in the dtype to compute in.
+        recipe: how to train.
+    """
+    dtype = getattr(mx, config.dtype)
+
+    def objective(masters: Params) -> tuple[mx.array, LossParts]:
+        cast = tree_map(lambda array: array.astype(dtype), masters)
+        _, parts = loss(cast, tokens, mask, config, jitter_key=key, recompute=recipe.recompute)
+        # The mean over targets of the whole batch, and the mean over micro-batches of what is about routing.
+        cross_entropy = parts.cross_entropy * share
+        parts = LossParts(cross_entropy, *(part / recipe.micro_batches for part in parts[1:]))
+        routing = config.ffn.moe_loss_weight * parts.load_balance + recipe.z_loss_weight * parts.router_z
+        return cross_entropy + routing, parts
+
+    (value, parts), grads = mx.value_and_grad(objective)(params)
+    return Gradients(grads, value, parts)
+
+
+@compiled
+def add(one: Gradients, other: Gradients) -> Gradients:
+    """Two micro-batches' sum."""
+    total: Gradients = tree_map(mx.add, one, other)
+    return total
+
+
+@compiled
+def update(
+    params: Params, optimizer: State, grads: Params, *, config: Config, recipe: Recipe
+) -> tuple[Params, State, Float32[mx.array, ""], Float32[mx.array, ""]]:
+    """Clips, and takes AdamW's step: the next parameters and optimizer state, the gradients' norm, the rate."""
+    limit = float("inf") if recipe.clip_norm is None else recipe.clip_norm
+    grads, norm = optimizers.clip_grad_norm(grads, limit)
+    leaves: dict[str, mx.array] = {}
+    after: State = {}
+    split_params, split_grads = _by_decay(params), _by_decay(grads)
+    for name in split_params:
+        adamw = _adamw(name, recipe)
+        adamw.state = optimizer[name]
+        leaves |= adamw.apply_gradients(split_grads[name], split_params[name])
+        after[name] = adamw.state
+    rate: mx.array = after["matrices"]["learning_rate"]
+    return nest(leaves, config), after, norm, rate
+
+
+def _by_decay(params: Params) -> dict[str, dict[str, mx.array]]:
+    """The tree's leaves by path: matrices, whose weights decay, and norms, whose don't."""
+    leaves: dict[str, mx.array] = dict(tree_flatten(params))
+    return {
+        "matrices": {path: array for path, array in leaves.items() if array.ndim > 1},
+        "norms": {path: array for path, array in leaves.items() if array.ndim == 1},
+    }
+
+
+def _adamw(name: str, recipe: Recipe) -> optimizers.AdamW:
+    return optimizers.AdamW(
+        _learning_rate(recipe),
+        betas=list(recipe.betas),
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay if name == "matrices" else 0.0,
+        bias_correction=True,
+    )
+
+
+def _learning_rate(recipe: Recipe) -> Any:
+    """The rate as a function of the steps done before."""
+    highest, lowest = recipe.learning_rate, recipe.learning_rate * recipe.final_share
+    falling = max(1, recipe.steps - recipe.warmup)
+    after = {
+        "cosine": optimizers.cosine_decay(highest, falling, lowest),
+        "linear": optimizers.linear_schedule(highest, lowest, falling),
+        "constant": lambda step: mx.array(highest),
+    }[recipe.schedule]
+    if not recipe.warmup:
+        return after
+    rise = optimizers.linear_schedule(highest / recipe.warmup, highest, max(1, recipe.warmup - 1))
+    return optimizers.join_schedules([rise, after], [recipe.warmup])
