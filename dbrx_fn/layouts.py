@@ -7,6 +7,9 @@ All layouts agree on everything but the experts:
   leaf's `[D F]` is its transpose.
 - mlx-lm's *split*: `ffn.experts.{e}.{w1,v1,w2}.weight`, one linear an expert, `[F D]`, `[F D]` and `[D F]`.
 
+A quantized matrix has `scales`, and mostly `biases`, under its own name beside its `weight`. Experts can be quantized
+in the split layout only, since groups lie along a linear's input and the fused w2 is stored across it.
+
 One table maps leaves to tensors, and both reading and writing use it.
 """
 
@@ -19,7 +22,7 @@ import mlx.core as mx
 
 from dbrx_fn.config import Config
 from dbrx_fn.errors import CheckpointError
-from dbrx_fn.params import Leaf, param_spec
+from dbrx_fn.params import Format, Leaf, param_spec, quantized_spec
 
 Layout = Literal["fused", "split"]
 
@@ -34,12 +37,14 @@ class Source:
     """The tensors that one leaf is made of.
 
     `names`: in the checkpoint, all of the same `shape`.
+    `dtype`: what all are stored in, if that isn't the checkpoint's one float dtype.
     `join`: those tensors to the leaf.
     `part`: the leaf to those tensors, the inverse.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
+    dtype: Literal["uint32", "uint8"] | None
     join: Callable[[Sequence[mx.array]], mx.array]
     part: Callable[[mx.array], Sequence[mx.array]]
 
@@ -66,16 +71,21 @@ def layout_of(names: Iterable[str]) -> Layout:
     )
 
 
-def sources(config: Config, layout: Layout) -> Mapping[str, Source]:
-    """For each leaf's path, where it comes from in a checkpoint of this layout."""
+def sources(config: Config, layout: Layout, formats: Mapping[str, Format] | None = None) -> Mapping[str, Source]:
+    """For each leaf's path, where it comes from in a checkpoint of this layout.
+
+    Args:
+        config: the model's.
+        layout: the checkpoint's.
+        formats: of the matrices that are quantized, by their paths; experts' in the split layout only.
+    """
     make = _fused if layout == "fused" else _split
-    return {
-        path: make(path, leaf) if leaf.is_expert else _same(path, leaf) for path, leaf in param_spec(config).items()
-    }
+    spec = quantized_spec(param_spec(config), formats or {})
+    return {path: make(path, leaf) if leaf.is_expert else _same(path, leaf) for path, leaf in spec.items()}
 
 
 def _same(path: str, leaf: Leaf) -> Source:
-    return Source((path,), leaf.shape, lambda tensors: tensors[0], lambda array: [array])
+    return Source((path,), leaf.shape, leaf.dtype, lambda tensors: tensors[0], lambda array: [array])
 
 
 def _fused(path: str, leaf: Leaf) -> Source:
@@ -85,12 +95,14 @@ def _fused(path: str, leaf: Leaf) -> Source:
         return Source(
             (name,),
             (experts * columns, rows),
+            leaf.dtype,
             lambda tensors: tensors[0].reshape(experts, columns, rows).swapaxes(1, 2),
             lambda array: [array.swapaxes(1, 2).reshape(experts * columns, rows)],
         )
     return Source(
         (name,),
         (experts * rows, columns),
+        leaf.dtype,
         lambda tensors: tensors[0].reshape(leaf.shape),
         lambda array: [array.reshape(experts * rows, columns)],
     )
@@ -100,6 +112,7 @@ def _split(path: str, leaf: Leaf) -> Source:
     return Source(
         tuple(path.replace(".mlp.", f".{e}.") for e in range(leaf.shape[0])),
         leaf.shape[1:],
+        leaf.dtype,
         lambda tensors: mx.stack(list(tensors)),
         lambda array: list(array),
     )

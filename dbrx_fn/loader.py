@@ -6,11 +6,12 @@ no layer reads a file.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -20,11 +21,12 @@ from dbrx_fn.backend import memory_size
 from dbrx_fn.config import Config, Dtype, read_config
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.hub import checkpoint_folder
-from dbrx_fn.layouts import layout_of, sources
-from dbrx_fn.params import Params, listed, nest, param_count
+from dbrx_fn.layouts import Source, layout_of, sources
+from dbrx_fn.params import Params, companions, formats_of, listed, nest
 from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
 
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U32": "uint32", "U8": "uint8"}
+_FLOATS = get_args(Dtype)
 _INDEX = "model.safetensors.index.json"
 _GIB = 2**30
 
@@ -34,7 +36,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a file's header says of one tensor."""
+    """What a file's header says of one tensor; `dtype` is MLX's name, or the file's for what isn't used here."""
 
     file: Path
     shape: tuple[int, ...]
@@ -46,9 +48,13 @@ def load(
 ) -> tuple[Params, Config]:
     """Loads a DBRX checkpoint of any known layout (`dbrx_fn.layouts`), in one file or sharded with an index.
 
+    Quantized matrices stay quantized. Which ones are, and how, is read from the tensors, each for itself: what
+    config.json says of that isn't needed, and older files of mlx-lm's don't say all of it.
+
     Args:
         path_or_repo: a folder, or a Hugging Face repository as owner/name.
-        dtype: what to convert all parameters to; as they are stored, if not given.
+        dtype: what to convert all parameters to; as they are stored, if not given. Of a quantized matrix, that is its
+            scales and biases.
         lazy: leave each tensor in its file until it is first used.
         progress: called as parameters are read.
 
@@ -64,22 +70,24 @@ def load(
     folder = checkpoint_folder(path_or_repo)
     config = read_config(folder)
     tensors = read_headers(folder)
-    if any(name.endswith(".scales") for name in tensors):
-        raise CheckpointError(f"{folder} is quantized, which isn't read yet: take the model's unquantized checkpoint.")
-    table = sources(config, layout_of(tensors))
-    expected = {name: source.shape for source in table.values() for name in source.names}
-    config = replace(config, dtype=_stored_dtype(tensors, expected))
-    _check(folder, tensors, expected, config.dtype, mixed=dtype is not None)
+    layout = layout_of(tensors)
+    dense = sources(config, layout)
+    formats, unknown = formats_of(
+        tensors, {path: (source.names, source.shape[-1]) for path, source in dense.items() if len(source.shape) > 1}
+    )
+    table = sources(config, layout, formats)
+    config = replace(config, dtype=_stored_dtype(tensors, table))
+    _check(folder, tensors, table, unknown, config.dtype, mixed=dtype is not None)
     config = replace(config, dtype=dtype or config.dtype)
     if not lazy:
-        _check_memory(folder, config)
+        _check_memory(folder, table, config.dtype)
 
     arrays: dict[str, mx.array] = {}
     for file in sorted({tensor.file for tensor in tensors.values()}):
         arrays |= cast(dict[str, mx.array], mx.load(str(file)))
     float_type = getattr(mx, config.dtype)
     leaves = {
-        path: source.join([arrays.pop(name) for name in source.names]).astype(float_type)
+        path: _of_dtype(source.join([arrays.pop(name) for name in source.names]), float_type, source)
         for path, source in table.items()
     }
     params = nest(leaves, config)
@@ -153,7 +161,10 @@ def _header(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {name: Tensor(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+            return {
+                name: Tensor(file, tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), s.get_dtype()))
+                for name, s in slices.items()
+            }
     except (SafetensorError, OSError) as error:
         size = file.stat().st_size if file.exists() else 0
         raise CheckpointError(
@@ -161,44 +172,57 @@ def _header(file: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _stored_dtype(tensors: Mapping[str, Tensor], expected: Mapping[str, Any]) -> Dtype:
-    """The dtype that most of the expected tensors have."""
-    counts = Counter(_DTYPES.get(tensors[name].dtype) for name in expected if name in tensors)
-    most = [name for name, _ in counts.most_common() if name is not None]
-    return cast(Dtype, most[0] if most else get_args(Dtype)[0])
+def _stored_dtype(tensors: Mapping[str, Tensor], table: Mapping[str, Source]) -> Dtype:
+    """The float dtype that most of the expected tensors have."""
+    names = [name for source in table.values() for name in source.names]
+    counts = Counter(tensors[name].dtype for name in names if name in tensors and tensors[name].dtype in _FLOATS)
+    return cast(Dtype, counts.most_common(1)[0][0] if counts else _FLOATS[0])
+
+
+def _of_dtype(array: mx.array, float_type: mx.Dtype, source: Source) -> mx.array:
+    return array.astype(float_type) if source.dtype is None else array
 
 
 def _check(
     folder: Path,
     tensors: Mapping[str, Tensor],
-    expected: Mapping[str, tuple[int, ...]],
+    table: Mapping[str, Source],
+    unknown: Mapping[str, list[str]],
     dtype: str,
     *,
     mixed: bool,
 ) -> None:
-    problems = [f"{name} {list(expected[name])} is missing" for name in expected.keys() - tensors.keys()]
+    problems = [problem for reasons in unknown.values() for problem in reasons]
+    told = {companion for path in unknown for name in table[path].names for companion in companions(name)}
+    expected = {name: source for path, source in table.items() if path not in unknown for name in source.names}
+    problems += [f"{name} {list(expected[name].shape)} is missing" for name in expected.keys() - tensors.keys()]
     problems += [
         f"{name} {list(tensors[name].shape)} in {tensors[name].file.name} is unexpected"
-        for name in tensors.keys() - expected.keys()
+        for name in tensors.keys() - expected.keys() - told
     ]
     for name in expected.keys() & tensors.keys():
-        tensor = tensors[name]
-        if tensor.shape != expected[name]:
-            problems.append(f"{name} is {list(tensor.shape)} where {list(expected[name])} is expected")
-        found = _DTYPES.get(tensor.dtype, tensor.dtype)
-        if found not in get_args(Dtype):
-            problems.append(f"{name} is {found} where one of {', '.join(get_args(Dtype))} is expected")
-        elif found != dtype and not mixed:
-            problems.append(f"{name} is {found} where {dtype} is expected, as most are (dtype converts all)")
+        tensor, source = tensors[name], expected[name]
+        if tensor.shape != source.shape:
+            problems.append(f"{name} is {list(tensor.shape)} where {list(source.shape)} is expected")
+        if source.dtype is not None:
+            if tensor.dtype != source.dtype:
+                problems.append(f"{name} is {tensor.dtype} where {source.dtype} is expected, since it is quantized")
+        elif tensor.dtype not in _FLOATS:
+            problems.append(f"{name} is {tensor.dtype} where one of {', '.join(_FLOATS)} is expected")
+        elif tensor.dtype != dtype and not mixed:
+            problems.append(f"{name} is {tensor.dtype} where {dtype} is expected, as most are (dtype converts all)")
     if problems:
         raise CheckpointError(f"{folder}: {len(problems)} of the weights don't fit config.json: {listed(problems)}.")
 
 
-def _check_memory(folder: Path, config: Config) -> None:
-    needed = param_count(config) * getattr(mx, config.dtype).size
+def _check_memory(folder: Path, table: Mapping[str, Source], dtype: str) -> None:
+    needed = sum(
+        len(source.names) * math.prod(source.shape) * getattr(mx, source.dtype or dtype).size
+        for source in table.values()
+    )
     if needed > memory_size():
         raise CheckpointError(
-            f"{folder} needs {needed / _GIB:.1f} GiB in {config.dtype} and this machine has"
+            f"{folder} needs {needed / _GIB:.1f} GiB in {dtype} and this machine has"
             f" {memory_size() / _GIB:.1f} GiB: take a smaller checkpoint, or a larger machine."
         )
 

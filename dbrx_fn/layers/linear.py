@@ -1,31 +1,48 @@
-"""Linear maps of the tree, dense: one for activations, one for stacked experts.
+"""Linear maps of the tree: one for activations, one for stacked experts.
 
-A linear is a dict whose leaves say what it is; everything that multiplies by a weight goes through here.
+A linear is a dict whose leaves say what it is, dense or quantized (`dbrx_fn.params`); everything that multiplies by a
+weight goes through here. Gradients reach the activations through either kind, and the weight of a dense one.
 """
 
 import mlx.core as mx
 from jaxtyping import Float
 
-from dbrx_fn.backend import grouped_matmul
+from dbrx_fn.backend import grouped_matmul, grouped_quantized_matmul, quantized_matmul
 from dbrx_fn.compile import typed
+from dbrx_fn.params import format_of
 
 Linear = dict[str, mx.array]
 
 
 def linear(params: Linear, x: mx.array) -> mx.array:
-    """`[... inner]` times a weight `[outer inner]`, as `[... outer]`."""
-    return _dense(params["weight"], x)
+    """`[... inner]` times a weight `[outer inner]`, as `[... outer]`.
+
+    Raises:
+        CheckpointError: if the weight is quantized in a way that isn't known.
+    """
+    if "scales" not in params:
+        return _dense(params["weight"], x)
+    quantization = format_of(params, x.shape[-1])
+    return quantized_matmul(x, params["weight"], params["scales"], params.get("biases"), quantization)
 
 
 def expert_linear(params: Linear, x: mx.array, segment_experts: mx.array) -> mx.array:
     """Segments of rows `[segments rows inner]`, each times the weight of its own expert, as `[segments rows outer]`.
 
     Args:
-        params: `weight` is `[expert outer inner]`.
+        params: `weight` is `[expert outer inner]`, or quantized from that.
         x: the segments.
         segment_experts: int `[segments]`, ascending.
+
+    Raises:
+        CheckpointError: as `linear`.
     """
-    return grouped_matmul(x, params["weight"], segment_experts)
+    if "scales" not in params:
+        return grouped_matmul(x, params["weight"], segment_experts)
+    quantization = format_of(params, x.shape[-1])
+    return grouped_quantized_matmul(
+        x, params["weight"], params["scales"], params.get("biases"), segment_experts, quantization
+    )
 
 
 @typed

@@ -1,0 +1,94 @@
+"""Files and folders that appear when they are complete, or not at all.
+
+What is written lies beside its place under a hidden name until it has reached the disk, and is then renamed, which is
+one step for any file system. Whoever looks sees what was there before, or all of the new; also after a crash, which
+leaves at most something hidden behind.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from dbrx_fn.errors import InputError
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a hidden folder beside `path` to write into, which becomes `path` when the block ends well.
+
+    Its files are flushed to the disk first. If the block raises, nothing stays.
+
+    Raises:
+        InputError: if `path` exists, or an `OSError`, such as a full disk, ends the block.
+    """
+    if os.path.lexists(path):
+        raise _exists(path)
+    beside = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.mkdir()
+        yield beside
+        for folder, _, files in os.walk(beside):
+            for name in files:
+                _flush(Path(folder, name))
+            _flush(Path(folder))
+        # Renaming replaces an empty folder, so one that was made in the meantime would be lost.
+        if os.path.lexists(path):
+            raise _exists(path)
+        beside.rename(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise _unwritable(path, error, beside) from None
+    finally:
+        # Nothing is there any more if all went well.
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file whole, in place of what is there.
+
+    Raises:
+        InputError: if it can't be written; what was there stays.
+    """
+    beside = _beside(path)
+    try:
+        with beside.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise _unwritable(path, error, beside) from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f".{path.name}-{secrets.token_hex(4)}"
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exists(path: Path) -> InputError:
+    return InputError(f"{path} exists already: name a new folder.")
+
+
+def _unwritable(path: Path, error: OSError, beside: Path) -> InputError:
+    reason = error.strerror or str(error)
+    culprit = "" if error.filename is None else os.fsdecode(error.filename)
+    # Another file's trouble, such as of one that was to be copied; the hidden name means nothing to anyone.
+    if culprit and not culprit.startswith(str(beside)):
+        reason += f": {culprit}"
+    return InputError(f"{path} can't be written ({reason}): free some room, or name another place.")
