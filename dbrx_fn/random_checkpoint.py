@@ -11,20 +11,17 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dbrx_fn.config import AttnConfig, Config, FFNConfig, config_to_dict
 from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.layouts import sources
 from dbrx_fn.params import init_params
 from dbrx_fn.sampling import random_key
-
-_SPECIAL = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
-_VOCABULARY = 256 + len(_SPECIAL)
+from dbrx_fn.train_tokenizer import SMALLEST_VOCABULARY, add_special_tokens, save_tokenizer
 
 
 def write_random_checkpoint(folder: Path, config: Config, key: mx.array) -> None:
@@ -37,8 +34,10 @@ def write_random_checkpoint(folder: Path, config: Config, key: mx.array) -> None
     """
     if folder.exists():
         raise InputError(f"{folder} exists already: name a new folder.")
-    if config.vocab_size < _VOCABULARY:
-        raise InputError(f"vocab_size is {config.vocab_size} where the byte tokenizer needs at least {_VOCABULARY}.")
+    if config.vocab_size < SMALLEST_VOCABULARY:
+        raise InputError(
+            f"vocab_size is {config.vocab_size} where the byte tokenizer needs at least {SMALLEST_VOCABULARY}."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -47,9 +46,8 @@ def write_random_checkpoint(folder: Path, config: Config, key: mx.array) -> None
         for path, source in sources(config, "fused").items():
             tensors |= zip(source.names, source.part(leaves[path]), strict=True)
         mx.save_safetensors(str(beside / "model.safetensors"), tensors, {"format": "pt"})
-        _byte_tokenizer().save(str(beside / "tokenizer.json"))
-        for name, content in _settings(config).items():
-            (beside / name).write_text(json.dumps(content, indent=2) + "\n")
+        (beside / "config.json").write_text(json.dumps(config_to_dict(config), indent=2) + "\n")
+        save_tokenizer(_byte_tokenizer(), beside, default_system_prompt=True)
         beside.chmod(0o755)
         beside.rename(folder)
     except BaseException:
@@ -86,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             n_heads=chosen.n_heads,
             n_layers=chosen.n_layers,
             max_seq_len=32_768,
-            vocab_size=_VOCABULARY,
+            vocab_size=SMALLEST_VOCABULARY,
             attn=AttnConfig(clip_qkv=8.0, kv_n_heads=chosen.kv_n_heads, rope_theta=500_000.0),
             ffn=FFNConfig(
                 ffn_hidden_size=chosen.ffn_hidden_size, moe_num_experts=chosen.experts, moe_top_k=chosen.top_k
@@ -109,23 +107,8 @@ def _byte_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab={character: n for n, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in _SPECIAL])
+    add_special_tokens(tokenizer)
     return tokenizer
-
-
-def _settings(config: Config) -> dict[str, dict[str, Any]]:
-    """The JSON files beside the weights, by name, as the released checkpoint has them."""
-    end, im_end = 256 + _SPECIAL.index("<|endoftext|>"), 256 + _SPECIAL.index("<|im_end|>")
-    return {
-        "config.json": config_to_dict(config),
-        "generation_config.json": {"eos_token_id": [end, im_end]},
-        "tokenizer_config.json": {
-            "tokenizer_class": "GPT2Tokenizer",
-            "bos_token": "<|endoftext|>",
-            "eos_token": "<|endoftext|>",
-            "pad_token": "<|pad|>",
-        },
-    }
 
 
 if __name__ == "__main__":

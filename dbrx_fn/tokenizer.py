@@ -1,6 +1,7 @@
 """Reads a checkpoint's tokenizer: text to tokens, tokens to text, and text as its tokens come."""
 
 import codecs
+import hashlib
 import json
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
@@ -46,16 +47,24 @@ class Tokenizer:
     Attributes:
         vocab_size: one more than the highest token; gaps below it are possible. The model's vocabulary may be larger.
         stop_tokens: the tokens that end a generated text.
+        end_of_text: the token between two documents: `<|endoftext|>`, or what the settings name as `eos_token`; None
+            where the vocabulary has neither.
         chat_format: how the checkpoint writes a conversation, for `dbrx_fn.chat.render_chat`.
     """
 
     vocab_size: int
     stop_tokens: frozenset[int]
+    end_of_text: int | None
     chat_format: ChatFormat
     _encode: Callable[[str], list[int]] = field(repr=False)
     _prefix: tuple[int, ...] = field(repr=False)
     _ordinary: Mapping[int, bytes] = field(repr=False)
     _special: Mapping[int, bytes] = field(repr=False)
+    _definition: Callable[[], bytes] = field(repr=False)
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256, in hexadecimal, of all that a text's tokens depend on."""
+        return hashlib.sha256(self._definition()).hexdigest()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Returns the tokens of a text; the text of a special token, such as `<|im_start|>`, becomes that token.
@@ -120,11 +129,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(
         vocab_size=1 + max((*vocabulary.ordinary, *vocabulary.special)),
         stop_tokens=_read_stop_tokens(folder, settings, vocabulary),
+        end_of_text=_read_end_of_text(settings, vocabulary),
         chat_format=_read_chat_format(folder, settings),
         _encode=vocabulary.encode,
         _prefix=(vocabulary.token("bos_token", settings),) if settings.flag("add_bos_token", False) else (),
         _ordinary=vocabulary.ordinary,
         _special=vocabulary.special,
+        _definition=vocabulary.definition,
     )
 
 
@@ -197,6 +208,7 @@ class _Vocabulary:
     encode: Callable[[str], list[int]]
     ordinary: Mapping[int, bytes]
     special: Mapping[int, bytes]
+    definition: Callable[[], bytes]
 
     def token(self, key: str, settings: _Settings) -> int:
         """Returns the id of the token that the settings name under this key."""
@@ -205,11 +217,18 @@ class _Vocabulary:
             raise TokenizerError(
                 f"{settings.path} must give a token for '{key}', such as \"<|endoftext|>\"; add it to that file."
             )
+        token = self.find(content)
+        if token is None:
+            raise settings.wrong(f"'{key}'", "a token of the vocabulary", content)
+        return token
+
+    def find(self, content: str) -> int | None:
+        """Returns the id of the token with this text."""
         for pieces in (self.special, self.ordinary):
             for token, piece in pieces.items():
                 if piece == content.encode():
                     return token
-        raise settings.wrong(f"'{key}'", "a token of the vocabulary", content)
+        return None
 
 
 def _is_token_id(value: object) -> bool:
@@ -295,7 +314,7 @@ def _read_tokenizer_json(path: Path, settings: _Settings) -> _Vocabulary:
     def encode(text: str) -> list[int]:
         return backend.encode(text, add_special_tokens=False).ids
 
-    return _Vocabulary(encode, ordinary, special)
+    return _Vocabulary(encode, ordinary, special, lambda: backend.to_str().encode())
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -332,7 +351,10 @@ def _read_tiktoken(folder: Path, settings: _Settings) -> _Vocabulary:
     def encode(text: str) -> list[int]:
         return backend.encode(text, allowed_special="all")
 
-    return _Vocabulary(encode, ordinary, special)
+    def definition() -> bytes:
+        return repr((backend._pat_str, sorted(backend._mergeable_ranks.items()), sorted(names.items()))).encode()
+
+    return _Vocabulary(encode, ordinary, special, definition)
 
 
 def _load_encoding(settings: _Settings) -> tiktoken.Encoding:
@@ -372,6 +394,12 @@ def _read_stop_tokens(folder: Path, settings: _Settings, vocabulary: _Vocabulary
     # Without <|im_end|> a conversation would never stop; base models don't make it.
     turn_end = {token for token, piece in vocabulary.special.items() if piece == b"<|im_end|>"}
     return frozenset({vocabulary.token("eos_token", settings)} | turn_end)
+
+
+def _read_end_of_text(settings: _Settings, vocabulary: _Vocabulary) -> int | None:
+    named = settings.special_token("eos_token")
+    found = vocabulary.find("<|endoftext|>")
+    return vocabulary.find(named) if found is None and named is not None else found
 
 
 def _read_chat_format(folder: Path, settings: _Settings) -> ChatFormat:

@@ -1,0 +1,230 @@
+"""Turns documents into tokens once, in files that training maps into memory."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dbrx_fn.config import Config
+from dbrx_fn.corpus import Document, text_pieces
+from dbrx_fn.errors import InputError
+from dbrx_fn.tokenizer import Tokenizer
+
+_FORM = 1
+"""Changes with what the files hold for the same documents, so that older ones are made anew."""
+
+Progress = Callable[[int, int], None]
+"""Called with bytes of text done so far and bytes in all."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFile:
+    """The tokens of documents, in files of a folder.
+
+    An end-of-text token stands before each document, so that its first token is predicted from something, and one
+    more ends the last.
+
+    Attributes:
+        tokens: `[tokens]`, uint16 or uint32.
+        targets: `[tokens]`, bool, which tokens are to be predicted; None where all are. An end-of-text token is where
+            the part before it is. The first token never is, since nothing stands before it.
+        target_count: how many tokens are to be predicted.
+        bytes: UTF-8 bytes of the parts to be predicted. A loss in bits per byte is the sum of the targets' losses in
+            bits, over this.
+        documents: how many there are.
+        fingerprint: SHA-256 of the documents and of the tokenizer.
+    """
+
+    tokens: np.memmap[Any, np.dtype[Any]]
+    targets: np.memmap[Any, np.dtype[np.bool_]] | None
+    target_count: int
+    bytes: int
+    documents: int
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def write_token_file(
+    folder: Path, documents: Sequence[Document], tokenizer: Tokenizer, progress: Progress | None = None
+) -> TokenFile:
+    """Writes the tokens of documents into a folder, or finds them there.
+
+    Files that the same documents and tokenizer have left there are taken as they are; others are replaced. The text is
+    made into tokens piece by piece, so only the documents themselves need memory.
+
+    Args:
+        folder: made if it isn't there; `tokens.npy`, `targets.npy` (where there are parts only to be read) and
+            `meta.json` are written, the last one at last.
+        documents: at least one, as of `dbrx_fn.corpus.read_documents`.
+        tokenizer: the model's.
+        progress: called as the text is made into tokens.
+
+    Raises:
+        InputError: no documents, or a tokenizer without an end-of-text token.
+        OSError: the files can't be written.
+    """
+    if not documents:
+        raise InputError("There are no documents to make tokens of; give at least one.")
+    if tokenizer.end_of_text is None:
+        raise InputError(
+            "The tokenizer has no <|endoftext|> and its tokenizer_config.json names no 'eos_token', one of which has "
+            "to stand between documents: add 'eos_token' there."
+        )
+    fingerprint = _fingerprint(documents, tokenizer)
+    try:
+        found = read_token_file(folder)
+        if found.fingerprint == fingerprint:
+            return found
+    except InputError:
+        # Missing or damaged files are what the rest of this function mends.
+        pass
+
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=".tokens-", dir=folder))
+    try:
+        meta = _write(beside, documents, tokenizer, tokenizer.end_of_text, progress)
+        (beside / "meta.json").write_text(json.dumps(meta | {"fingerprint": fingerprint}, indent=2) + "\n")
+        # While they are replaced there is no meta.json, so files that don't belong together are never read.
+        for name in ("meta.json", "targets.npy"):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("tokens.npy", "targets.npy", "meta.json"):
+            if (beside / name).exists():
+                (beside / name).rename(folder / name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return read_token_file(folder)
+
+
+def read_token_file(folder: Path) -> TokenFile:
+    """Maps the files of `write_token_file` into memory.
+
+    Raises:
+        InputError: if files are missing, damaged, cut short or don't belong together.
+    """
+    meta = _read_meta(folder / "meta.json")
+    length = meta["tokens"]
+    tokens = _map(folder / "tokens.npy", length, ("uint16", "uint32"))
+    targets = _map(folder / "targets.npy", length, ("bool",)) if meta["masked"] else None
+    return TokenFile(tokens, targets, meta["target_count"], meta["bytes"], meta["documents"], meta["fingerprint"])
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
+    """Makes sure that the model has a row for each of the tokenizer's tokens.
+
+    Raises:
+        InputError: if it hasn't.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"The tokenizer's tokens go up to {tokenizer.vocab_size - 1} where the model's vocab_size is "
+            f"{config.vocab_size}: take the tokenizer that belongs to the model, or a vocab_size of at least "
+            f"{tokenizer.vocab_size}."
+        )
+
+
+def _fingerprint(documents: Sequence[Document], tokenizer: Tokenizer) -> str:
+    digest = hashlib.sha256(f"{_FORM} {tokenizer.fingerprint()} {tokenizer.end_of_text}".encode())
+    for document in documents:
+        digest.update(f"\n{len(document.spans)}".encode())
+        for text, target in document.spans:
+            content = text.encode()
+            digest.update(f" {len(content)} {int(target)} ".encode())
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def _write(
+    folder: Path, documents: Sequence[Document], tokenizer: Tokenizer, separator: int, progress: Progress | None
+) -> dict[str, Any]:
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    masked = any(not target for document in documents for _, target in document.spans)
+    sizes = [[len(text.encode()) for text, _ in document.spans] for document in documents]
+    total, done, count, target_count = sum(map(sum, sizes)), 0, 0, 0
+
+    with open(folder / "tokens.npy", "wb") as tokens_file, open(folder / "targets.npy", "wb") as targets_file:
+        _write_header(tokens_file, dtype, 0)
+        _write_header(targets_file, np.dtype(np.bool_), 0)
+
+        def add(tokens: list[int], target: bool) -> None:
+            nonlocal count, target_count
+            tokens_file.write(np.array(tokens, dtype).tobytes())
+            if masked:
+                targets_file.write(np.full(len(tokens), target).tobytes())
+            count += len(tokens)
+            target_count += len(tokens) * target
+
+        add([separator], False)
+        for document in documents:
+            for text, target in document.spans:
+                for piece in text_pieces(text):
+                    add(tokenizer.encode(piece, add_special_tokens=False), target)
+                    done += len(piece.encode())
+                    if progress is not None:
+                        progress(done, total)
+            add([separator], document.spans[-1][1])
+
+        for file, kind in ((tokens_file, dtype), (targets_file, np.dtype(np.bool_))):
+            file.seek(0)
+            _write_header(file, kind, count)
+    if not masked:
+        (folder / "targets.npy").unlink()
+    learned = sum(
+        size
+        for document, parts in zip(documents, sizes, strict=True)
+        for (_, target), size in zip(document.spans, parts, strict=True)
+        if target
+    )
+    return {
+        "tokens": count,
+        "target_count": target_count,
+        "bytes": learned,
+        "documents": len(documents),
+        "masked": masked,
+    }
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype[Any], length: int) -> None:
+    # NumPy leaves room in a header for any length, so the final one can take the place of the first.
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+    )
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    kinds = {"tokens": int, "target_count": int, "bytes": int, "documents": int, "masked": bool, "fingerprint": str}
+    try:
+        meta = json.loads(path.read_bytes())
+    except OSError as error:
+        raise _damaged(path, error.strerror or str(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from None
+    if not isinstance(meta, dict) or any(type(meta.get(key)) is not kind for key, kind in kinds.items()):
+        raise _damaged(path, f"it must hold {', '.join(kinds)}")
+    return meta
+
+
+def _map(path: Path, length: int, dtypes: tuple[str, ...]) -> np.memmap[Any, np.dtype[Any]]:
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except OSError as error:
+        raise _damaged(path, error.strerror or str(error)) from None
+    # NumPy parses a header as a Python literal, which can fail in several ways.
+    except (ValueError, EOFError, SyntaxError, TypeError, KeyError) as error:
+        raise _damaged(path, str(error)) from None
+    if array.shape != (length,) or array.dtype.name not in dtypes:
+        raise _damaged(
+            path, f"{array.dtype.name} {list(array.shape)} where {' or '.join(dtypes)} [{length}] is expected"
+        )
+    return array
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(f"{path} isn't a whole file of tokens ({reason}): remove its folder, and it will be made anew.")
