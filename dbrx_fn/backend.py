@@ -4,9 +4,10 @@ import os
 from typing import Literal
 
 import mlx.core as mx
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, Shaped, UInt32
 
 from dbrx_fn.compile import typed
+from dbrx_fn.params import Format
 
 Backend = Literal["metal", "cuda", "cpu"]
 
@@ -75,3 +76,60 @@ def grouped_matmul(
     ascending = backend() != "cuda" or x.shape[1] > 1
     product = mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=segment_experts, sorted_indices=ascending)
     return product.astype(dtype)
+
+
+@typed
+def quantized_matmul(
+    x: Float[mx.array, "*batch inner"],
+    weight: UInt32[mx.array, "outer packed"],
+    scales: Shaped[mx.array, "outer group"],
+    biases: Float[mx.array, "outer group"] | None,
+    quantization: Format,
+) -> Float[mx.array, "*batch outer"]:
+    """`x @ w.T`, with `w` `[outer inner]` what `mx.dequantize` makes of weight, scales and biases."""
+    product = mx.quantized_matmul(
+        *_as_computed(x, weight, scales, biases),
+        transpose=True,
+        group_size=quantization.group_size,
+        bits=quantization.bits,
+        mode=quantization.mode,
+    )
+    return product.astype(x.dtype)
+
+
+@typed
+def grouped_quantized_matmul(
+    x: Float[mx.array, "segments rows inner"],
+    weight: UInt32[mx.array, "expert outer packed"],
+    scales: Shaped[mx.array, "expert outer group"],
+    biases: Float[mx.array, "expert outer group"] | None,
+    segment_experts: Integer[mx.array, " segments"],
+    quantization: Format,
+) -> Float[mx.array, "segments rows outer"]:
+    """`grouped_matmul` by quantized weights; experts must ascend."""
+    product = mx.gather_qmm(
+        *_as_computed(x, weight, scales, biases),
+        rhs_indices=segment_experts,
+        transpose=True,
+        group_size=quantization.group_size,
+        bits=quantization.bits,
+        mode=quantization.mode,
+        sorted_indices=backend() != "cuda",
+    )
+    return product.astype(x.dtype)
+
+
+def _as_computed(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None
+) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
+    """The operands in the dtypes that the back end computes quantized products in.
+
+    The CPU's adds up in the operands' own dtype. 2048 x 2048 weights of 4 bits by one vector there: 33 ms and a
+    relative error of 5e-2 in bfloat16, 186 ms and 6e-3 in float16, and by way of float32 4 ms and 2e-3 and 2e-4.
+    """
+    if backend() != "cpu":
+        return x, weight, scales, biases
+    # The scales of the modes without biases are packed, not numbers.
+    if biases is not None:
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return x.astype(mx.float32), weight, scales, biases

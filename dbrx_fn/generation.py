@@ -191,8 +191,8 @@ def warm_up(
 ) -> None:
     """Has everything traced and compiled that such a generation will run, by running it through the first layer alone.
 
-    Compiling takes seconds where MLX builds kernels on first use (CPU, CUDA) and has not done it before on this
-    machine; with this it is out of the way, and can be timed apart.
+    Compiling takes seconds where MLX builds kernels on first use (CUDA) and has not done it before on this machine;
+    with this it is out of the way, and can be timed apart. On the CPU, where layers aren't compiled, it costs little.
     """
     transformer = params["transformer"]
     shallow = {"transformer": {**transformer, "blocks": transformer["blocks"][:1]}, "lm_head": params["lm_head"]}

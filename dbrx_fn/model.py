@@ -1,13 +1,13 @@
 """DBRX from tokens to logits: `forward`, and `score` for whole sequences together with what the routers said.
 
-Both run the same blocks. On the host: check the arguments, cut long inputs into chunks, pad each chunk to one of few lengths. On the device:
-embed, one compiled `block` a layer, and the head. See `docs/architecture.md` for the whole of it.
+Both run the same blocks. On the host: check the arguments, cut long inputs into chunks, pad each chunk to one of few
+lengths. On the device: embed, one compiled `block` a layer, and the head. See `docs/architecture.md` for the whole.
 """
 
 import contextlib
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +20,12 @@ from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
 from dbrx_fn.errors import CacheError, InputError
 from dbrx_fn.layers.block import block
+from dbrx_fn.layers.embedding import embedding
 from dbrx_fn.layers.linear import linear
 from dbrx_fn.layers.norm import layer_norm
 from dbrx_fn.layers.norm_attn_norm import Stream
 from dbrx_fn.layers.router import Routing
-from dbrx_fn.params import Params, check_params
+from dbrx_fn.params import Params, check_params, check_part
 
 CHUNK_SIZE = 2048
 """Tokens of each row that go through the model at once, unless asked otherwise."""
@@ -129,8 +130,8 @@ def score(
     _check_outline(params, config)
     batch, time = tokens.shape
     x, _, _, routing = _run_blocks(params, tokens.astype(mx.int32), lengths, cache, jitter_key, recompute)
-    said = (mx.stack(parts).reshape(config.n_layers, batch, x.shape[1], -1) for parts in zip(*routing, strict=True))
-    return _head(params, x, config)[:, :time], Routing(*(parts[:, :, :time] for parts in said))
+    layers = (mx.stack(list(parts)).reshape(len(parts), batch, x.shape[1], -1) for parts in zip(*routing, strict=True))
+    return _head(params, x, config)[:, :time], Routing(*(layer[:, :, :time] for layer in layers))
 
 
 def time_bucket(time: int, capacity: int) -> int:
@@ -194,7 +195,7 @@ def _run_blocks(
         dtype=config.dtype,
         wraps=max(cache.lengths) + time > capacity,
     )
-    layer = functools.partial(block, config=config)
+    layer: Callable[..., tuple[mx.array, mx.array, mx.array, Routing]] = functools.partial(block, config=config)
     if recompute:
         layer = mx.checkpoint(layer)
     n_layers = cache.config.n_layers
@@ -211,9 +212,9 @@ def _run_blocks(
 
 @compiled
 def embed(wte: dict[str, mx.array], tokens: Int32[mx.array, "batch time"], *, config: Config) -> Stream:
-    """Rows of `wte.weight` `[vocab d_model]`."""
-    check_params(wte, config, under="transformer.wte")
-    return wte["weight"][tokens]
+    """Rows of `wte` `[vocab d_model]`."""
+    check_part(wte, config=config, under="transformer.wte")
+    return embedding(wte, tokens, config=config)
 
 
 @compiled
@@ -230,8 +231,8 @@ def head(
     norm_f: dict[str, mx.array], lm_head: dict[str, Any], x: Stream, *, config: Config
 ) -> Float[mx.array, "batch time {config.vocab_size}"]:
     """The final norm and the vocabulary's projection, which has a matrix of its own in DBRX."""
-    check_params(norm_f, config, under="transformer.norm_f")
-    check_params(lm_head, config, under="lm_head")
+    check_part(norm_f, config=config, under="transformer.norm_f")
+    check_part(lm_head, config=config, under="lm_head")
     return linear(lm_head, layer_norm(norm_f, x))
 
 

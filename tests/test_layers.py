@@ -1,5 +1,6 @@
 """Attention, the router and their block against the oracle, and the shapes that layers refuse."""
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ from jaxtyping import TypeCheckError
 from numpy.typing import NDArray
 
 from dbrx_fn.cache import Window, init_cache, window
-from dbrx_fn.compile import compiled
+from dbrx_fn.compile import traced
 from dbrx_fn.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.layers.attn import attn
 from dbrx_fn.layers.block import block
@@ -18,6 +19,7 @@ from dbrx_fn.layers.moe import moe
 from dbrx_fn.layers.norm import layer_norm
 from dbrx_fn.layers.norm_attn_norm import norm_attn_norm
 from dbrx_fn.layers.router import router
+from dbrx_fn.model import score
 from dbrx_fn.params import init_params
 from tests import oracle
 from tests.trees import as_float64, relative_error
@@ -150,6 +152,81 @@ def test_router_decides_in_float32(likeliest: int) -> None:
     assert int(np.array(experts)[0, 0]) == likeliest
 
 
+JITTER = 0.25
+
+
+def jittered(eps: float | None, seed: int | None, dtype: mx.Dtype = mx.float32) -> NDArray[np.float64]:
+    """The noise itself: logits `[tokens d_model]` of ones, by a router that hands on what it reads."""
+    config = FFNConfig(moe_num_experts=64, moe_top_k=2, moe_jitter_eps=eps)
+    key = None if seed is None else mx.random.key(seed)
+    _, logits, _ = router({"layer": {"weight": mx.eye(64, dtype=dtype)}}, mx.ones((40, 64), dtype), key, config=config)
+    return as_float64(logits)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_jitter_is_uniform_around_1(dtype: mx.Dtype) -> None:
+    """2560 draws of standard deviation 2 * eps / sqrt(12); the bounds are exact in bfloat16."""
+    noise = jittered(JITTER, 0, dtype)
+    assert 1 - JITTER <= noise.min() < 1 - 0.95 * JITTER
+    assert 1 + 0.95 * JITTER < noise.max() <= 1 + JITTER
+    deviation = 2 * JITTER / np.sqrt(12)
+    assert abs(noise.mean() - 1) < 5 * deviation / np.sqrt(noise.size)
+    assert noise.std() == pytest.approx(deviation, rel=0.05)
+    # Each token and each feature has a draw of its own.
+    assert noise.std(axis=0).min() > deviation / 2
+    assert noise.std(axis=1).min() > deviation / 2
+
+
+def test_jitter_comes_from_its_key_alone() -> None:
+    noise = jittered(JITTER, 0)
+    mx.random.seed(1)
+    np.testing.assert_array_equal(jittered(JITTER, 0), noise)
+    assert not np.array_equal(jittered(JITTER, 1), noise)
+
+
+@pytest.mark.parametrize(("eps", "seed"), [(JITTER, None), (None, 0), (0.0, 0), (None, None)])
+def test_no_key_or_no_eps_is_no_jitter(eps: float | None, seed: int | None) -> None:
+    assert (jittered(eps, seed) == 1).all()
+
+
+def test_experts_read_what_was_there_before_jitter() -> None:
+    """The noise is as large as it may be, and turns choices; the experts' inputs don't have it."""
+    config = config_with(moe_jitter_eps=0.9).ffn
+    x, key = mx.array(normal(0, 1, TIME, 36)), mx.random.key(0)
+    w1, v1, w2 = normal(2, 5, 7, 36), normal(3, 5, 7, 36), normal(4, 5, 36, 7)
+    mlp = {name: {"weight": mx.array(weight)} for name, weight in (("w1", w1), ("v1", v1), ("w2", w2))}
+    params: Any = {"router": {"layer": {"weight": mx.array(normal(1, 5, 36))}}, "experts": {"mlp": mlp}}
+    actual, routing = moe(params, x, key, config=config)
+    weights, logits, experts = router(params["router"], x[0], key, config=config)
+    np.testing.assert_array_equal(np.array(routing.logits), np.array(logits))
+    np.testing.assert_array_equal(np.array(routing.top_experts), np.array(experts))
+    expected = oracle.moe(np.array(x[0]), np.array(weights), np.array(experts), w1, v1, w2)
+    assert relative_error(actual[0], expected) <= BAR
+    quiet, without = moe(params, x, config=config)
+    assert not np.array_equal(np.sort(np.array(without.top_experts)), np.sort(np.array(experts)))
+    assert relative_error(quiet[0], expected) > 0.1
+
+
+def test_each_layer_draws_its_own_jitter() -> None:
+    """Blocks that add nothing hand the same activations to every router, and all routers are alike."""
+    config = replace(config_with(moe_jitter_eps=JITTER), n_layers=3)
+    params = init_params(config, mx.random.key(0))
+    first = params["transformer"]["blocks"][0]
+    first["norm_attn_norm"]["attn"]["out_proj"]["weight"] *= 0
+    first["ffn"]["experts"]["mlp"]["w2"]["weight"] *= 0
+    params["transformer"]["blocks"] = [first] * 3
+    tokens = mx.arange(TIME)[None]
+    _, quiet = score(params, tokens, config)
+    _, noisy = score(params, tokens, config, jitter_key=mx.random.key(0))
+    _, again = score(params, tokens, config, jitter_key=mx.random.key(0))
+    quiet_logits, logits = np.array(quiet.logits), np.array(noisy.logits)
+    np.testing.assert_array_equal(quiet_logits[0], quiet_logits[1])
+    np.testing.assert_array_equal(np.array(again.logits), logits)
+    assert not np.array_equal(logits[0], quiet_logits[0])
+    assert not np.array_equal(logits[0], logits[1])
+    assert not np.array_equal(logits[1], logits[2])
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
 def test_layer_norm(scale: float) -> None:
     """The small scale shows the epsilon."""
@@ -186,8 +263,10 @@ def test_block_adds_what_the_experts_say_of_the_norm() -> None:
     x = mx.array(normal(0, 1, TIME, 36))
     out, _, _, routing = block(params, x, *nothing_cached(config), config=config)
     residual, normed, _, _ = norm_attn_norm(params["norm_attn_norm"], x, *nothing_cached(config), config=config)
-    said, _ = moe(params["ffn"], normed, config=config.ffn)
+    said, expected_routing = moe(params["ffn"], normed, config=config.ffn)
     assert relative_error(out, as_float64(residual + said)) <= BAR
+    assert relative_error(routing.logits, as_float64(expected_routing.logits)) <= BAR
+    np.testing.assert_array_equal(np.array(routing.top_experts), np.array(expected_routing.top_experts))
     assert relative_error(out, as_float64(residual)) > 1e-4
 
 
@@ -236,7 +315,7 @@ def test_types_are_checked_once_a_trace() -> None:
     """A layer's Python code, and with it the check, doesn't run again for a shape that it knows."""
     runs = []
 
-    @compiled
+    @traced
     def double(x: mx.array, *, times: int) -> mx.array:
         runs.append(x.shape)
         return x * times

@@ -11,7 +11,7 @@ from dbrx_fn.config import Config
 from dbrx_fn.layers.moe import moe
 from dbrx_fn.layers.norm_attn_norm import Stream, norm_attn_norm
 from dbrx_fn.layers.router import Routing
-from dbrx_fn.params import check_params
+from dbrx_fn.params import check_part
 
 
 @compiled
@@ -42,8 +42,7 @@ def block(
     Raises:
         CheckpointError: when traced with parameters that don't fit the config, naming those of the first block.
     """
-    # Any block's parameters get here once per shape that they come in, so this costs nothing per token.
-    check_params(params, config, under="transformer.blocks.0")
+    check_part(params, config=config, under="transformer.blocks.0")
     residual, normed, keys, values = norm_attn_norm(params["norm_attn_norm"], x, keys, values, window, config=config)
     mixed, routing = moe(params["ffn"], normed, jitter_key, config=config.ffn)
     return residual + mixed, keys, values, routing

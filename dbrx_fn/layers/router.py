@@ -53,7 +53,8 @@ def router(
     """
     if jitter_key is not None and config.moe_jitter_eps:
         eps = config.moe_jitter_eps
-        x = x * mx.random.uniform(1 - eps, 1 + eps, x.shape, x.dtype, jitter_key)
+        # mx.checkpoint asks for the gradient of all that it is given, and random bits have none.
+        x = x * mx.random.uniform(1 - eps, 1 + eps, x.shape, x.dtype, mx.stop_gradient(jitter_key))
     logits = linear(params["layer"], x).astype(mx.float32)
     probabilities = mx.softmax(logits, axis=-1)
     last = config.moe_num_experts - config.moe_top_k
