@@ -168,12 +168,15 @@ def read_config(folder: Path) -> Config:
         ConfigError: if the file is missing, isn't JSON, isn't DBRX's, or describes a model that can't exist.
     """
     path = folder / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{path} is missing: a checkpoint folder needs the config.json that came with its weights.")
+    return read_config_file(path)
+
+
+def read_config_file(path: Path) -> Config:
+    """Reads a file with the content of a `config.json`; errors are those of `read_config`."""
     try:
         raw = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} is missing: a checkpoint folder needs the config.json that came with its weights."
-        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} can't be read as JSON ({error}): fetch it again from where it came.") from None
     if not isinstance(raw, dict):

@@ -23,3 +23,7 @@ class InputError(DbrxError):
 
 class CacheError(DbrxError):
     """A cache that is too small, or that was made for another batch, model or dtype."""
+
+
+class TrainingError(DbrxError):
+    """A training run that can't go on: its numbers are no longer finite."""

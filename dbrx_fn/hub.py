@@ -6,6 +6,9 @@ from textwrap import shorten
 
 from dbrx_fn.errors import CheckpointError
 
+SMALL = Path(__file__).parent / "small"
+"""The checkpoint of the small model that ships with the package."""
+
 _TEXT_FILES = ["*.json", "*.jinja", "*.txt"]
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

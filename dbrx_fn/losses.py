@@ -27,6 +27,7 @@ import math
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Integer, UInt32
 from mlx import nn
 
@@ -75,7 +76,8 @@ def loss(
         mask: bool `[batch time]`, which tokens are targets. All, if `None`; the first of a row never is.
         config: the model's, with `moe_loss_weight` and `moe_jitter_eps`.
         lengths: int32 `[batch]`, how many of each row's tokens are real, counted from the left; the rest is padding,
-            which is no target and isn't counted in the routing. All of them, if not given.
+            which is no target and isn't counted in the routing, just as each row's last token, which predicts
+            nothing. All of them, if not given.
         jitter_key: an `mx.random.key` for the routers' jitter; none, if not given.
         z_loss_weight: of the z-loss. ST-MoE's is 0.001.
         recompute: see `score`.
@@ -87,7 +89,7 @@ def loss(
         InputError: if tokens, mask or lengths aren't of these shapes and types.
         CheckpointError: if the tree doesn't fit the config.
     """
-    _check(tokens, mask, lengths)
+    check_batch(tokens, mask, lengths)
     logits, routing = score(params, tokens[:, :-1], config, jitter_key=jitter_key, recompute=recompute)
     parts = loss_parts(logits, routing.logits, routing.top_experts, tokens[:, 1:], mask, lengths)
     total = parts.cross_entropy + config.ffn.moe_loss_weight * parts.load_balance + z_loss_weight * parts.router_z
@@ -103,17 +105,16 @@ def loss_parts(
     mask: Bool[mx.array, "batch time+1"] | None,
     lengths: Int32[mx.array, " batch"] | None,
 ) -> LossParts:
-    """The parts of `loss`, of what `score` made of all tokens of a row but its last; `targets` are all but its first."""
+    """The parts of `loss`, of what `score` made of all tokens of a row but its last; `targets`: all but its first."""
     batch, time = targets.shape
     last = mx.full(batch, time + 1, mx.int32) if lengths is None else lengths
-    position = mx.arange(time, dtype=mx.int32)
-    predicted = position + 1 < last[:, None]
-    if mask is not None:
-        predicted = predicted & mask[:, 1:]
+    # A row's last token predicts nothing, so it isn't read, with padding behind it or without.
+    has_next = mx.arange(1, time + 1, dtype=mx.int32) < last[:, None]
+    predicted = has_next if mask is None else has_next & mask[:, 1:]
     nats = token_nats(logits, targets)
     cross_entropy = mx.where(predicted, nats, 0).sum() / mx.maximum(predicted.sum(), 1)
 
-    read = (position < last[:, None]).astype(mx.float32)
+    read = has_next.astype(mx.float32)
     probability = _mean_over_tokens(mx.softmax(router_logits, axis=-1), read)
     experts = mx.arange(router_logits.shape[-1], dtype=top_experts.dtype)
     chosen = (top_experts[..., None] == experts).astype(mx.float32).mean(axis=-2)
@@ -133,8 +134,8 @@ def token_nats(
 
 def busiest_expert(expert_share: Any) -> float:
     """How many times its fair share the busiest expert of any layer got: 1 at perfect balance."""
-    share = mx.array(expert_share)
-    return float((share.max() * share.shape[-1]).item())
+    share = np.array(expert_share)
+    return float(share.max() * share.shape[-1])
 
 
 def bits_per_byte(nats: float, tokens: int, text_bytes: int) -> float:
@@ -149,13 +150,22 @@ def _mean_over_tokens(
     return (values * read[..., None]).sum(axis=(1, 2)) / mx.maximum(read.sum(), 1)
 
 
-def _check(tokens: mx.array, mask: mx.array | None, lengths: mx.array | None) -> None:
-    if not isinstance(tokens, mx.array) or tokens.ndim != 2 or tokens.shape[1] < 2:
-        found = list(tokens.shape) if isinstance(tokens, mx.array) else type(tokens).__name__
-        raise InputError(f"tokens is {found} where an mx.array [batch time] with a time of at least 2 is expected.")
-    if mask is not None and (not isinstance(mask, mx.array) or mask.shape != tokens.shape or mask.dtype != mx.bool_):
-        found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, mx.array) else type(mask).__name__
-        raise InputError(f"mask is {found} where bool {list(tokens.shape)}, the shape of tokens, is expected.")
-    if lengths is not None and (not isinstance(lengths, mx.array) or lengths.shape != tokens.shape[:1]):
-        found = list(lengths.shape) if isinstance(lengths, mx.array) else type(lengths).__name__
-        raise InputError(f"lengths is {found} where an int32 mx.array [{tokens.shape[0]}] is expected.")
+def check_batch(tokens: mx.array, mask: mx.array | None, lengths: mx.array | None = None) -> None:
+    """Raises what `loss` says, where these aren't what it takes."""
+    shape = list(tokens.shape) if isinstance(tokens, mx.array) else []
+    if len(shape) != 2 or shape[0] < 1 or shape[1] < 2 or not mx.issubdtype(tokens.dtype, mx.integer):
+        raise InputError(
+            f"tokens is {_kind(tokens)} where integers [batch time] with at least 1 row of at least 2 are expected."
+        )
+    if mask is not None and (not isinstance(mask, mx.array) or (list(mask.shape), mask.dtype) != (shape, mx.bool_)):
+        raise InputError(f"mask is {_kind(mask)} where bool {shape}, the shape of tokens, is expected.")
+    if lengths is not None and (
+        not isinstance(lengths, mx.array) or (list(lengths.shape), lengths.dtype) != (shape[:1], mx.int32)
+    ):
+        raise InputError(f"lengths is {_kind(lengths)} where int32 {shape[:1]}, one a row, is expected.")
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, mx.array):
+        return f"a {type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('mlx.core.')} {list(value.shape)}"

@@ -4,8 +4,8 @@
     state, measured = train_step(state, tokens, mask, config=config, recipe=recipe)
 
 The state is a tree of arrays: float32 master weights, the optimizer's moments, the key that jitter is drawn from. The
-recipe is static. Few functions are compiled, each traced once for a whole run: `gradients` of one micro-batch, `add` of two,
-`update`. The first runs the same `score` that inference does; there is no other path.
+recipe is static. Few functions are compiled, each traced once for a whole run: `gradients` of one micro-batch, `add` of
+two, `update`. The first runs the same `score` that inference does; there is no other path.
 
 Optimizer and schedules are `mlx.optimizers`'. Its AdamW is an object that holds a state; here it is made anew inside
 the trace, given the state, and asked for the next, so nothing outlives the step.
@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_map
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config, Dtype
 from dbrx_fn.errors import InputError
-from dbrx_fn.losses import LossParts, loss
+from dbrx_fn.losses import LossParts, check_batch, loss
 from dbrx_fn.params import Params, nest
 
 State = dict[str, Any]
@@ -132,24 +132,27 @@ def train_step(
         The state after it, and what was measured.
 
     Raises:
-        InputError: if the batch can't be cut into the recipe's micro-batches, or isn't tokens at all.
+        InputError: if the batch can't be cut into the recipe's micro-batches, or isn't tokens and their mask at all.
     """
+    check_batch(tokens, mask)
     count = recipe.micro_batches
     if tokens.shape[0] % count:
         raise InputError(f"The batch has {tokens.shape[0]} rows, which {count} micro-batches don't divide evenly.")
     config = replace(config, dtype=recipe.dtype)
     next_key, *keys = mx.random.split(state["key"], count + 1)
     # Each micro-batch counts by its targets, so that cutting a batch changes nothing.
-    targets = None if mask is None else mask[:, 1:].sum()
+    targets = None if mask is None else mx.maximum(mask[:, 1:].sum(), 1)
     total: Gradients | None = None
     for part, key, part_mask in zip(
         mx.split(tokens, count), keys, [None] * count if mask is None else mx.split(mask, count), strict=True
     ):
-        share = mx.array(1 / count) if part_mask is None else part_mask[:, 1:].sum() / mx.maximum(targets, 1)
+        share = mx.array(1 / count) if part_mask is None or targets is None else part_mask[:, 1:].sum() / targets
         made = gradients(state["params"], part, part_mask, share, key, config=config, recipe=recipe)
         total = made if total is None else add(total, made)
     assert total is not None
-    params, optimizer, norm, rate = update(state["params"], state["optimizer"], total.tree, config=config, recipe=recipe)
+    params, optimizer, norm, rate = update(
+        state["params"], state["optimizer"], total.tree, config=config, recipe=recipe
+    )
     return {"params": params, "optimizer": optimizer, "key": next_key}, Measured(total.loss, total.parts, norm, rate)
 
 
@@ -209,7 +212,8 @@ def update(
     split_params, split_grads = _by_decay(params), _by_decay(grads)
     for name in split_params:
         adamw = _adamw(name, recipe)
-        adamw.state = optimizer[name]
+        # Its dicts are written to, which mustn't be those of the caller.
+        adamw.state = tree_map(lambda array: array, optimizer[name])
         leaves |= adamw.apply_gradients(split_grads[name], split_params[name])
         after[name] = adamw.state
     rate: mx.array = after["matrices"]["learning_rate"]
@@ -238,7 +242,7 @@ def _adamw(name: str, recipe: Recipe) -> optimizers.AdamW:
 def _learning_rate(recipe: Recipe) -> Any:
     """The rate as a function of the steps done before."""
     highest, lowest = recipe.learning_rate, recipe.learning_rate * recipe.final_share
-    falling = max(1, recipe.steps - recipe.warmup)
+    falling = max(1, recipe.steps - recipe.warmup - 1)
     after = {
         "cosine": optimizers.cosine_decay(highest, falling, lowest),
         "linear": optimizers.linear_schedule(highest, lowest, falling),

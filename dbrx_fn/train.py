@@ -1,0 +1,481 @@
+"""`python -m dbrx_fn.train`: trains a DBRX model on text, from scratch or from a checkpoint, and resumes exactly."""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO, cast, get_args
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+from tqdm import tqdm
+
+from dbrx_fn.backend import memory_size
+from dbrx_fn.batches import Batches
+from dbrx_fn.chat import CHATML
+from dbrx_fn.config import Config, config_from_dict, config_to_dict, read_config_file
+from dbrx_fn.corpus import Document, read_documents, split, without_held_out
+from dbrx_fn.errors import DbrxError, InputError, TrainingError
+from dbrx_fn.evaluation import Evaluation, evaluate
+from dbrx_fn.hub import SMALL, checkpoint_folder
+from dbrx_fn.loader import load
+from dbrx_fn.params import Params, init_params, param_count
+from dbrx_fn.pictures import check_matplotlib, draw_expert_load, draw_losses
+from dbrx_fn.run_folder import RunFolder
+from dbrx_fn.sampling import random_key
+from dbrx_fn.saver import copy_tokenizer, save
+from dbrx_fn.token_file import TokenFile, check_vocabulary, read_token_file, write_token_file
+from dbrx_fn.tokenizer import read_tokenizer
+from dbrx_fn.train_tokenizer import save_tokenizer, train_bpe
+from dbrx_fn.training import Measured, Recipe, Schedule, State, init_state, train_step
+
+_INTERRUPTED = 130
+"""The exit status by which shells know that Ctrl-C ended a command."""
+
+_DEFAULTS: dict[str, Any] = {
+    "data": [],
+    "held_out": [],
+    "held_out_share": 0.05,
+    "resume": False,
+    "model": None,
+    "config": None,
+    "tokenizer": None,
+    "steps": 1000,
+    "batch_size": 32,
+    "micro_batches": 1,
+    "sequence_length": 256,
+    "learning_rate": 1e-3,
+    "warmup": None,
+    "schedule": "cosine",
+    "final_share": 0.1,
+    "weight_decay": 0.1,
+    "clip_norm": 1.0,
+    "dtype": "float32",
+    "recompute": False,
+    "z_loss_weight": 0.0,
+    "moe_loss_weight": None,
+    "moe_jitter_eps": None,
+    "seed": 0,
+    "log_every": 10,
+    "eval_every": 100,
+    "save_every": 100,
+    "keep": 3,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does, as `run.json` holds it: enough to go on with it when only its folder is left.
+
+    `model`: the checkpoint that it starts from; `None` for a fresh one.
+    `log_every`, `eval_every`, `save_every`: in steps.
+    `keep`: how many of the last checkpoints stay.
+    """
+
+    config: Config
+    recipe: Recipe
+    batch_size: int
+    sequence_length: int
+    seed: int
+    model: str | None
+    log_every: int
+    eval_every: int
+    save_every: int
+    keep: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {**asdict(self), "config": config_to_dict(self.config)}
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any], source: Path) -> "Plan":
+        """The inverse of `as_dict`.
+
+        Raises:
+            InputError: if it is something else.
+        """
+        try:
+            recipe = Recipe(**{**raw["recipe"], "betas": tuple(raw["recipe"]["betas"])})
+            return Plan(**{**raw, "config": config_from_dict(raw["config"], source=str(source)), "recipe": recipe})
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{source} isn't what a run notes there ({error}): start the run anew elsewhere."
+            ) from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
+    given = vars(parser().parse_args(arguments))
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            _run(given)
+        except DbrxError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"interrupted: --out {given['out']} --resume goes on from the last checkpoint.", file=sys.stderr)
+            return _INTERRUPTED
+        except OSError as error:
+            print(f"error: {error.filename or given['out']}: {error.strerror}.", file=sys.stderr)
+            return 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options. One that isn't given is absent from what they parse to."""
+    options = argparse.ArgumentParser(
+        prog="python -m dbrx_fn.train",
+        description="Train a DBRX model on text. With --resume, go on with the run in --out exactly where its last"
+        " checkpoint left it.",
+        argument_default=argparse.SUPPRESS,
+    )
+    add = options.add_argument
+
+    def number(name: str, kind: type, text: str) -> None:
+        default = _DEFAULTS[name.removeprefix("--").replace("-", "_")]
+        add(name, type=kind, help=text if default is None else f"{text}; {default} if not given")
+
+    add("--out", type=Path, required=True, help="folder of the run: checkpoints, metrics, pictures, the model")
+    add("--resume", action="store_true", help="go on with the run in --out; no other option is needed or taken")
+    add(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="text files, .jsonl files (text, prompt and completion, or messages) or folders of both",
+    )
+    add("--held-out", nargs="+", metavar="PATH", help="the same, to evaluate on; never trained on")
+    number("--held-out-share", float, "share of the documents to hold out where --held-out isn't given")
+    add("--model", help="checkpoint to start from, a folder or a Hugging Face repository; a fresh model if not given")
+    add("--config", type=Path, help="config.json of a fresh model; the small model's that ships here if not given")
+    add("--tokenizer", help="checkpoint whose tokenizer to take; if not given, --model's, or one trained on the data")
+    number("--steps", int, "updates to make")
+    number("--batch-size", int, "sequences to an update")
+    number("--micro-batches", int, "parts that a batch is worked on in, one by one, to save memory")
+    number("--sequence-length", int, "tokens of a sequence")
+    number("--learning-rate", float, "at its highest")
+    number("--warmup", int, "steps until it is reached; a twentieth of --steps, at most 100, if not given")
+    add("--schedule", choices=get_args(Schedule), help="how it falls from there; cosine if not given")
+    number("--final-share", float, "what part of it is left at the end")
+    number("--weight-decay", float, "of AdamW")
+    number("--clip-norm", float, "largest norm of the gradients")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="to compute in, with float32 master weights; float32 if not given",
+    )
+    add("--recompute", action="store_true", help="save memory: compute activations again in the backward pass")
+    number("--z-loss-weight", float, "of the routers' z-loss")
+    number("--moe-loss-weight", float, "of the load-balancing loss; the config's if not given")
+    number("--moe-jitter-eps", float, "jitter of what the routers read; the config's if not given")
+    number("--seed", int, "for the order of the data, fresh weights and jitter")
+    number("--log-every", int, "steps between lines of metrics.jsonl")
+    number("--eval-every", int, "steps between evaluations of the held-out text")
+    number("--save-every", int, "steps between checkpoints")
+    number("--keep", int, "how many of the last checkpoints to keep")
+    return options
+
+
+def _run(given: dict[str, Any]) -> None:
+    folder = RunFolder(given["out"])
+    if given.get("resume"):
+        others = sorted(given.keys() - {"out", "resume"})
+        if others:
+            option = f"--{others[0].replace('_', '-')}"
+            raise InputError(f"{option} can't be changed on the way: give --resume with --out alone.")
+        plan = Plan.from_dict(folder.read_settings(), folder.settings_file)
+        folder.clean()
+    else:
+        options = argparse.Namespace(**{**_DEFAULTS, **given})
+        if folder.started:
+            raise InputError(f"{folder.path} holds a run already: go on with it with --resume, or name another --out.")
+        if not options.data:
+            raise InputError("--data is missing: name the text to train on.")
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.clean()
+        plan = _set_up(options, folder)
+    _train(folder, plan)
+
+
+def _set_up(options: argparse.Namespace, folder: RunFolder) -> Plan:
+    """Reads the data and everything that the options name, and leaves in the run's folder what it needs from them."""
+    for name in ("log_every", "eval_every", "save_every", "keep"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)} where it must be at least 1.")
+    warmup = min(100, options.steps // 20) if options.warmup is None else options.warmup
+    recipe = Recipe(
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        warmup=warmup,
+        schedule=options.schedule,
+        final_share=options.final_share,
+        weight_decay=options.weight_decay,
+        clip_norm=options.clip_norm,
+        micro_batches=options.micro_batches,
+        dtype=options.dtype,
+        recompute=options.recompute,
+        z_loss_weight=options.z_loss_weight,
+    )
+    random_key(options.seed)
+    if options.model is not None and options.config is not None:
+        raise InputError("--model and --config are both given: a model to start from brings its own config.")
+    start = None if options.model is None else checkpoint_folder(options.model)
+    config = read_config_file(options.config or (start or SMALL) / "config.json")
+
+    named = start if options.tokenizer is None else checkpoint_folder(options.tokenizer, weights=False)
+    chat_format = CHATML if named is None else read_tokenizer(named).chat_format
+    documents = read_documents(options.data, chat_format)
+    if options.held_out:
+        held_out = read_documents(options.held_out, chat_format)
+        documents, removed = without_held_out(documents, held_out)
+        if removed:
+            print(f"{removed} documents are held out and left out of training", file=sys.stderr)
+    else:
+        documents, held_out = split(documents, options.held_out_share, options.seed)
+
+    if named is None:
+        print(f"training a tokenizer of {config.vocab_size} tokens", file=sys.stderr)
+        save_tokenizer(train_bpe((text for d in documents for text, _ in d.spans), config.vocab_size), folder.tokenizer)
+    else:
+        copy_tokenizer(named, folder.tokenizer)
+    check_vocabulary(read_tokenizer(folder.tokenizer), config)
+    _tokenize(folder, folder.train_data, documents)
+    if held_out:
+        _tokenize(folder, folder.held_out_data, held_out)
+    else:
+        shutil.rmtree(folder.held_out_data, ignore_errors=True)
+
+    ffn = config.ffn
+    if options.moe_loss_weight is not None:
+        ffn = replace(ffn, moe_loss_weight=options.moe_loss_weight)
+    if options.moe_jitter_eps is not None:
+        ffn = replace(ffn, moe_jitter_eps=options.moe_jitter_eps)
+    plan = Plan(
+        config=replace(config, ffn=ffn, dtype="float32"),
+        recipe=recipe,
+        batch_size=options.batch_size,
+        sequence_length=options.sequence_length,
+        seed=options.seed,
+        model=None if options.model is None else str(options.model),
+        log_every=options.log_every,
+        eval_every=options.eval_every,
+        save_every=options.save_every,
+        keep=options.keep,
+    )
+    _check(plan)
+    Batches(read_token_file(folder.train_data), plan.batch_size, plan.sequence_length, plan.seed)
+    folder.write_settings(plan.as_dict())
+    return plan
+
+
+def _tokenize(folder: RunFolder, data: Path, documents: Sequence[Document]) -> None:
+    with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        write_token_file(data, documents, read_tokenizer(folder.tokenizer), progress)
+
+
+def _check(plan: Plan) -> None:
+    if plan.sequence_length > plan.config.max_seq_len:
+        raise InputError(
+            f"--sequence-length is {plan.sequence_length} and the model's context holds {plan.config.max_seq_len}"
+            " (max_seq_len in its config.json): make it shorter."
+        )
+    if plan.batch_size < 1 or plan.batch_size % plan.recipe.micro_batches:
+        raise InputError(
+            f"--batch-size is {plan.batch_size} where a positive multiple of --micro-batches,"
+            f" {plan.recipe.micro_batches}, is expected."
+        )
+    # Weights, gradients and two moments, four bytes each.
+    needed = 16 * param_count(plan.config)
+    if needed > memory_size():
+        raise InputError(
+            f"The model's {param_count(plan.config):,} parameters need {needed / 2**30:.1f} GiB to be trained and this"
+            f" machine has {memory_size() / 2**30:.1f} GiB: take a smaller model, or a larger machine."
+        )
+
+
+def _train(folder: RunFolder, plan: Plan) -> None:
+    config, recipe = plan.config, plan.recipe
+    train = read_token_file(folder.train_data)
+    held_out = read_token_file(folder.held_out_data) if folder.held_out_data.exists() else None
+    batches = Batches(train, plan.batch_size, plan.sequence_length, plan.seed)
+    init_key, run_key = mx.random.split(random_key(plan.seed))
+    params = init_params(config, init_key) if plan.model is None else load(plan.model, dtype="float32", lazy=True)[0]
+    state, start = folder.load(init_state(params, recipe, run_key))
+    folder.cut_metrics(start)
+    print(
+        f"{param_count(config):,} parameters, {param_count(config, active=True):,} active;"
+        f" {len(train):,} tokens to train on, {0 if held_out is None else len(held_out):,} held out;"
+        f" {recipe.steps:,} steps of {plan.batch_size * plan.sequence_length:,} tokens,"
+        f" {batches.epochs(recipe.steps):.2f} epochs" + (f"; resumed after step {start:,}" if start else ""),
+        file=sys.stderr,
+    )
+    evaluation: Evaluation | None = None
+    clock, since = time.perf_counter(), start
+    with (
+        folder.metrics_file.open("a") as metrics,
+        tqdm(total=recipe.steps, initial=start, unit="step", disable=None, smoothing=0.05) as bar,
+    ):
+        bar.set_description("compiling" if start < recipe.steps else "done")
+        previous: Measured | None = None
+        for step in range(start + 1, recipe.steps + 1):
+            tokens, mask = batches[step - 1]
+            state, measured = train_step(state, mx.array(tokens), mx.array(mask), config=config, recipe=recipe)
+            mx.async_eval(state, measured)
+            # The step before is looked at while this one runs.
+            if previous is not None:
+                _check_finite(previous, step - 1, folder)
+            previous = measured
+            bar.update()
+            last = step == recipe.steps
+            if step % plan.log_every == 0 or last or step == start + 1:
+                _check_finite(measured, step, folder)
+                now = time.perf_counter()
+                rate = (step - since) * plan.batch_size * plan.sequence_length / (now - clock)
+                clock, since = now, step
+                noted = _noted(measured, step, batches.epochs(step), rate)
+                bar.set_description(_described(noted, evaluation))
+                if step % plan.log_every == 0 or last:
+                    _note(metrics, noted)
+            if held_out is not None and (step % plan.eval_every == 0 or last):
+                evaluation = _evaluate(state, plan, held_out)
+                _note(metrics, _noted_evaluation(evaluation, step))
+                tqdm.write(_line(measured, evaluation, step), file=sys.stderr)
+                clock += time.perf_counter() - now
+            if step % plan.save_every == 0 or last:
+                _check_finite(measured, step, folder)
+                folder.save(state, step, config, keep=plan.keep)
+    _finish(folder, plan, state)
+
+
+def _finish(folder: RunFolder, plan: Plan, state: State) -> None:
+    """Writes the model by itself, draws what the metrics say, and prints how it went."""
+    model = folder.path / "model"
+    if not model.exists():
+        save(
+            model,
+            _computed(state, plan),
+            replace(plan.config, dtype=plan.recipe.dtype),
+            tokenizer_files=folder.tokenizer,
+        )
+    lines = folder.read_metrics()
+    evaluated = [line for line in lines if "expert_share" in line]
+    try:
+        check_matplotlib()
+        draw_losses({"model": lines}, folder.path / "loss.png")
+        if evaluated:
+            draw_expert_load(evaluated[-1]["expert_share"], folder.path / "expert_load.png")
+    except InputError as error:
+        print(f"warning: {error}", file=sys.stderr)
+    rows = [
+        ("steps", f"{plan.recipe.steps:,}"),
+        ("tokens", f"{plan.recipe.steps * plan.batch_size * plan.sequence_length:,}"),
+    ]
+    trained = [line for line in lines if "cross_entropy" in line]
+    if trained:
+        rows.append(("training", f"{trained[-1]['cross_entropy']:.4f} nats/token"))
+    if evaluated:
+        held_out = evaluated[-1]
+        rows += [
+            ("held out", f"{held_out['held_out_nats_per_token']:.4f} nats/token"),
+            ("", f"{held_out['held_out_bits_per_byte']:.4f} bits/byte"),
+            ("busiest expert", f"{held_out['held_out_busiest_expert']:.2f} times its share"),
+        ]
+    rows.append(("model", str(model)))
+    print("\n".join(f"{name:15} {value}" for name, value in rows))
+
+
+def _computed(state: State, plan: Plan) -> Params:
+    """The parameters as the passes of training see them."""
+    dtype = getattr(mx, plan.recipe.dtype)
+    params: Params = tree_map(lambda array: array.astype(dtype), state["params"])
+    return params
+
+
+def _evaluate(state: State, plan: Plan, held_out: TokenFile) -> Evaluation:
+    return evaluate(
+        _computed(state, plan),
+        replace(plan.config, dtype=plan.recipe.dtype),
+        held_out,
+        batch_size=plan.batch_size // plan.recipe.micro_batches,
+        sequence_length=plan.sequence_length,
+    )
+
+
+def _check_finite(measured: Measured, step: int, folder: RunFolder) -> None:
+    loss, norm = _number(measured.loss), _number(measured.gradient_norm)
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    what = f"loss became {loss}" if not math.isfinite(loss) else f"gradients' norm became {norm}"
+    saved = folder.saved_steps()
+    last = f"the last good checkpoint is {folder.checkpoint(saved[-1])}" if saved else "no checkpoint was saved yet"
+    raise TrainingError(
+        f"The {what} at step {step}, so training stops; {last}: start from it with --model and a lower --learning-rate."
+    )
+
+
+def _noted(measured: Measured, step: int, epoch: float, rate: float) -> dict[str, float]:
+    parts = measured.parts
+    share = np.array(parts.expert_share)
+    return {
+        "step": step,
+        "epoch": round(epoch, 4),
+        "loss": _number(measured.loss),
+        "cross_entropy": _number(parts.cross_entropy),
+        "load_balance": _number(parts.load_balance),
+        "router_z": _number(parts.router_z),
+        "gradient_norm": _number(measured.gradient_norm),
+        "learning_rate": _number(measured.learning_rate),
+        "busiest_expert": float(share.max() * share.shape[1]),
+        "tokens_per_second": round(rate, 1),
+    }
+
+
+def _noted_evaluation(evaluation: Evaluation, step: int) -> dict[str, Any]:
+    return {
+        "step": step,
+        "held_out_nats_per_token": evaluation.nats_per_token,
+        "held_out_bits_per_byte": evaluation.bits_per_byte,
+        "held_out_busiest_expert": evaluation.busiest_expert,
+        "expert_share": evaluation.expert_share.tolist(),
+    }
+
+
+def _number(array: mx.array) -> float:
+    return cast(float, array.item())
+
+
+def _note(metrics: TextIO, line: Mapping[str, Any]) -> None:
+    metrics.write(json.dumps(line) + "\n")
+    metrics.flush()
+
+
+def _described(noted: Mapping[str, float], evaluation: Evaluation | None) -> str:
+    held_out = "" if evaluation is None else f", held out {evaluation.bits_per_byte:.3f} bits/byte"
+    return (
+        f"loss {noted['cross_entropy']:.3f}{held_out}, busiest expert {noted['busiest_expert']:.2f}x,"
+        f" {noted['tokens_per_second']:,.0f} tokens/s"
+    )
+
+
+def _line(measured: Measured, evaluation: Evaluation, step: int) -> str:
+    return (
+        f"step {step:6d}  training {_number(measured.parts.cross_entropy):.4f}  held out"
+        f" {evaluation.nats_per_token:.4f} nats/token {evaluation.bits_per_byte:.4f} bits/byte  busiest expert"
+        f" {evaluation.busiest_expert:.2f}x"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
