@@ -6,7 +6,7 @@ shares no code with `dbrx_fn`. One sequence at a time; every array is float64 un
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -139,8 +139,24 @@ def moe(
     return out
 
 
+class Scores(NamedTuple):
+    """What a model made of one sequence.
+
+    `logits` [time vocab], `router_logits` [layer time expert], `top_experts` int64 [layer time top_k].
+    """
+
+    logits: Floats
+    router_logits: Floats
+    top_experts: Ints
+
+
 def forward(config: Config, tensors: Tensors, tokens: ArrayLike) -> Floats:
-    """`tokens` int [time] -> logits float64 [time vocab].
+    """`tokens` int [time] -> logits float64 [time vocab]; see `score`."""
+    return score(config, tensors, tokens).logits
+
+
+def score(config: Config, tensors: Tensors, tokens: ArrayLike) -> Scores:
+    """`tokens` int [time] -> their logits, and what the routers said.
 
     `config` is a raw `config.json` and `tensors` a Hugging Face fused checkpoint, both by their own names. Absent
     keys mean what they mean to Databricks' code: `clip_qkv` no clamp, `moe_normalize_expert_weights` 1, and
@@ -153,6 +169,8 @@ def forward(config: Config, tensors: Tensors, tokens: ArrayLike) -> Floats:
     ffn = config["ffn_config"]
     act = ACTIVATIONS[(ffn.get("ffn_act_fn") or {"name": "silu"})["name"]]
     stacked = (ffn["moe_num_experts"], ffn["ffn_hidden_size"], config["d_model"])
+    router_logits: list[Floats] = []
+    choices: list[Ints] = []
 
     x = tensor("transformer.wte.weight")[np.asarray(tokens, dtype=np.int64)]
     for i in range(config["n_layers"]):
@@ -166,10 +184,54 @@ def forward(config: Config, tensors: Tensors, tokens: ArrayLike) -> Floats:
         router = tensor(f"{block}.ffn.router.layer.weight")
         p = ffn.get("moe_normalize_expert_weights", 1)
         expert_weights, top_experts = route(normed, router, ffn["moe_top_k"], p)
+        router_logits.append(normed @ router.T)
+        choices.append(top_experts)
         w1, v1, w2 = (tensor(f"{block}.ffn.experts.mlp.{name}").reshape(stacked) for name in ("w1", "v1", "w2"))
         x = x + moe(normed, expert_weights, top_experts, w1, v1, w2.transpose(0, 2, 1), act)
 
-    return layer_norm(x, tensor("transformer.norm_f.weight")) @ tensor("lm_head.weight").T
+    logits = layer_norm(x, tensor("transformer.norm_f.weight")) @ tensor("lm_head.weight").T
+    return Scores(logits, np.stack(router_logits), np.stack(choices))
+
+
+class Loss(NamedTuple):
+    """A loss's parts, and the experts that were chosen, int64 [layer token top_k]."""
+
+    cross_entropy: float
+    load_balance: float
+    router_z: float
+    top_experts: Ints
+
+    def total(self, load_balance_weight: float, z_loss_weight: float = 0.0) -> float:
+        """The weighted sum of the parts."""
+        return self.cross_entropy + load_balance_weight * self.load_balance + z_loss_weight * self.router_z
+
+
+def loss(config: Config, tensors: Tensors, rows: Sequence[ArrayLike], masks: Sequence[ArrayLike]) -> Loss:
+    """Of sequences of any lengths: each token is predicted from those before it, where its `masks` is true.
+
+    All tokens but each row's last are routed, and all count alike in the means.
+    """
+    nats: list[float] = []
+    scores: list[Scores] = []
+    for row, mask in zip(rows, masks, strict=True):
+        tokens = np.asarray(row, dtype=np.int64)
+        scores.append(score(config, tensors, tokens[:-1]))
+        for t in range(len(tokens) - 1):
+            if np.asarray(mask)[t + 1]:
+                nats.append(-math.log(softmax(scores[-1].logits[t])[tokens[t + 1]]))
+
+    router_logits = np.concatenate([one.router_logits for one in scores], axis=1)
+    top_experts = np.concatenate([one.top_experts for one in scores], axis=1)
+    layers, tokens_in_all, experts = router_logits.shape
+    balance = z = 0.0
+    for layer in range(layers):
+        for e in range(experts):
+            share = float((top_experts[layer] == e).mean())
+            probability = sum(float(softmax(said)[e]) for said in router_logits[layer]) / tokens_in_all
+            balance += experts * share * probability / layers
+        for said in router_logits[layer]:
+            z += math.log(np.exp(said).sum()) ** 2 / tokens_in_all / layers
+    return Loss(sum(nats) / max(len(nats), 1), balance, z, top_experts)
 
 
 def greedy(config: Config, tensors: Tensors, tokens: Sequence[int], n: int) -> list[int]:
