@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,7 +20,8 @@ from dbrx_fn.chat import render_chat
 from dbrx_fn.config import Config, Dtype
 from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.generation import check_limits, stream_text, token_budget, warm_up
-from dbrx_fn.hub import checkpoint_folder
+from dbrx_fn.generation_config import read_sampling
+from dbrx_fn.hub import SMALL, checkpoint_folder
 from dbrx_fn.loader import load
 from dbrx_fn.model import CHUNK_SIZE
 from dbrx_fn.params import Params
@@ -93,19 +94,29 @@ def parser() -> argparse.ArgumentParser:
         description="Continue a prompt with a DBRX model, or answer it with --chat, printing the text as it is made.",
     )
     add = options.add_argument
-    add("--model", required=True, help="folder of a checkpoint, or a Hugging Face repository as owner/name")
+    add(
+        "--model",
+        default=str(SMALL),
+        help="folder of a checkpoint, or a Hugging Face repository as owner/name; if not given, the small model that"
+        " ships with this package",
+    )
     add("--prompt", "-p", required=True, help="text to continue; - reads it from standard input")
     add("--max-tokens", "-m", type=int, default=100, help="the most tokens to make; %(default)s if not given")
     add("--chat", action="store_true", help="put the prompt as a question in the model's chat format")
     add("--system", "--system-prompt", help="system prompt in place of the model's default one; implies --chat")
-    add("--temp", type=float, default=0.0, help="temperature; 0, the default, always takes the likeliest token")
-    add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this probability together")
-    add("--top-k", type=int, default=0, help="draw among this many likeliest tokens; 0, the default, for all")
-    add("--min-p", type=float, default=0.0, help="draw among tokens at least this fraction as likely as the likeliest")
-    add("--repetition-penalty", type=float, default=1.0, help="above 1, tokens in prompt or text become less likely")
+    sampling = options.add_argument_group(
+        "sampling", "What isn't given is as the checkpoint's generation_config.json says; without one, as is said here."
+    )
+    add = sampling.add_argument
+    add("--temp", type=float, help="temperature; 0, the default, always takes the likeliest token")
+    add("--top-p", type=float, help="draw among the likeliest tokens of this probability together")
+    add("--top-k", type=int, help="draw among this many likeliest tokens; 0, the default, for all")
+    add("--min-p", type=float, help="draw among tokens at least this fraction as likely as the likeliest")
+    add("--repetition-penalty", type=float, help="above 1, tokens in prompt or text become less likely")
     add("--presence-penalty", type=float, default=0.0, help="subtracted from logits of tokens in the text")
     add("--frequency-penalty", type=float, default=0.0, help="the same for each time that they are in the text")
     add("--logit-bias", action="append", default=[], metavar="ID:BIAS", help="added to a token's logit; repeatable")
+    add = options.add_argument
     add("--stop", action="append", default=[], metavar="TEXT", help="ends the text before this; repeatable")
     add("--extra-eos-token", action="extend", nargs="+", default=[], metavar="TOKEN", help="ends the text too")
     add("--seed", type=int, help="for drawing; another one each time if not given")
@@ -123,7 +134,8 @@ def parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     seed = secrets.randbits(32) if options.seed is None else options.seed
     report = Report(model=options.model, seed=seed)
-    sampling, key = _sampling(options), random_key(report.seed)
+    _sampling(options, Sampling())
+    key = random_key(report.seed)
     check_limits(options.max_tokens, options.stop)
     if options.prefill_step_size < 1:
         raise InputError(f"--prefill-step-size is {options.prefill_step_size} where it must be at least 1.")
@@ -132,6 +144,7 @@ def _run(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     with _printed_warnings():
         folder = checkpoint_folder(options.model)
+        sampling = _sampling(options, read_sampling(folder))
         tokenizer = read_tokenizer(folder)
         params, config = _load(folder, options.dtype)
     report.load_time = time.perf_counter() - start
@@ -203,13 +216,17 @@ def _close_standard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _sampling(options: argparse.Namespace) -> Sampling:
-    return Sampling(
-        temperature=options.temp,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
+def _sampling(options: argparse.Namespace, default: Sampling) -> Sampling:
+    given = {
+        "temperature": options.temp,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "min_p": options.min_p,
+        "repetition_penalty": options.repetition_penalty,
+    }
+    return replace(
+        default,
+        **{name: value for name, value in given.items() if value is not None},
         presence_penalty=options.presence_penalty,
         frequency_penalty=options.frequency_penalty,
         logit_bias=tuple(_bias(entry) for entry in options.logit_bias),

@@ -515,7 +515,6 @@ def test_value_that_cannot_work(options: list[object], words: list[str], folder:
     [
         [],
         ["--model", "x"],
-        ["-p", "x"],
         ["--model", "x", "-p", "x", "--no-such-option"],
         ["--model", "x", "-p", "x", "--temp", "warm"],
         ["--model", "x", "-p", "x", "--max-tokens", "1.5"],

@@ -16,8 +16,10 @@ import dbrx_fn
 PUBLIC = {
     *("load", "load_tokenizer", "forward", "init_cache", "grow_cache", "init_params", "check_params", "param_count"),
     *("stream_text", "stream_tokens", "render_chat", "Piece", "Sampling", "Tokenizer", "Cache", "Params"),
-    *("Config", "AttnConfig", "FFNConfig", "DBRX"),
-    *("DbrxError", "ConfigError", "CheckpointError", "TokenizerError", "InputError", "CacheError"),
+    *("Config", "AttnConfig", "FFNConfig", "DBRX", "SMALL"),
+    *("loss", "score", "LossParts", "Routing", "Recipe", "State", "Measured", "init_state", "train_step"),
+    *("save", "quantize", "dequantize", "Quantization", "Format"),
+    *("DbrxError", "ConfigError", "CheckpointError", "TokenizerError", "InputError", "CacheError", "TrainingError"),
 }
 MODULES = [name for _, name, package in pkgutil.walk_packages(dbrx_fn.__path__, "dbrx_fn.") if not package]
 

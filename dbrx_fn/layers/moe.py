@@ -33,6 +33,7 @@ from dbrx_fn.config import Activation, FFNConfig
 from dbrx_fn.layers.linear import expert_linear
 from dbrx_fn.layers.router import Routing, router
 
+
 def _silu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x)
 

@@ -1,0 +1,35 @@
+"""Reads how a checkpoint's authors would have its tokens chosen: `generation_config.json`, as transformers does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dbrx_fn.errors import CheckpointError
+from dbrx_fn.sampling import Sampling
+
+_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def read_sampling(folder: Path) -> Sampling:
+    """The sampling that a checkpoint folder asks for: the likeliest token, unless it says `do_sample`.
+
+    Raises:
+        CheckpointError: if the file can't be read, or gives something other than a number.
+        InputError: if a number is out of its range.
+    """
+    file = folder / "generation_config.json"
+    try:
+        settings = json.loads(file.read_bytes()) if file.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} can't be read as JSON ({error}): fetch it again, or remove it.") from None
+    if not isinstance(settings, dict) or not settings.get("do_sample"):
+        return Sampling()
+    chosen: dict[str, Any] = {"temperature": 1.0}
+    for name in _FIELDS:
+        value = settings.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(f"{file}: {name} is {value!r} where a number is expected: mend or remove it.")
+        chosen[name] = int(value) if name == "top_k" else float(value)
+    return Sampling(**chosen)

