@@ -138,7 +138,9 @@ def dispatch(top_experts: Integer[mx.array, "tokens top_k"], *, experts: int, ro
 
     slot_tokens = mx.put_along_axis(mx.full(segments * rows, tokens, mx.int32), slots, token_of_pair[order], axis=0)
     pair_slots = mx.put_along_axis(mx.zeros(pairs, mx.int32), order, slots, axis=0)
-    segment_experts = (mx.arange(segments, dtype=mx.int32)[:, None] >= last_segments[:-1]).sum(axis=1)
+    # Segments past the last one are the last expert's.
+    segment_experts = (mx.arange(segments, dtype=mx.int32)[:, None] >= last_segments).sum(axis=1)
+    segment_experts = mx.minimum(segment_experts, experts - 1)
     return Dispatch(slot_tokens.reshape(segments, rows), segment_experts, pair_slots.reshape(tokens, top_k))
 
 
