@@ -92,6 +92,15 @@ def traced(layer: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def once(check: Callable[P, None]) -> Callable[P, None]:
+    """Runs a check, for what it raises, the first time that it meets a signature (as of `typed`), and not again."""
+
+    def nothing(*arrays: P.args, **static: P.kwargs) -> None:
+        pass
+
+    return _once(check, nothing)
+
+
 def _checked(function: Callable[P, R]) -> Callable[P, R]:
     return jaxtyped(typechecker=beartype)(function)
 
@@ -100,7 +109,7 @@ def _once(first: Callable[P, R], again: Callable[P, R]) -> Callable[P, R]:
     """Calls `first` for arguments of a new signature, until that succeeds, and `again` for those that had one."""
     known: set[object] = set()
 
-    @functools.wraps(again)
+    @functools.wraps(first)
     def call(*arrays: P.args, **static: P.kwargs) -> R:
         signature = (_signature(arrays), *static.items())
         if signature in known:

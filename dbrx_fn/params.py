@@ -26,7 +26,7 @@ from typing import Any, Literal, Protocol, get_args
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from dbrx_fn.compile import typed
+from dbrx_fn.compile import once
 from dbrx_fn.config import Config
 from dbrx_fn.errors import CheckpointError, InputError
 
@@ -341,9 +341,9 @@ def check_params(params: Params, config: Config, *, under: str = "") -> None:
         raise CheckpointError(f"The parameters don't fit the config: {listed(problems)}.")
 
 
-@typed
+@once
 def check_part(part: dict[str, Any], *, config: Config, under: str) -> None:
-    """`check_params` of what lies below a path, once for each combination of keys, shapes and dtypes: for layers."""
+    """`check_params` of what lies below a path, at no cost for keys, shapes and dtypes that passed before: for layers."""
     check_params(part, config, under=under)
 
 
