@@ -24,17 +24,18 @@ from typing import Any
 
 from dbrx_fn import train
 from dbrx_fn.atomic import new_folder, write_file
-from dbrx_fn.config import Config, config_to_dict, read_config
+from dbrx_fn.config import AttnConfig, Config, FFNConfig, config_to_dict
 from dbrx_fn.corpus import read_documents
 from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.evaluation import Evaluation, evaluate
-from dbrx_fn.hub import SMALL
+from dbrx_fn.generation import stream_text
 from dbrx_fn.loader import load
 from dbrx_fn.params import Format, param_count
 from dbrx_fn.pictures import draw_expert_load, draw_losses
 from dbrx_fn.quantization import Quantization, quantize
 from dbrx_fn.run_folder import RunFolder
-from dbrx_fn.saver import save
+from dbrx_fn.sampling import Sampling, random_key
+from dbrx_fn.saver import write_checkpoint
 from dbrx_fn.token_file import write_token_file
 from dbrx_fn.tokenizer import read_tokenizer
 
@@ -56,6 +57,20 @@ TRAINING = {
     "--keep": 2,
 }
 PACKED = Format(bits=8, group_size=64)
+ARCHITECTURE = Config(
+    d_model=256,
+    n_heads=8,
+    n_layers=4,
+    max_seq_len=2048,
+    vocab_size=2048,
+    attn=AttnConfig(clip_qkv=8.0, kv_n_heads=2, rope_theta=10_000.0),
+    ffn=FFNConfig(ffn_hidden_size=64, moe_num_experts=16, moe_top_k=4, moe_jitter_eps=0.01, moe_loss_weight=0.05),
+    dtype="float32",
+)
+SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+"""What the shipped `generation_config.json` asks for; always taking the likeliest token, so small a model repeats."""
+
+PROMPTS = ("To be, or not to be", "And it came to pass", "**KING HENRY**")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,17 +133,17 @@ def _call(*command: str) -> str:
 
 
 def _small(out: Path, dtype: str) -> None:
-    _train(out, out / "small", read_config(SMALL), dtype)
-    if not (out / "packed").exists():
-        params, config = load(out / "small" / "model", dtype="float32")
-        packed = Quantization(experts=PACKED, attention=PACKED, embedding=PACKED, head=PACKED, router=None)
-        save(
-            out / "packed",
-            quantize(params, config, packed),
-            config,
-            tokenizer_files=out / "small" / "tokenizer",
-            metadata={"source": "dbrx_fn.small.recipe"},
-        )
+    _train(out, out / "small", ARCHITECTURE, dtype)
+    if (out / "packed").exists():
+        return
+    params, config = load(out / "small" / "model", dtype="float32")
+    packed = Quantization(experts=PACKED, attention=PACKED, embedding=PACKED, head=PACKED, router=None)
+    with new_folder(out / "packed") as folder:
+        tokenizer = out / "small" / "tokenizer"
+        write_checkpoint(folder, quantize(params, config, packed), config, tokenizer_files=tokenizer)
+        settings = json.loads((folder / "generation_config.json").read_bytes())
+        settings |= {"do_sample": True, "temperature": SAMPLING.temperature, "top_p": SAMPLING.top_p}
+        write_file(folder / "generation_config.json", (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def dense_config(config: Config) -> Config:
@@ -137,7 +152,7 @@ def dense_config(config: Config) -> Config:
 
 
 def _dense(out: Path, dtype: str) -> None:
-    _train(out, out / "dense", dense_config(read_config(SMALL)), dtype)
+    _train(out, out / "dense", dense_config(ARCHITECTURE), dtype)
 
 
 def _train(out: Path, run: Path, config: Config, dtype: str) -> None:
@@ -171,12 +186,11 @@ def _figures(out: Path, _: str) -> None:
 
     text = "".join(document.text for document in documents).encode()
     small, dense, packed = (measure(out / name) for name in ("small/model", "dense/model", "packed"))
-    config = read_config(SMALL)
     figures: dict[str, Any] = {
         "test_bytes": len(text),
-        "parameters": param_count(config),
-        "active_parameters": param_count(config, active=True),
-        "dense_parameters": param_count(dense_config(config)),
+        "parameters": param_count(ARCHITECTURE),
+        "active_parameters": param_count(ARCHITECTURE, active=True),
+        "dense_parameters": param_count(dense_config(ARCHITECTURE)),
         "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
         "small_bits_per_byte": small.bits_per_byte,
         "dense_bits_per_byte": dense.bits_per_byte,
@@ -189,8 +203,22 @@ def _figures(out: Path, _: str) -> None:
     runs = {name: RunFolder(out / name).read_metrics() for name in ("small", "dense")}
     draw_losses(runs, out / "loss.png")
     draw_expert_load(small.expert_share, out / "expert_load.png")
+    write_file(out / "samples.txt", _samples(out / "packed").encode())
     for name, value in figures.items():
         print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value:,}")
+
+
+def _samples(folder: Path) -> str:
+    """The first three texts that each prompt gets: seeds 0, 1 and 2."""
+    params, config = load(folder)
+    tokenizer = read_tokenizer(folder)
+    texts = []
+    for prompt in PROMPTS:
+        for seed in range(3):
+            key = random_key(seed)
+            pieces = stream_text(params, config, tokenizer, prompt, max_tokens=100, sampling=SAMPLING, key=key)
+            texts.append(f"[{prompt!r}, seed {seed}]\n{prompt}" + "".join(piece.text for piece in pieces))
+    return "\n\n".join(texts) + "\n"
 
 
 if __name__ == "__main__":
