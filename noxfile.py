@@ -28,10 +28,9 @@ def tests(session: nox.Session) -> None:
 def peers(session: nox.Session) -> None:
     """The same numbers as transformers on torch's CPU build, and as mlx-lm."""
     install(session, "peers")
-    # The tokenizer's comparisons with transformers stand beside its other tests, and are skipped without it.
-    session.run(
-        "pytest", "-n", "auto", "tests/peers", "tests/test_tokenizer.py", "tests/test_chat.py", *session.posargs
-    )
+    # The tokenizers' comparisons with transformers stand beside their other tests, and are skipped without it.
+    tokenizers = ["tests/test_tokenizer.py", "tests/test_chat.py", "tests/test_train_tokenizer.py"]
+    session.run("pytest", "-n", "auto", "tests/peers", *tokenizers, *session.posargs)
 
 
 @nox.session

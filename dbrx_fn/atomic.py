@@ -7,6 +7,7 @@ leaves at most something hidden behind.
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if os.path.lexists(path):
         raise _exists(path)
-    beside = _beside(path)
+    beside = hidden_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.mkdir()
@@ -53,7 +54,7 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         InputError: if it can't be written; what was there stays.
     """
-    beside = _beside(path)
+    beside = hidden_beside(path)
     try:
         with beside.open("xb") as file:
             file.write(content)
@@ -68,8 +69,14 @@ def write_file(path: Path, content: bytes) -> None:
             beside.unlink(missing_ok=True)
 
 
-def _beside(path: Path) -> Path:
+def hidden_beside(path: Path) -> Path:
+    """A new hidden name beside `path`, for what isn't whole yet, or no more."""
     return path.parent / f".{path.name}-{secrets.token_hex(4)}"
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether `path` has a name such as those of `hidden_beside`, under which a killed process may leave things."""
+    return re.fullmatch(r"\..+-[0-9a-f]{8}", path.name) is not None
 
 
 def _flush(path: Path) -> None:

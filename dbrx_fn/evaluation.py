@@ -1,6 +1,5 @@
 """How well a model predicts a text: nats per token, bits per byte, and where its experts' work went."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +11,8 @@ from numpy.typing import NDArray
 from dbrx_fn.batches import eval_windows
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
-from dbrx_fn.losses import token_nats
+from dbrx_fn.errors import InputError
+from dbrx_fn.losses import bits_per_byte, busiest_expert, token_nats
 from dbrx_fn.model import score
 from dbrx_fn.params import Params
 from dbrx_fn.token_file import TokenFile
@@ -36,7 +36,7 @@ class Evaluation:
     @property
     def busiest_expert(self) -> float:
         """How many times its fair share the busiest expert of any layer got: 1 at perfect balance."""
-        return float(self.expert_share.max() * self.expert_share.shape[1])
+        return busiest_expert(self.expert_share)
 
 
 def evaluate(
@@ -50,7 +50,11 @@ def evaluate(
         token_file: the text, in the model's own tokens.
         batch_size: windows at a time.
         sequence_length: tokens of a window. A longer one gives more to predict from, so compare at the same length.
+
+    Raises:
+        InputError: if a size isn't positive, or there is nothing to predict.
     """
+    check_targets(token_file)
     nats, targets = 0.0, 0
     pairs = np.zeros((config.n_layers, config.ffn.moe_num_experts))
     for tokens, mask, lengths in eval_windows(token_file, batch_size, sequence_length):
@@ -60,10 +64,16 @@ def evaluate(
         pairs += np.array(window_pairs)
     return Evaluation(
         nats_per_token=nats / targets,
-        bits_per_byte=nats / math.log(2) / token_file.bytes,
+        bits_per_byte=bits_per_byte(nats / targets, targets, token_file.bytes),
         tokens=targets,
         expert_share=pairs / pairs.sum(axis=1, keepdims=True),
     )
+
+
+def check_targets(token_file: TokenFile) -> None:
+    """Raises `InputError` if a text is only read, since all that was to be predicted of it is empty."""
+    if not token_file.bytes:
+        raise InputError("The text has nothing to predict, only empty completions: give some that aren't.")
 
 
 @compiled

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from dbrx_fn.atomic import write_file
@@ -55,8 +56,6 @@ def draw_expert_load(expert_share: ArrayLike, file: Path) -> None:
         expert_share: `[layer expert]`, rows adding up to 1.
         file: a .png or .svg to write.
     """
-    import numpy as np
-
     share = np.asarray(expert_share, np.float64)
     layers, experts = share.shape
     load = share * experts
@@ -80,8 +79,11 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def _write(figure: "Figure", file: Path) -> None:
+    import matplotlib
+
     kind = file.suffix.lstrip(".")
     drawn = io.BytesIO()
-    # Without a date, the same picture is the same file.
-    figure.savefig(drawn, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    # Without a date and with names that aren't random, the same picture is the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "dbrx_fn"}):
+        figure.savefig(drawn, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     write_file(file, drawn.getvalue())

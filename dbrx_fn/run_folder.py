@@ -10,6 +10,9 @@
 A checkpoint's tensors are the float32 master weights, so that nothing is stored twice.
 """
 
+import contextlib
+import fcntl
+import glob
 import json
 import re
 import shutil
@@ -20,9 +23,9 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from dbrx_fn.atomic import new_folder, write_file
+from dbrx_fn.atomic import hidden_beside, is_leftover, new_folder, write_file
 from dbrx_fn.config import Config
-from dbrx_fn.errors import CheckpointError, InputError
+from dbrx_fn.errors import CheckpointError, DbrxError, InputError, TrainingError
 from dbrx_fn.loader import load
 from dbrx_fn.saver import write_checkpoint, write_tensors
 from dbrx_fn.training import State
@@ -47,6 +50,23 @@ class RunFolder:
         """Whether a run has been set up here."""
         return self.settings_file.exists()
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training here; the lock goes with the process, however it ends.
+
+        Raises:
+            InputError: if another one does already.
+        """
+        with self.settings_file.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{self.path} is being trained by another process: wait until it ends.") from None
+            except OSError:
+                # Some network file systems have no locks, and train as well.
+                pass
+            yield
+
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Notes what the run was asked for; from then on it has started."""
         write_file(self.settings_file, (json.dumps(settings, indent=2) + "\n").encode())
@@ -64,7 +84,8 @@ class RunFolder:
                 f"{self.path} holds no run to resume (there is no run.json): start one without --resume."
             ) from None
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{self.settings_file} can't be read ({error}): start the run anew elsewhere.") from None
+            reason = getattr(error, "strerror", error)
+            raise InputError(f"{self.settings_file} can't be read ({reason}): start the run anew elsewhere.") from None
         return cast(dict[str, Any], settings)
 
     def saved_steps(self) -> list[int]:
@@ -83,22 +104,31 @@ class RunFolder:
 
         Raises:
             InputError: if it can't be written; what was there stays.
-            CheckpointError: if the state holds NaN or infinity.
+            TrainingError: if the state holds NaN or infinity.
         """
-        leaves = dict(tree_flatten(state["params"]))
-        broken = [path for path, array in leaves.items() if not mx.isfinite(array).all().item()]
+        broken = [path for path, array in _leaves(state) if not mx.isfinite(array).all().item()]
         if broken:
-            raise CheckpointError(f"{broken[0]} holds NaN or infinity after step {step}, so it isn't saved.")
+            raise self.not_finite(f"{broken[0]} holds NaN or infinity after", step)
         with new_folder(self.checkpoint(step)) as folder:
             write_checkpoint(folder, state["params"], config, tokenizer_files=self.tokenizer)
             training = folder / "training"
             training.mkdir()
             # Paths hold dots of their own, so tensors are numbered in the tree's order.
-            rest = _leaves(state)
+            rest = _leaves(_resumable(state))
             write_tensors(training / "state.safetensors", {f"{n:06d}": array for n, (_, array) in enumerate(rest)}, {})
             (training / "state.json").write_text(json.dumps({"step": step, "tensors": [path for path, _ in rest]}))
         for old in self.saved_steps()[:-keep]:
             _remove(self.checkpoint(old))
+
+    def not_finite(self, what: str, step: int) -> TrainingError:
+        """The error of a run whose numbers left the range at `step`; `what` is the sentence up to the step."""
+        saved = self.saved_steps()
+        after = (
+            f"the last good checkpoint is {self.checkpoint(saved[-1])}: start from it with --model and a lower"
+            if saved
+            else "no checkpoint was saved yet: start anew with sound weights, or a lower"
+        )
+        return TrainingError(f"{what} step {step}, so training stops; {after} --learning-rate.")
 
     def load(self, fresh: State) -> tuple[State, int]:
         """The state of the last checkpoint and its step; `fresh` and 0, if there is none.
@@ -113,39 +143,43 @@ class RunFolder:
         if not steps:
             return fresh, 0
         folder = self.checkpoint(steps[-1])
-        params, _ = load(folder, dtype="float32")
-        template = _leaves(fresh)
+        training = folder / "training"
         try:
-            names = json.loads((folder / "training" / "state.json").read_bytes())["tensors"]
-            arrays = cast(dict[str, mx.array], mx.load(str(folder / "training" / "state.safetensors")))
+            params, _ = load(folder, dtype="float32")
+            names = json.loads((training / "state.json").read_bytes())["tensors"]
+            arrays = cast(dict[str, mx.array], mx.load(str(training / "state.safetensors")))
             found = [arrays[f"{n:06d}"] for n in range(len(names))]
             mx.eval(found)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (DbrxError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            before = "resumes from the one before it" if steps[1:] else "begins again"
             raise CheckpointError(
-                f"{folder / 'training'} can't be read ({error}): remove {folder}, and the run resumes from the"
-                " checkpoint before it."
+                f"The checkpoint {folder} can't be read ({str(error).rstrip('.')}): remove it, and the run {before}."
             ) from None
-        shapes = [(path, array.shape, array.dtype) for path, array in template]
-        if shapes != [(path, array.shape, array.dtype) for path, array in zip(names, found, strict=True)]:
-            raise CheckpointError(f"{folder / 'training'} belongs to another run: resume with the folder it came from.")
+        expected = _leaves(fresh["params"]) + _leaves(_resumable(fresh))
+        if _outline(expected) != _outline(_leaves(params) + list(zip(names, found, strict=True))):
+            raise CheckpointError(f"The checkpoint {folder} belongs to another run: resume where it came from.")
         rest = _like(_resumable(fresh), iter(found))
         return {**rest, "params": params}, steps[-1]
 
     def clean(self) -> None:
-        """Removes what a killed run left half-written: it lies under hidden names."""
-        for folder in (self.path, self.checkpoints):
-            if folder.is_dir():
-                for entry in folder.iterdir():
-                    if entry.name.startswith("."):
-                        _remove(entry)
+        """Removes what killed runs left half-written, inside of this folder and, of its set-up, beside it."""
+        here = [entry for folder in (self.path, self.checkpoints) if folder.is_dir() for entry in folder.iterdir()]
+        beside = self.path.parent.glob(f".{glob.escape(self.path.name)}-????????")
+        for entry in [*here, *beside]:
+            if is_leftover(entry):
+                _remove(entry)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, without a last one that was cut short."""
+        """The lines of `metrics.jsonl`, without a last one that was cut short.
+
+        Raises:
+            InputError: if another is damaged, or the file can't be read.
+        """
         try:
-            lines = self.metrics_file.read_text().splitlines()
+            lines = self.metrics_file.read_bytes().split(b"\n")[:-1]
         except FileNotFoundError:
             return []
-        return list(_whole_lines(lines))
+        return [_metrics_line(line, f"{self.metrics_file}, line {n}") for n, line in enumerate(lines, start=1)]
 
     def cut_metrics(self, step: int) -> None:
         """Drops what was noted after `step`, which a resumed run does again."""
@@ -157,8 +191,12 @@ def _resumable(state: State) -> State:
     return {name: part for name, part in state.items() if name != "params"}
 
 
-def _leaves(state: State) -> list[tuple[str, mx.array]]:
-    return cast(list[tuple[str, mx.array]], tree_flatten(_resumable(state)))
+def _leaves(tree: State) -> list[tuple[str, mx.array]]:
+    return cast(list[tuple[str, mx.array]], tree_flatten(tree))
+
+
+def _outline(leaves: list[tuple[str, mx.array]]) -> list[tuple[str, tuple[int, ...], mx.Dtype]]:
+    return [(path, array.shape, array.dtype) for path, array in leaves]
 
 
 def _like(tree: Any, arrays: Iterator[mx.array]) -> Any:
@@ -173,14 +211,15 @@ def _remove(path: Path) -> None:
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    hidden = path if path.name.startswith(".") else path.with_name(f".removed-{path.name}")
+    hidden = path if is_leftover(path) else hidden_beside(path)
     path.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _whole_lines(lines: list[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
+def _metrics_line(line: bytes, source: str) -> dict[str, Any]:
+    try:
+        noted: dict[str, Any] = json.loads(line)
+        int(noted["step"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{source}: this isn't what a run notes there ({error}): mend it, or move the file.") from None
+    return noted

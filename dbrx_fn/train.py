@@ -1,9 +1,10 @@
 """`python -m dbrx_fn.train`: trains a DBRX model on text, from scratch or from a checkpoint, and resumes exactly."""
 
 import argparse
+import contextlib
 import json
 import math
-import shutil
+import os
 import sys
 import time
 import warnings
@@ -13,21 +14,23 @@ from pathlib import Path
 from typing import Any, TextIO, cast, get_args
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_map
 from tqdm import tqdm
 
+from dbrx_fn.atomic import new_folder
 from dbrx_fn.backend import memory_size
 from dbrx_fn.batches import Batches
-from dbrx_fn.chat import CHATML
+from dbrx_fn.chat import ChatFormat
 from dbrx_fn.config import Config, config_from_dict, config_to_dict, read_config_file
 from dbrx_fn.corpus import Document, read_documents, split, without_held_out
-from dbrx_fn.errors import DbrxError, InputError, TrainingError
-from dbrx_fn.evaluation import Evaluation, evaluate
+from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.evaluation import Evaluation, check_targets, evaluate
 from dbrx_fn.hub import SMALL, checkpoint_folder
 from dbrx_fn.loader import load
+from dbrx_fn.losses import busiest_expert
 from dbrx_fn.params import Params, init_params, param_count
 from dbrx_fn.pictures import check_matplotlib, draw_expert_load, draw_losses
+from dbrx_fn.quantization import tree_formats
 from dbrx_fn.run_folder import RunFolder
 from dbrx_fn.sampling import random_key
 from dbrx_fn.saver import copy_tokenizer, save
@@ -74,9 +77,12 @@ _DEFAULTS: dict[str, Any] = {
 class Plan:
     """What a run does, as `run.json` holds it: enough to go on with it when only its folder is left.
 
-    `model`: the checkpoint that it starts from; `None` for a fresh one.
+    `model`: the folder of the checkpoint that it starts from; `None` for a fresh one.
     `log_every`, `eval_every`, `save_every`: in steps.
     `keep`: how many of the last checkpoints stay.
+
+    Raises:
+        InputError: naming the option, if it can't work.
     """
 
     config: Config
@@ -89,6 +95,23 @@ class Plan:
     eval_every: int
     save_every: int
     keep: int
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "sequence_length", "seed", "log_every", "eval_every", "save_every", "keep"):
+            value, least = getattr(self, name), int(name != "seed")
+            if type(value) is not int or value < least:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} is {value!r} where a whole number of at least {least} is expected.")
+        if self.sequence_length > self.config.max_seq_len:
+            raise InputError(
+                f"--sequence-length is {self.sequence_length} and the model's context holds {self.config.max_seq_len}"
+                " (max_seq_len in its config.json): make it shorter."
+            )
+        if self.batch_size % self.recipe.micro_batches:
+            raise InputError(
+                f"--batch-size is {self.batch_size} where a multiple of --micro-batches,"
+                f" {self.recipe.micro_batches}, is expected."
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -104,9 +127,9 @@ class Plan:
         try:
             recipe = Recipe(**{**raw["recipe"], "betas": tuple(raw["recipe"]["betas"])})
             return Plan(**{**raw, "config": config_from_dict(raw["config"], source=str(source)), "recipe": recipe})
-        except (KeyError, TypeError) as error:
+        except (DbrxError, KeyError, TypeError) as error:
             raise InputError(
-                f"{source} isn't what a run notes there ({error}): start the run anew elsewhere."
+                f"{source} isn't what a run notes there ({str(error).rstrip('.')}): start the run anew elsewhere."
             ) from None
 
 
@@ -121,10 +144,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print(f"interrupted: --out {given['out']} --resume goes on from the last checkpoint.", file=sys.stderr)
+            started = RunFolder(given["out"]).started
+            how = f"--out {given['out']} --resume goes on from the last checkpoint" if started else "nothing is kept"
+            print(f"interrupted: {how}.", file=sys.stderr)
             return _INTERRUPTED
         except OSError as error:
-            print(f"error: {error.filename or given['out']}: {error.strerror}.", file=sys.stderr)
+            reason = error.strerror or error
+            print(f"error: {error.filename or given['out']} can't be read or written ({reason}).", file=sys.stderr)
             return 2
     return 0
 
@@ -143,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
         default = _DEFAULTS[name.removeprefix("--").replace("-", "_")]
         add(name, type=kind, help=text if default is None else f"{text}; {default} if not given")
 
-    add("--out", type=Path, required=True, help="folder of the run: checkpoints, metrics, pictures, the model")
+    add("--out", type=Path, required=True, help="new folder of the run: checkpoints, metrics, pictures, the model")
     add("--resume", action="store_true", help="go on with the run in --out; no other option is needed or taken")
     add(
         "--data",
@@ -191,46 +217,74 @@ def _run(given: dict[str, Any]) -> None:
             option = f"--{others[0].replace('_', '-')}"
             raise InputError(f"{option} can't be changed on the way: give --resume with --out alone.")
         plan = Plan.from_dict(folder.read_settings(), folder.settings_file)
-        folder.clean()
     else:
         options = argparse.Namespace(**{**_DEFAULTS, **given})
         if folder.started:
             raise InputError(f"{folder.path} holds a run already: go on with it with --resume, or name another --out.")
         if not options.data:
             raise InputError("--data is missing: name the text to train on.")
-        folder.path.mkdir(parents=True, exist_ok=True)
+        plan = _plan(options)
+        # An empty folder is as good as none.
+        with contextlib.suppress(OSError):
+            folder.path.rmdir()
+        with new_folder(folder.path) as beside:
+            _set_up(RunFolder(beside), plan, options)
+    _check_memory(plan.config)
+    with folder.locked():
         folder.clean()
-        plan = _set_up(options, folder)
-    _train(folder, plan)
+        _train(folder, plan)
 
 
-def _set_up(options: argparse.Namespace, folder: RunFolder) -> Plan:
-    """Reads the data and everything that the options name, and leaves in the run's folder what it needs from them."""
-    for name in ("log_every", "eval_every", "save_every", "keep"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)} where it must be at least 1.")
-    warmup = min(100, options.steps // 20) if options.warmup is None else options.warmup
-    recipe = Recipe(
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        warmup=warmup,
-        schedule=options.schedule,
-        final_share=options.final_share,
-        weight_decay=options.weight_decay,
-        clip_norm=options.clip_norm,
-        micro_batches=options.micro_batches,
-        dtype=options.dtype,
-        recompute=options.recompute,
-        z_loss_weight=options.z_loss_weight,
-    )
-    random_key(options.seed)
+def _plan(options: argparse.Namespace) -> Plan:
+    """What the options ask for, checked as far as can be without the data."""
     if options.model is not None and options.config is not None:
         raise InputError("--model and --config are both given: a model to start from brings its own config.")
-    start = None if options.model is None else checkpoint_folder(options.model)
+    random_key(options.seed)
+    start = None if options.model is None else checkpoint_folder(options.model).resolve()
     config = read_config_file(options.config or (start or SMALL) / "config.json")
+    ffn = config.ffn
+    if options.moe_loss_weight is not None:
+        ffn = replace(ffn, moe_loss_weight=options.moe_loss_weight)
+    if options.moe_jitter_eps is not None:
+        ffn = replace(ffn, moe_jitter_eps=options.moe_jitter_eps)
+    plan = Plan(
+        config=replace(config, ffn=ffn, dtype="float32"),
+        recipe=Recipe(
+            steps=options.steps,
+            learning_rate=options.learning_rate,
+            warmup=min(100, options.steps // 20) if options.warmup is None else options.warmup,
+            schedule=options.schedule,
+            final_share=options.final_share,
+            weight_decay=options.weight_decay,
+            clip_norm=options.clip_norm,
+            micro_batches=options.micro_batches,
+            dtype=options.dtype,
+            recompute=options.recompute,
+            z_loss_weight=options.z_loss_weight,
+        ),
+        batch_size=options.batch_size,
+        sequence_length=options.sequence_length,
+        seed=options.seed,
+        model=None if start is None else str(start),
+        log_every=options.log_every,
+        eval_every=options.eval_every,
+        save_every=options.save_every,
+        keep=options.keep,
+    )
+    _check_memory(plan.config)
+    if plan.model is not None and tree_formats(_start_params(plan.model), config):
+        raise InputError(f"{options.model} is quantized: start from the dense checkpoint that it was made of.")
+    return plan
 
-    named = start if options.tokenizer is None else checkpoint_folder(options.tokenizer, weights=False)
-    chat_format = CHATML if named is None else read_tokenizer(named).chat_format
+
+def _set_up(folder: RunFolder, plan: Plan, options: argparse.Namespace) -> None:
+    """Reads the data, and leaves in the run's folder what training needs."""
+    named = plan.model if options.tokenizer is None else checkpoint_folder(options.tokenizer, weights=False)
+    chat_format = ChatFormat(default_system=False)
+    if named is not None:
+        tokenizer = read_tokenizer(Path(named))
+        check_vocabulary(tokenizer, plan.config)
+        chat_format = tokenizer.chat_format
     documents = read_documents(options.data, chat_format)
     if options.held_out:
         held_out = read_documents(options.held_out, chat_format)
@@ -241,68 +295,41 @@ def _set_up(options: argparse.Namespace, folder: RunFolder) -> Plan:
         documents, held_out = split(documents, options.held_out_share, options.seed)
 
     if named is None:
-        print(f"training a tokenizer of {config.vocab_size} tokens", file=sys.stderr)
-        save_tokenizer(train_bpe((text for d in documents for text, _ in d.spans), config.vocab_size), folder.tokenizer)
+        size = plan.config.vocab_size
+        print(f"training a tokenizer of {size:,} tokens", file=sys.stderr)
+        save_tokenizer(train_bpe((text for d in documents for text, _ in d.spans), size), folder.tokenizer)
     else:
-        copy_tokenizer(named, folder.tokenizer)
-    check_vocabulary(read_tokenizer(folder.tokenizer), config)
-    _tokenize(folder, folder.train_data, documents)
+        copy_tokenizer(Path(named), folder.tokenizer)
+    train = _tokenize(folder, folder.train_data, documents)
+    Batches(train, plan.batch_size, plan.sequence_length, plan.seed)
+    check_targets(train)
     if held_out:
-        _tokenize(folder, folder.held_out_data, held_out)
-    else:
-        shutil.rmtree(folder.held_out_data, ignore_errors=True)
-
-    ffn = config.ffn
-    if options.moe_loss_weight is not None:
-        ffn = replace(ffn, moe_loss_weight=options.moe_loss_weight)
-    if options.moe_jitter_eps is not None:
-        ffn = replace(ffn, moe_jitter_eps=options.moe_jitter_eps)
-    plan = Plan(
-        config=replace(config, ffn=ffn, dtype="float32"),
-        recipe=recipe,
-        batch_size=options.batch_size,
-        sequence_length=options.sequence_length,
-        seed=options.seed,
-        model=None if options.model is None else str(options.model),
-        log_every=options.log_every,
-        eval_every=options.eval_every,
-        save_every=options.save_every,
-        keep=options.keep,
-    )
-    _check(plan)
-    Batches(read_token_file(folder.train_data), plan.batch_size, plan.sequence_length, plan.seed)
+        check_targets(_tokenize(folder, folder.held_out_data, held_out))
     folder.write_settings(plan.as_dict())
-    return plan
 
 
-def _tokenize(folder: RunFolder, data: Path, documents: Sequence[Document]) -> None:
+def _tokenize(folder: RunFolder, data: Path, documents: Sequence[Document]) -> TokenFile:
     with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=None, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        write_token_file(data, documents, read_tokenizer(folder.tokenizer), progress)
+        return write_token_file(data, documents, read_tokenizer(folder.tokenizer), progress)
 
 
-def _check(plan: Plan) -> None:
-    if plan.sequence_length > plan.config.max_seq_len:
-        raise InputError(
-            f"--sequence-length is {plan.sequence_length} and the model's context holds {plan.config.max_seq_len}"
-            " (max_seq_len in its config.json): make it shorter."
-        )
-    if plan.batch_size < 1 or plan.batch_size % plan.recipe.micro_batches:
-        raise InputError(
-            f"--batch-size is {plan.batch_size} where a positive multiple of --micro-batches,"
-            f" {plan.recipe.micro_batches}, is expected."
-        )
+def _check_memory(config: Config) -> None:
     # Weights, gradients and two moments, four bytes each.
-    needed = 16 * param_count(plan.config)
+    needed = 16 * param_count(config)
     if needed > memory_size():
         raise InputError(
-            f"The model's {param_count(plan.config):,} parameters need {needed / 2**30:.1f} GiB to be trained and this"
+            f"The model's {param_count(config):,} parameters need {needed / 2**30:.1f} GiB to be trained and this"
             f" machine has {memory_size() / 2**30:.1f} GiB: take a smaller model, or a larger machine."
         )
+
+
+def _start_params(model: str) -> Params:
+    return load(Path(model), dtype="float32", lazy=True)[0]
 
 
 def _train(folder: RunFolder, plan: Plan) -> None:
@@ -311,7 +338,9 @@ def _train(folder: RunFolder, plan: Plan) -> None:
     held_out = read_token_file(folder.held_out_data) if folder.held_out_data.exists() else None
     batches = Batches(train, plan.batch_size, plan.sequence_length, plan.seed)
     init_key, run_key = mx.random.split(random_key(plan.seed))
-    params = init_params(config, init_key) if plan.model is None else load(plan.model, dtype="float32", lazy=True)[0]
+    # Where there is a checkpoint, fresh parameters are only its outline: they are never computed, nor --model needed.
+    fresh = plan.model is None or folder.saved_steps()
+    params = init_params(config, init_key) if fresh else _start_params(cast(str, plan.model))
     state, start = folder.load(init_state(params, recipe, run_key))
     folder.cut_metrics(start)
     print(
@@ -348,14 +377,24 @@ def _train(folder: RunFolder, plan: Plan) -> None:
                 bar.set_description(_described(noted, evaluation))
                 if step % plan.log_every == 0 or last:
                     _note(metrics, noted)
+                    if bar.disable:
+                        left = tqdm.format_interval(
+                            plan.batch_size * plan.sequence_length * (recipe.steps - step) / rate
+                        )
+                        print(f"step {step:6d}  {_described(noted, evaluation)}, {left} left", file=sys.stderr)
+            began = time.perf_counter()
             if held_out is not None and (step % plan.eval_every == 0 or last):
                 evaluation = _evaluate(state, plan, held_out)
+                if not math.isfinite(evaluation.nats_per_token):
+                    raise folder.not_finite(f"The held-out text's loss became {evaluation.nats_per_token} after", step)
                 _note(metrics, _noted_evaluation(evaluation, step))
                 tqdm.write(_line(measured, evaluation, step), file=sys.stderr)
-                clock += time.perf_counter() - now
             if step % plan.save_every == 0 or last:
                 _check_finite(measured, step, folder)
+                # A checkpoint on the disk means that what was noted before it is there too.
+                os.fsync(metrics.fileno())
                 folder.save(state, step, config, keep=plan.keep)
+            clock += time.perf_counter() - began
     _finish(folder, plan, state)
 
 
@@ -418,16 +457,11 @@ def _check_finite(measured: Measured, step: int, folder: RunFolder) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         return
     what = f"loss became {loss}" if not math.isfinite(loss) else f"gradients' norm became {norm}"
-    saved = folder.saved_steps()
-    last = f"the last good checkpoint is {folder.checkpoint(saved[-1])}" if saved else "no checkpoint was saved yet"
-    raise TrainingError(
-        f"The {what} at step {step}, so training stops; {last}: start from it with --model and a lower --learning-rate."
-    )
+    raise folder.not_finite(f"The {what} at", step)
 
 
 def _noted(measured: Measured, step: int, epoch: float, rate: float) -> dict[str, float]:
     parts = measured.parts
-    share = np.array(parts.expert_share)
     return {
         "step": step,
         "epoch": round(epoch, 4),
@@ -437,7 +471,7 @@ def _noted(measured: Measured, step: int, epoch: float, rate: float) -> dict[str
         "router_z": _number(parts.router_z),
         "gradient_norm": _number(measured.gradient_norm),
         "learning_rate": _number(measured.learning_rate),
-        "busiest_expert": float(share.max() * share.shape[1]),
+        "busiest_expert": busiest_expert(parts.expert_share),
         "tokens_per_second": round(rate, 1),
     }
 
