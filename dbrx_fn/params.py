@@ -343,7 +343,7 @@ def check_params(params: Params, config: Config, *, under: str = "") -> None:
 
 @once
 def check_part(part: dict[str, Any], *, config: Config, under: str) -> None:
-    """`check_params` of what lies below a path, at no cost for keys, shapes and dtypes that passed before: for layers."""
+    """`check_params` of what lies below a path, for layers: costs nothing for shapes and dtypes that passed before."""
     check_params(part, config, under=under)
 
 

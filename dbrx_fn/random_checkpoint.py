@@ -5,22 +5,19 @@ noise; that it says it shows that an installation works, and at any size how fas
 """
 
 import argparse
-import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from dbrx_fn.config import AttnConfig, Config, FFNConfig, config_to_dict
+from dbrx_fn.atomic import new_folder
+from dbrx_fn.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.errors import DbrxError, InputError
-from dbrx_fn.layouts import sources
 from dbrx_fn.params import init_params
 from dbrx_fn.sampling import random_key
+from dbrx_fn.saver import write_checkpoint
 from dbrx_fn.train_tokenizer import SMALLEST_VOCABULARY, add_special_tokens, save_tokenizer
 
 
@@ -30,29 +27,15 @@ def write_random_checkpoint(folder: Path, config: Config, key: mx.array) -> None
     The folder appears when it is complete, or not at all.
 
     Raises:
-        InputError: if the folder exists, or the vocabulary doesn't hold the tokenizer's 260 tokens.
+        InputError: if the folder exists or can't be written, or the vocabulary doesn't hold the tokenizer's 260 tokens.
     """
-    if folder.exists():
-        raise InputError(f"{folder} exists already: name a new folder.")
     if config.vocab_size < SMALLEST_VOCABULARY:
         raise InputError(
             f"vocab_size is {config.vocab_size} where the byte tokenizer needs at least {SMALLEST_VOCABULARY}."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        leaves = dict(tree_flatten(init_params(config, key)))
-        tensors: dict[str, mx.array] = {}
-        for path, source in sources(config, "fused").items():
-            tensors |= zip(source.names, source.part(leaves[path]), strict=True)
-        mx.save_safetensors(str(beside / "model.safetensors"), tensors, {"format": "pt"})
-        (beside / "config.json").write_text(json.dumps(config_to_dict(config), indent=2) + "\n")
+    with new_folder(folder) as beside:
+        write_checkpoint(beside, init_params(config, key), config, layout="fused")
         save_tokenizer(_byte_tokenizer(), beside, default_system_prompt=True)
-        beside.chmod(0o755)
-        beside.rename(folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,9 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_random_checkpoint(chosen.folder, config, random_key(chosen.seed))
     except DbrxError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {chosen.folder} can't be written ({error.strerror}).", file=sys.stderr)
         return 2
     print(f"{chosen.folder}: a random DBRX of {config.n_layers} layers, {config.ffn.moe_num_experts} experts")
     return 0
