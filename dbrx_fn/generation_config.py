@@ -1,10 +1,10 @@
-"""Reads how a checkpoint's authors would have its tokens chosen: `generation_config.json`, as transformers does."""
+"""Reads how a checkpoint's authors would have its tokens chosen: `generation_config.json`, in transformers' terms."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from dbrx_fn.errors import CheckpointError
+from dbrx_fn.errors import CheckpointError, InputError
 from dbrx_fn.sampling import Sampling
 
 _FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -14,8 +14,7 @@ def read_sampling(folder: Path) -> Sampling:
     """The sampling that a checkpoint folder asks for: the likeliest token, unless it says `do_sample`.
 
     Raises:
-        CheckpointError: if the file can't be read, or gives something other than a number.
-        InputError: if a number is out of its range.
+        CheckpointError: if the file can't be read, or gives something other than a number of the right range.
     """
     file = folder / "generation_config.json"
     try:
@@ -29,7 +28,12 @@ def read_sampling(folder: Path) -> Sampling:
         value = settings.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"{file}: {name} is {value!r} where a number is expected: mend or remove it.")
-        chosen[name] = int(value) if name == "top_k" else float(value)
-    return Sampling(**chosen)
+        whole = name == "top_k"
+        if isinstance(value, bool) or not isinstance(value, int | float) or (whole and not float(value).is_integer()):
+            expected = "whole number" if whole else "number"
+            raise CheckpointError(f"{file}: {name} is {value!r} where a {expected} is expected: mend or remove it.")
+        chosen[name] = int(value) if whole else value
+    try:
+        return Sampling(**chosen)
+    except InputError as error:
+        raise CheckpointError(f"{file} can't be followed ({str(error).rstrip('.')}): mend or remove it.") from None

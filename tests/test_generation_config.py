@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from dbrx_fn.config import Config, FFNConfig
-from dbrx_fn.errors import CheckpointError, InputError
+from dbrx_fn.errors import CheckpointError
 from dbrx_fn.generate import main
 from dbrx_fn.generation_config import read_sampling
 from dbrx_fn.random_checkpoint import write_random_checkpoint
@@ -49,7 +49,10 @@ def test_no_file_takes_the_likeliest(tmp_path: Path) -> None:
         ("{", CheckpointError, ["generation_config.json", "JSON"]),
         ({"do_sample": True, "temperature": "warm"}, CheckpointError, ["temperature", "'warm'"]),
         ({"do_sample": True, "top_k": True}, CheckpointError, ["top_k", "True"]),
-        ({"do_sample": True, "top_p": 2}, InputError, ["top_p", "2"]),
+        ({"do_sample": True, "top_p": 2}, CheckpointError, ["generation_config.json", "top_p", "2"]),
+        ({"do_sample": True, "temperature": -1}, CheckpointError, ["generation_config.json", "temperature", "-1"]),
+        ({"do_sample": True, "top_k": 2.5}, CheckpointError, ["generation_config.json", "top_k", "2.5"]),
+        ('{"do_sample": true, "top_k": 1e999}', CheckpointError, ["generation_config.json", "top_k"]),
     ],
 )
 def test_what_it_cannot_say(content: object, kind: type[Exception], words: list[str], tmp_path: Path) -> None:

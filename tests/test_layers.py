@@ -1,7 +1,7 @@
 """Attention, the router and their block against the oracle, and the shapes that layers refuse."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import mlx.core as mx
 import numpy as np
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from dbrx_fn.cache import Window, init_cache, window
 from dbrx_fn.compile import traced
-from dbrx_fn.config import AttnConfig, Config, FFNConfig
+from dbrx_fn.config import AttnConfig, Config, Dtype, FFNConfig
 from dbrx_fn.layers.attn import attn
 from dbrx_fn.layers.block import block
+from dbrx_fn.layers.embedding import embedding
 from dbrx_fn.layers.linear import linear
 from dbrx_fn.layers.moe import moe
 from dbrx_fn.layers.norm import layer_norm
@@ -163,13 +164,15 @@ def jittered(eps: float | None, seed: int | None, dtype: mx.Dtype = mx.float32) 
     return as_float64(logits)
 
 
+@pytest.mark.parametrize("eps", [JITTER, 0.01, 0.001])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-def test_jitter_is_uniform_around_1(dtype: mx.Dtype) -> None:
-    """2560 draws of standard deviation 2 * eps / sqrt(12); the bounds are exact in bfloat16."""
-    noise = jittered(JITTER, 0, dtype)
-    assert 1 - JITTER <= noise.min() < 1 - 0.95 * JITTER
-    assert 1 + 0.95 * JITTER < noise.max() <= 1 + JITTER
-    deviation = 2 * JITTER / np.sqrt(12)
+def test_jitter_is_uniform_around_1(dtype: mx.Dtype, eps: float) -> None:
+    """2560 draws of standard deviation 2 * eps / sqrt(12), as fine as float32 whatever the activations are in."""
+    noise = jittered(eps, 0, dtype)
+    assert 1 - eps - 1e-6 <= noise.min() < 1 - 0.95 * eps
+    assert 1 + 0.95 * eps < noise.max() <= 1 + eps + 1e-6
+    assert len(np.unique(noise)) > 1000
+    deviation = 2 * eps / np.sqrt(12)
     assert abs(noise.mean() - 1) < 5 * deviation / np.sqrt(noise.size)
     assert noise.std() == pytest.approx(deviation, rel=0.05)
     # Each token and each feature has a draw of its own.
@@ -326,3 +329,21 @@ def test_types_are_checked_once_a_trace() -> None:
     assert np.array(double(mx.ones(2), times=3)).tolist() == [3, 3]
     double(mx.ones(3), times=2)
     assert runs == [(2,), (2,), (3,)]
+
+
+@pytest.mark.parametrize("dtype", get_args(Dtype))
+def test_gradients_of_a_frequent_token_are_all_added(dtype: Dtype) -> None:
+    """In bfloat16 alone, a sum of ones would stay at 256."""
+    config = replace(config_with(0.5), dtype=dtype, vocab_size=5)
+    tokens = mx.array([[3] * 1500 + [1]], mx.int32)
+    weight = mx.array(normal(0, 5, config.d_model)).astype(getattr(mx, dtype))
+
+    def total(weight: mx.array) -> mx.array:
+        return embedding({"weight": weight}, tokens, config=config).sum()
+
+    np.testing.assert_array_equal(
+        as_float64(embedding({"weight": weight}, tokens, config=config)[0, -1]), as_float64(weight[1])
+    )
+    for grad in (mx.grad(total), mx.compile(mx.grad(total))):
+        made = as_float64(grad(weight))
+        np.testing.assert_allclose(made.sum(axis=1), config.d_model * np.array([0, 1, 0, 1500, 0]), rtol=2**-8)
