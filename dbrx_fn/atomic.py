@@ -10,42 +10,50 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from dbrx_fn.errors import InputError
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replacing: Collection[str] = ()) -> Iterator[Path]:
     """Yields a hidden folder beside `path` to write into, which becomes `path` when the block ends well.
 
     Its files are flushed to the disk first. If the block raises, nothing stays.
 
+    Args:
+        path: the folder to be made; its parents too, where they are missing.
+        replacing: names of files; a folder that holds no others is replaced. That takes two steps, between which
+            there is neither the old one nor the new.
+
     Raises:
-        InputError: if `path` exists, or an `OSError`, such as a full disk, ends the block.
+        InputError: if `path` exists and may not be replaced, or an `OSError`, such as a full disk, ends the block.
     """
-    if os.path.lexists(path):
-        raise _exists(path)
-    beside = hidden_beside(path)
+    beside, replaced = hidden_beside(path), hidden_beside(path)
     try:
+        _check_free(path, replacing)
+        made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.mkdir()
         yield beside
-        for folder, _, files in os.walk(beside):
+        for place, _, files in os.walk(beside):
             for name in files:
-                _flush(Path(folder, name))
-            _flush(Path(folder))
+                _flush(Path(place, name))
+            _flush(Path(place))
         # Renaming replaces an empty folder, so one that was made in the meantime would be lost.
+        _check_free(path, replacing)
         if os.path.lexists(path):
-            raise _exists(path)
+            path.rename(replaced)
         beside.rename(path)
-        _flush(path.parent)
+        for folder in (path.parent, *(folder.parent for folder in made)):
+            _flush(folder)
     except OSError as error:
         raise _unwritable(path, error, beside) from None
     finally:
-        # Nothing is there any more if all went well.
-        shutil.rmtree(beside, ignore_errors=True)
+        # If all went well, only what was replaced is still hidden.
+        for hidden in (beside, replaced):
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -71,12 +79,12 @@ def write_file(path: Path, content: bytes) -> None:
 
 def hidden_beside(path: Path) -> Path:
     """A new hidden name beside `path`, for what isn't whole yet, or no more."""
-    return path.parent / f".{path.name}-{secrets.token_hex(4)}"
+    return path.parent / f".{path.name}-{secrets.token_hex(4)}.unfinished"
 
 
 def is_leftover(path: Path) -> bool:
     """Whether `path` has a name such as those of `hidden_beside`, under which a killed process may leave things."""
-    return re.fullmatch(r"\..+-[0-9a-f]{8}", path.name) is not None
+    return re.fullmatch(r"\..+-[0-9a-f]{8}\.unfinished", path.name) is not None
 
 
 def _flush(path: Path) -> None:
@@ -88,8 +96,11 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _exists(path: Path) -> InputError:
-    return InputError(f"{path} exists already: name a new folder.")
+def _check_free(path: Path, replacing: Collection[str]) -> None:
+    if not os.path.lexists(path):
+        return
+    if not replacing or path.is_symlink() or not path.is_dir() or set(os.listdir(path)) - set(replacing):
+        raise InputError(f"{path} exists already: name a new folder.")
 
 
 def _unwritable(path: Path, error: OSError, beside: Path) -> InputError:

@@ -23,7 +23,8 @@ from dbrx_fn.config import AttnConfig, Config, Dtype, FFNConfig, read_config, re
 from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.hub import SMALL
 from dbrx_fn.params import init_params, param_count
-from dbrx_fn.training import Recipe, init_state, train_step
+from dbrx_fn.terminal import INTERRUPTED, printed_warnings
+from dbrx_fn.training import Recipe, check_memory, init_state, train_step
 
 BILLION = Config(
     d_model=2048,
@@ -92,6 +93,7 @@ def measure_training(
     shape: str, config: Config, batch_size: int, sequence_length: int, dtype: Dtype, *, recompute: bool, steps: int
 ) -> TrainingSpeed:
     """Times `train_step` on random tokens."""
+    check_memory(config)
     recipe = Recipe(steps=steps + 1, warmup=0, dtype=dtype, recompute=recompute)
     config = replace(config, dtype="float32")
     mx.reset_peak_memory()
@@ -129,8 +131,9 @@ def measure_training(
     )
 
 
+@printed_warnings()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0, or 2 for anything the user can mend."""
+    """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
     chosen = parser().parse_args(arguments)
     try:
         for name in ("batch_size", "sequence_length", "steps"):
@@ -152,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DbrxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
     print(json.dumps([asdict(speed) for speed in speeds], indent=2) if chosen.json else _table(speeds))
     return 0
 

@@ -177,6 +177,8 @@ def read_config_file(path: Path) -> Config:
     """Reads a file with the content of a `config.json`; errors are those of `read_config`."""
     try:
         raw = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} doesn't exist: name a config.json.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} can't be read as JSON ({error}): fetch it again from where it came.") from None
     if not isinstance(raw, dict):

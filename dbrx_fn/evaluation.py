@@ -12,7 +12,7 @@ from dbrx_fn.batches import eval_windows
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
 from dbrx_fn.errors import InputError
-from dbrx_fn.losses import bits_per_byte, busiest_expert, token_nats
+from dbrx_fn.losses import bits_per_byte, busiest_expert, chosen_experts, token_nats
 from dbrx_fn.model import score
 from dbrx_fn.params import Params
 from dbrx_fn.token_file import TokenFile
@@ -89,6 +89,5 @@ def _score(
     logits, routing = score(params, tokens[:, :-1], config)
     nats = mx.where(mask[:, 1:], token_nats(logits, tokens[:, 1:]), 0).sum()
     read = mx.arange(tokens.shape[1] - 1, dtype=mx.int32) < lengths[:, None]
-    experts = mx.arange(config.ffn.moe_num_experts, dtype=mx.uint32)
-    chosen = (routing.top_experts[..., None] == experts) & read[:, :, None, None]
+    chosen = chosen_experts(routing.top_experts, config.ffn.moe_num_experts) & read[:, :, None, None]
     return nats, chosen.astype(mx.int32).sum(axis=(1, 2, 3))

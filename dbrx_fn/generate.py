@@ -7,9 +7,7 @@ import os
 import secrets
 import sys
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -26,10 +24,8 @@ from dbrx_fn.loader import load
 from dbrx_fn.model import CHUNK_SIZE
 from dbrx_fn.params import Params
 from dbrx_fn.sampling import Sampling, random_key
+from dbrx_fn.terminal import INTERRUPTED, byte_progress, printed_warnings
 from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
-
-_INTERRUPTED = 130
-"""The exit status by which shells know that Ctrl-C ended a command."""
 
 
 @dataclass
@@ -76,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
         _close_standard_output()
         return 0
@@ -142,7 +138,7 @@ def _run(options: argparse.Namespace) -> int:
     text = _prompt(options.prompt)
 
     start = time.perf_counter()
-    with _printed_warnings():
+    with printed_warnings():
         folder = checkpoint_folder(options.model)
         sampling = _sampling(options, read_sampling(folder))
         tokenizer = read_tokenizer(folder)
@@ -208,7 +204,7 @@ def _run(options: argparse.Namespace) -> int:
     else:
         print(flush=True)
     print(report.summary(), file=sys.stderr)
-    return _INTERRUPTED if report.finish_reason == "interrupted" else 0
+    return INTERRUPTED if report.finish_reason == "interrupted" else 0
 
 
 def _close_standard_output() -> None:
@@ -263,12 +259,7 @@ def _prompt(option: str) -> str:
 
 
 def _load(folder: Path, dtype: Dtype | None) -> tuple[Params, Config]:
-    with tqdm(desc="loading", unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with byte_progress("loading") as progress:
         return load(folder, dtype=dtype, progress=progress)
 
 
@@ -284,18 +275,6 @@ def _one_token(tokenizer: Tokenizer, text: str) -> int:
     if len(tokens) != 1:
         raise InputError(f"--extra-eos-token is {text!r}, which is {len(tokens)} tokens where one is expected.")
     return tokens[0]
-
-
-@contextmanager
-def _printed_warnings() -> Iterator[None]:
-    """Prints warnings as plain lines, without the place in the code that they came from."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            yield
-        finally:
-            for warning in caught:
-                print(f"warning: {warning.message}", file=sys.stderr)
 
 
 def _rate(rate: float | None) -> str:

@@ -24,12 +24,13 @@ a softmax in low precision is exact.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Integer, UInt32
 from mlx import nn
+from numpy.typing import ArrayLike
 
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
@@ -116,10 +117,10 @@ def loss_parts(
 
     read = has_next.astype(mx.float32)
     probability = _mean_over_tokens(mx.softmax(router_logits, axis=-1), read)
-    experts = mx.arange(router_logits.shape[-1], dtype=top_experts.dtype)
-    chosen = (top_experts[..., None] == experts).astype(mx.float32).mean(axis=-2)
+    experts = router_logits.shape[-1]
+    chosen = chosen_experts(top_experts, experts).astype(mx.float32).mean(axis=-2)
     share = mx.stop_gradient(_mean_over_tokens(chosen, read))
-    load_balance = experts.size * (share * probability).sum(axis=-1).mean()
+    load_balance = experts * (share * probability).sum(axis=-1).mean()
     router_z = _mean_over_tokens(mx.logsumexp(router_logits, axis=-1, keepdims=True).square(), read).mean()
     return LossParts(cross_entropy, load_balance, router_z, share, probability)
 
@@ -132,22 +133,26 @@ def token_nats(
     return nats
 
 
-def busiest_expert(expert_share: Any) -> float:
-    """How many times its fair share the busiest expert of any layer got: 1 at perfect balance."""
+def chosen_experts(
+    top_experts: UInt32[mx.array, "*token top_k"], experts: int
+) -> Bool[mx.array, "*token top_k expert"]:
+    """Which of the `experts` each choice is: true for that one."""
+    chosen: mx.array = top_experts[..., None] == mx.arange(experts, dtype=top_experts.dtype)
+    return chosen
+
+
+def busiest_expert(expert_share: mx.array | ArrayLike) -> float:
+    """How many times its fair share the busiest expert of any layer got: 1 at perfect balance.
+
+    `expert_share`: `[layer expert]`, rows adding up to 1.
+    """
     share = np.array(expert_share)
     return float(share.max() * share.shape[-1])
 
 
 def bits_per_byte(nats: float, tokens: int, text_bytes: int) -> float:
-    """`nats` per token, over `tokens` tokens that spell `text_bytes` bytes, as bits per byte."""
+    """`nats` per token, over `tokens` tokens that spell `text_bytes` bytes, at least one, as bits per byte."""
     return nats * tokens / (math.log(2) * text_bytes)
-
-
-def _mean_over_tokens(
-    values: Float32[mx.array, "layer batch time wide"], read: Float32[mx.array, "batch time"]
-) -> Float32[mx.array, "layer wide"]:
-    """The mean over tokens that were `read`."""
-    return (values * read[..., None]).sum(axis=(1, 2)) / mx.maximum(read.sum(), 1)
 
 
 def check_batch(tokens: mx.array, mask: mx.array | None, lengths: mx.array | None = None) -> None:
@@ -163,6 +168,13 @@ def check_batch(tokens: mx.array, mask: mx.array | None, lengths: mx.array | Non
         not isinstance(lengths, mx.array) or (list(lengths.shape), lengths.dtype) != (shape[:1], mx.int32)
     ):
         raise InputError(f"lengths is {_kind(lengths)} where int32 {shape[:1]}, one a row, is expected.")
+
+
+def _mean_over_tokens(
+    values: Float32[mx.array, "layer batch time wide"], read: Float32[mx.array, "batch time"]
+) -> Float32[mx.array, "layer wide"]:
+    """The mean over tokens that were `read`."""
+    return (values * read[..., None]).sum(axis=(1, 2)) / mx.maximum(read.sum(), 1)
 
 
 def _kind(value: object) -> str:

@@ -29,6 +29,9 @@ def draw_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> 
     Args:
         runs: by name, the lines of each run's `metrics.jsonl`.
         file: a .png or .svg to write.
+
+    Raises:
+        InputError: if it is neither, it can't be written, or there is no matplotlib.
     """
     figure = _figure(7, 4)
     axes = figure.subplots()
@@ -55,6 +58,9 @@ def draw_expert_load(expert_share: ArrayLike, file: Path) -> None:
     Args:
         expert_share: `[layer expert]`, rows adding up to 1.
         file: a .png or .svg to write.
+
+    Raises:
+        InputError: if it is neither, it can't be written, or there is no matplotlib.
     """
     share = np.asarray(expert_share, np.float64)
     layers, experts = share.shape
@@ -82,6 +88,8 @@ def _write(figure: "Figure", file: Path) -> None:
     import matplotlib
 
     kind = file.suffix.lstrip(".")
+    if kind not in ("png", "svg"):
+        raise InputError(f"{file} is no name of a picture: end it with .png or .svg.")
     drawn = io.BytesIO()
     # Without a date and with names that aren't random, the same picture is the same file.
     with matplotlib.rc_context({"svg.hashsalt": "dbrx_fn"}):

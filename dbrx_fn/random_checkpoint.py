@@ -18,6 +18,7 @@ from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.params import init_params
 from dbrx_fn.sampling import random_key
 from dbrx_fn.saver import write_checkpoint
+from dbrx_fn.terminal import INTERRUPTED, printed_warnings
 from dbrx_fn.train_tokenizer import SMALLEST_VOCABULARY, add_special_tokens, save_tokenizer
 
 
@@ -38,8 +39,9 @@ def write_random_checkpoint(folder: Path, config: Config, key: mx.array) -> None
         save_tokenizer(_byte_tokenizer(), beside, default_system_prompt=True)
 
 
+@printed_warnings()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0, or 2 for anything the user can mend."""
+    """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
     options = argparse.ArgumentParser(
         prog="python -m dbrx_fn.random_checkpoint",
         description="Write a DBRX checkpoint of random weights and a byte tokenizer, to try everything on.",
@@ -78,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DbrxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
     print(f"{chosen.folder}: a random DBRX of {config.n_layers} layers, {config.ffn.moe_num_experts} experts")
     return 0
 

@@ -164,7 +164,7 @@ class RunFolder:
     def clean(self) -> None:
         """Removes what killed runs left half-written, inside of this folder and, of its set-up, beside it."""
         here = [entry for folder in (self.path, self.checkpoints) if folder.is_dir() for entry in folder.iterdir()]
-        beside = self.path.parent.glob(f".{glob.escape(self.path.name)}-????????")
+        beside = self.path.parent.glob(f".{glob.escape(self.path.name)}-????????.unfinished")
         for entry in [*here, *beside]:
             if is_leftover(entry):
                 _remove(entry)

@@ -95,17 +95,23 @@ def write_checkpoint(
     settings = config_to_dict(config) | _quantization_settings(config, layout, formats)
     if tokenizer_files is not None:
         copy_tokenizer(tokenizer_files, folder)
-        settings |= _stop_tokens(tokenizer_files / "config.json")
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     write_tensors(folder / "model.safetensors", tensors, {"format": _FRAMEWORKS[layout], **(metadata or {})})
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies a checkpoint's tokenizer, chat template and stop tokens; the folder is made if it isn't there."""
+    """Copies a checkpoint's tokenizer, chat template and stop tokens; the folder is made if it isn't there.
+
+    Stop tokens that only config.json names are written into generation_config.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    generation, stops = _settings(source / "generation_config.json"), _settings(source / "config.json")
+    if generation.get("eos_token_id") is None and stops.get("eos_token_id") is not None:
+        generation["eos_token_id"] = stops["eos_token_id"]
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 # transformers refuses a file that doesn't say whose it is.
@@ -133,14 +139,13 @@ def write_tensors(file: Path, tensors: dict[str, mx.array], metadata: dict[str, 
         raise OSError(errno.ENOSPC if full else errno.EIO, os.strerror(errno.ENOSPC) if full else str(error)) from None
 
 
-def _stop_tokens(file: Path) -> dict[str, Any]:
-    """The stop tokens of checkpoints that name them in config.json."""
+def _settings(file: Path) -> dict[str, Any]:
+    """A JSON file's fields; none, if there is no such file."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    known = isinstance(content, dict) and content.get("eos_token_id") is not None
-    return {"eos_token_id": content["eos_token_id"]} if known else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _quantization_settings(config: Config, layout: Layout, formats: Mapping[str, Format]) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dbrx_fn.atomic import new_folder
 from dbrx_fn.config import Config
 from dbrx_fn.corpus import Document, text_pieces
 from dbrx_fn.errors import InputError
@@ -61,15 +60,15 @@ def write_token_file(
     made into tokens piece by piece, so only the documents themselves need memory.
 
     Args:
-        folder: made if it isn't there; `tokens.npy`, `targets.npy` (where there are parts only to be read) and
-            `meta.json` are written, the last one at last.
+        folder: of `tokens.npy`, `targets.npy` (where there are parts only to be read) and `meta.json` alone; it
+            appears when it is complete, and takes the place of one that holds no other files.
         documents: at least one, as of `dbrx_fn.corpus.read_documents`.
         tokenizer: the model's.
         progress: called as the text is made into tokens.
 
     Raises:
-        InputError: no documents, or a tokenizer without an end-of-text token.
-        OSError: the files can't be written.
+        InputError: no documents, a tokenizer without an end-of-text token, or a folder that holds something else or
+            can't be written.
     """
     if not documents:
         raise InputError("There are no documents to make tokens of; give at least one.")
@@ -87,19 +86,9 @@ def write_token_file(
         # Missing or damaged files are what the rest of this function mends.
         pass
 
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".tokens-", dir=folder))
-    try:
+    with new_folder(folder, replacing=("tokens.npy", "targets.npy", "meta.json")) as beside:
         meta = _write(beside, documents, tokenizer, tokenizer.end_of_text, progress)
         (beside / "meta.json").write_text(json.dumps(meta | {"fingerprint": fingerprint}, indent=2) + "\n")
-        # While they are replaced there is no meta.json, so files that don't belong together are never read.
-        for name in ("meta.json", "targets.npy"):
-            (folder / name).unlink(missing_ok=True)
-        for name in ("tokens.npy", "targets.npy", "meta.json"):
-            if (beside / name).exists():
-                (beside / name).rename(folder / name)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return read_token_file(folder)
 
 

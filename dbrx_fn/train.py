@@ -9,8 +9,9 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, TextIO, cast, get_args
 
 import mlx.core as mx
@@ -18,12 +19,11 @@ from mlx.utils import tree_map
 from tqdm import tqdm
 
 from dbrx_fn.atomic import new_folder
-from dbrx_fn.backend import memory_size
 from dbrx_fn.batches import Batches
 from dbrx_fn.chat import ChatFormat
-from dbrx_fn.config import Config, config_from_dict, config_to_dict, read_config_file
+from dbrx_fn.config import Config, config_from_dict, config_to_dict, read_config, read_config_file
 from dbrx_fn.corpus import Document, read_documents, split, without_held_out
-from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.errors import DbrxError, InputError, TokenizerError
 from dbrx_fn.evaluation import Evaluation, check_targets, evaluate
 from dbrx_fn.hub import SMALL, checkpoint_folder
 from dbrx_fn.loader import load
@@ -34,15 +34,14 @@ from dbrx_fn.quantization import tree_formats
 from dbrx_fn.run_folder import RunFolder
 from dbrx_fn.sampling import random_key
 from dbrx_fn.saver import copy_tokenizer, save
+from dbrx_fn.terminal import INTERRUPTED, byte_progress, printed_warnings
 from dbrx_fn.token_file import TokenFile, check_vocabulary, read_token_file, write_token_file
-from dbrx_fn.tokenizer import read_tokenizer
+from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
 from dbrx_fn.train_tokenizer import save_tokenizer, train_bpe
-from dbrx_fn.training import Measured, Recipe, Schedule, State, init_state, train_step
-
-_INTERRUPTED = 130
-"""The exit status by which shells know that Ctrl-C ended a command."""
+from dbrx_fn.training import Measured, Recipe, Schedule, State, check_memory, init_state, train_step
 
 _DEFAULTS: dict[str, Any] = {
+    **{field.name: field.default for field in fields(Recipe) if field.default is not MISSING},
     "data": [],
     "held_out": [],
     "held_out_share": 0.05,
@@ -52,17 +51,8 @@ _DEFAULTS: dict[str, Any] = {
     "tokenizer": None,
     "steps": 1000,
     "batch_size": 32,
-    "micro_batches": 1,
     "sequence_length": 256,
-    "learning_rate": 1e-3,
     "warmup": None,
-    "schedule": "cosine",
-    "final_share": 0.1,
-    "weight_decay": 0.1,
-    "clip_norm": 1.0,
-    "dtype": "float32",
-    "recompute": False,
-    "z_loss_weight": 0.0,
     "moe_loss_weight": None,
     "moe_jitter_eps": None,
     "seed": 0,
@@ -133,25 +123,24 @@ class Plan:
             ) from None
 
 
+@printed_warnings()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
     given = vars(parser().parse_args(arguments))
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        try:
-            _run(given)
-        except DbrxError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            started = RunFolder(given["out"]).started
-            how = f"--out {given['out']} --resume goes on from the last checkpoint" if started else "nothing is kept"
-            print(f"interrupted: {how}.", file=sys.stderr)
-            return _INTERRUPTED
-        except OSError as error:
-            reason = error.strerror or error
-            print(f"error: {error.filename or given['out']} can't be read or written ({reason}).", file=sys.stderr)
-            return 2
+    try:
+        _run(given)
+    except DbrxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        started = RunFolder(given["out"]).started
+        how = f"--out {given['out']} --resume goes on from the last checkpoint" if started else "nothing is kept"
+        print(f"interrupted: {how}.", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        reason = error.strerror or error
+        print(f"error: {error.filename or given['out']} can't be read or written ({reason}).", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -188,14 +177,18 @@ def parser() -> argparse.ArgumentParser:
     number("--sequence-length", int, "tokens of a sequence")
     number("--learning-rate", float, "at its highest")
     number("--warmup", int, "steps until it is reached; a twentieth of --steps, at most 100, if not given")
-    add("--schedule", choices=get_args(Schedule), help="how it falls from there; cosine if not given")
+    add(
+        "--schedule",
+        choices=get_args(Schedule),
+        help=f"how it falls from there; {_DEFAULTS['schedule']} if not given",
+    )
     number("--final-share", float, "what part of it is left at the end")
     number("--weight-decay", float, "of AdamW")
     number("--clip-norm", float, "largest norm of the gradients")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="to compute in, with float32 master weights; float32 if not given",
+        help=f"to compute in, with float32 master weights; {_DEFAULTS['dtype']} if not given",
     )
     add("--recompute", action="store_true", help="save memory: compute activations again in the backward pass")
     number("--z-loss-weight", float, "of the routers' z-loss")
@@ -217,6 +210,7 @@ def _run(given: dict[str, Any]) -> None:
             option = f"--{others[0].replace('_', '-')}"
             raise InputError(f"{option} can't be changed on the way: give --resume with --out alone.")
         plan = Plan.from_dict(folder.read_settings(), folder.settings_file)
+        check_memory(plan.config)
     else:
         options = argparse.Namespace(**{**_DEFAULTS, **given})
         if folder.started:
@@ -229,7 +223,6 @@ def _run(given: dict[str, Any]) -> None:
             folder.path.rmdir()
         with new_folder(folder.path) as beside:
             _set_up(RunFolder(beside), plan, options)
-    _check_memory(plan.config)
     with folder.locked():
         folder.clean()
         _train(folder, plan)
@@ -241,27 +234,18 @@ def _plan(options: argparse.Namespace) -> Plan:
         raise InputError("--model and --config are both given: a model to start from brings its own config.")
     random_key(options.seed)
     start = None if options.model is None else checkpoint_folder(options.model).resolve()
-    config = read_config_file(options.config or (start or SMALL) / "config.json")
+    config = read_config(start or SMALL) if options.config is None else read_config_file(options.config)
     ffn = config.ffn
     if options.moe_loss_weight is not None:
         ffn = replace(ffn, moe_loss_weight=options.moe_loss_weight)
     if options.moe_jitter_eps is not None:
         ffn = replace(ffn, moe_jitter_eps=options.moe_jitter_eps)
+    chosen = {field.name: getattr(options, field.name) for field in fields(Recipe)}
+    if options.warmup is None:
+        chosen["warmup"] = min(100, options.steps // 20)
     plan = Plan(
         config=replace(config, ffn=ffn, dtype="float32"),
-        recipe=Recipe(
-            steps=options.steps,
-            learning_rate=options.learning_rate,
-            warmup=min(100, options.steps // 20) if options.warmup is None else options.warmup,
-            schedule=options.schedule,
-            final_share=options.final_share,
-            weight_decay=options.weight_decay,
-            clip_norm=options.clip_norm,
-            micro_batches=options.micro_batches,
-            dtype=options.dtype,
-            recompute=options.recompute,
-            z_loss_weight=options.z_loss_weight,
-        ),
+        recipe=Recipe(**chosen),
         batch_size=options.batch_size,
         sequence_length=options.sequence_length,
         seed=options.seed,
@@ -271,7 +255,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         save_every=options.save_every,
         keep=options.keep,
     )
-    _check_memory(plan.config)
+    check_memory(plan.config)
     if plan.model is not None and tree_formats(_start_params(plan.model), config):
         raise InputError(f"{options.model} is quantized: start from the dense checkpoint that it was made of.")
     return plan
@@ -285,6 +269,8 @@ def _set_up(folder: RunFolder, plan: Plan, options: argparse.Namespace) -> None:
         tokenizer = read_tokenizer(Path(named))
         check_vocabulary(tokenizer, plan.config)
         chat_format = tokenizer.chat_format
+        if plan.model is not None and options.tokenizer is not None:
+            _warn_of_another_tokenizer(plan.model, tokenizer, options)
     documents = read_documents(options.data, chat_format)
     if options.held_out:
         held_out = read_documents(options.held_out, chat_format)
@@ -308,24 +294,20 @@ def _set_up(folder: RunFolder, plan: Plan, options: argparse.Namespace) -> None:
     folder.write_settings(plan.as_dict())
 
 
+def _warn_of_another_tokenizer(model: str, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
+    # A model without a tokenizer of its own has none to differ from.
+    with contextlib.suppress(TokenizerError):
+        if read_tokenizer(Path(model)).fingerprint() != tokenizer.fingerprint():
+            warnings.warn(
+                f"{options.tokenizer} makes other tokens than {options.model} was trained on, and what they"
+                " mean has to be learned anew: leave --tokenizer out to keep the model's own.",
+                stacklevel=2,
+            )
+
+
 def _tokenize(folder: RunFolder, data: Path, documents: Sequence[Document]) -> TokenFile:
-    with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with byte_progress("tokenizing") as progress:
         return write_token_file(data, documents, read_tokenizer(folder.tokenizer), progress)
-
-
-def _check_memory(config: Config) -> None:
-    # Weights, gradients and two moments, four bytes each.
-    needed = 16 * param_count(config)
-    if needed > memory_size():
-        raise InputError(
-            f"The model's {param_count(config):,} parameters need {needed / 2**30:.1f} GiB to be trained and this"
-            f" machine has {memory_size() / 2**30:.1f} GiB: take a smaller model, or a larger machine."
-        )
 
 
 def _start_params(model: str) -> Params:
@@ -359,16 +341,27 @@ def _train(folder: RunFolder, plan: Plan) -> None:
         bar.set_description("compiling" if start < recipe.steps else "done")
         previous: Measured | None = None
         for step in range(start + 1, recipe.steps + 1):
-            tokens, mask = batches[step - 1]
-            state, measured = train_step(state, mx.array(tokens), mx.array(mask), config=config, recipe=recipe)
-            mx.async_eval(state, measured)
+            first, last = step == start + 1, step == recipe.steps
+            try:
+                tokens, mask = batches[step - 1]
+                state, measured = train_step(state, mx.array(tokens), mx.array(mask), config=config, recipe=recipe)
+                mx.async_eval(state, measured)
+                if first:
+                    mx.eval(measured)
+            except (RuntimeError, MemoryError) as error:
+                if not first:
+                    raise
+                raise InputError(
+                    f"The first step can't be computed ({shorten(str(error), 200, placeholder='…')}), most likely for"
+                    " want of memory: start anew in another --out with a smaller --batch-size, more --micro-batches,"
+                    " or --recompute."
+                ) from None
             # The step before is looked at while this one runs.
             if previous is not None:
                 _check_finite(previous, step - 1, folder)
             previous = measured
             bar.update()
-            last = step == recipe.steps
-            if step % plan.log_every == 0 or last or step == start + 1:
+            if step % plan.log_every == 0 or last or first:
                 _check_finite(measured, step, folder)
                 now = time.perf_counter()
                 rate = (step - since) * plan.batch_size * plan.sequence_length / (now - clock)
@@ -382,6 +375,10 @@ def _train(folder: RunFolder, plan: Plan) -> None:
                             plan.batch_size * plan.sequence_length * (recipe.steps - step) / rate
                         )
                         print(f"step {step:6d}  {_described(noted, evaluation)}, {left} left", file=sys.stderr)
+            pauses = last or step % plan.save_every == 0 or (held_out is not None and step % plan.eval_every == 0)
+            if pauses:
+                # It waits for the step, so that the step's time isn't taken for theirs.
+                _check_finite(measured, step, folder)
             began = time.perf_counter()
             if held_out is not None and (step % plan.eval_every == 0 or last):
                 evaluation = _evaluate(state, plan, held_out)
@@ -390,7 +387,6 @@ def _train(folder: RunFolder, plan: Plan) -> None:
                 _note(metrics, _noted_evaluation(evaluation, step))
                 tqdm.write(_line(measured, evaluation, step), file=sys.stderr)
             if step % plan.save_every == 0 or last:
-                _check_finite(measured, step, folder)
                 # A checkpoint on the disk means that what was noted before it is there too.
                 os.fsync(metrics.fileno())
                 folder.save(state, step, config, keep=plan.keep)

@@ -16,6 +16,7 @@ from dbrx_fn.atomic import write_file
 from dbrx_fn.chat import ChatFormat
 from dbrx_fn.corpus import read_documents, text_pieces
 from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.terminal import INTERRUPTED, printed_warnings
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
@@ -97,7 +98,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, default_system_prompt:
         "use_default_system_prompt": default_system_prompt,
     }
     stops = [tokenizer.token_to_id(text) for text in ("<|endoftext|>", "<|im_end|>")]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} can't be written ({error.strerror}): name another place.") from None
     for name, content in (
         ("generation_config.json", json.dumps({"eos_token_id": stops}, indent=2) + "\n"),
         ("tokenizer_config.json", json.dumps(settings, indent=2) + "\n"),
@@ -106,8 +110,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, default_system_prompt:
         write_file(folder / name, content.encode())
 
 
+@printed_warnings()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0, or 2 for anything the user can mend."""
+    """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
     options = argparse.ArgumentParser(
         prog="python -m dbrx_fn.train_tokenizer",
         description="Train a byte-level BPE tokenizer of DBRX's kind on text files, JSONL files or folders of them.",
@@ -127,6 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DbrxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except OSError as error:
         print(f"error: {chosen.out} can't be written ({error.strerror}).", file=sys.stderr)
         return 2

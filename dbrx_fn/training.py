@@ -19,11 +19,12 @@ from jaxtyping import Bool, Float32, Integer, UInt32
 from mlx import optimizers
 from mlx.utils import tree_flatten, tree_map
 
+from dbrx_fn.backend import memory_size
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config, Dtype
 from dbrx_fn.errors import InputError
 from dbrx_fn.losses import LossParts, check_batch, loss
-from dbrx_fn.params import Params, nest
+from dbrx_fn.params import Params, nest, param_count
 
 State = dict[str, Any]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -67,16 +68,18 @@ class Recipe:
             if not ok:
                 raise InputError(f"{name} is {getattr(self, name)!r} where it must be {expected}.")
 
-        require(self.steps >= 1, "steps", "at least 1")
+        for name in ("steps", "micro_batches"):
+            value = getattr(self, name)
+            require(type(value) is int and value >= 1, name, "at least 1, a whole number")
         require(0 <= self.learning_rate < float("inf"), "learning_rate", "0 or a positive number")
-        require(0 <= self.warmup <= self.steps, "warmup", f"from 0 to the number of steps, {self.steps}")
+        fits = type(self.warmup) is int and 0 <= self.warmup <= self.steps
+        require(fits, "warmup", f"from 0 to the number of steps, {self.steps}, a whole number")
         require(self.schedule in get_args(Schedule), "schedule", f"one of {', '.join(get_args(Schedule))}")
         require(0 <= self.final_share <= 1, "final_share", "from 0 to 1")
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers from 0 to below 1")
         require(self.eps > 0, "eps", "a positive number")
         require(self.weight_decay >= 0, "weight_decay", "0 or a positive number")
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "a positive number or None")
-        require(self.micro_batches >= 1, "micro_batches", "at least 1")
         known = ("float32", "bfloat16")
         require(self.dtype in known, "dtype", f"one of {', '.join(known)}: gradients of float16 leave its range")
         require(self.z_loss_weight >= 0, "z_loss_weight", "0 or a positive number")
@@ -86,7 +89,7 @@ class Measured(NamedTuple):
     """What a step measured, before its update; lazy float32 arrays.
 
     `loss`: what was differentiated.
-    `parts`: what that was made of; means over the micro-batches.
+    `parts`: what that was made of; means over the micro-batches, in `cross_entropy` weighted by their targets.
     `gradient_norm`: global, before clipping.
     `learning_rate`: of this step's update.
     """
@@ -114,6 +117,20 @@ def init_state(params: Params, recipe: Recipe, key: mx.array) -> State:
         adamw.init(part)
         optimizer[name] = adamw.state
     return {"params": masters, "optimizer": optimizer, "key": key}
+
+
+def check_memory(config: Config) -> None:
+    """Makes sure that the machine holds a model's weights, their gradients and AdamW's two moments, all float32.
+
+    Raises:
+        InputError: if it doesn't.
+    """
+    needed = 16 * param_count(config)
+    if needed > memory_size():
+        raise InputError(
+            f"The model's {param_count(config):,} parameters need {needed / 2**30:.1f} GiB to be trained and this"
+            f" machine has {memory_size() / 2**30:.1f} GiB: take a smaller model, or a larger machine."
+        )
 
 
 def train_step(

@@ -1,6 +1,7 @@
 """The training bench: how it counts operations, and that it prints what it measured. Its times decide nothing."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,9 @@ def test_json_and_table_say_the_same(config_file: Path, capsys: pytest.CaptureFi
     assert str(config_file) in row
 
 
-@pytest.mark.parametrize(("options", "word"), [(["--steps", "0"], "--steps"), (["--shape", "nowhere.json"], "nowhere")])
+@pytest.mark.parametrize(
+    ("options", "word"), [(["--steps", "0"], "--steps"), (["--shape", "nowhere.json"], "nowhere.json doesn't exist")]
+)
 def test_what_cannot_be_measured(options: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(options) == 2
     out, err = capsys.readouterr()
@@ -61,3 +64,13 @@ def test_what_cannot_be_measured(options: list[str], word: str, capsys: pytest.C
     assert err.startswith("error: ")
     assert word in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_model_that_is_too_large(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    huge = replace(TINY, d_model=2**16, n_layers=400)
+    (tmp_path / "huge.json").write_text(json.dumps(config_to_dict(huge)))
+    assert main(["--shape", str(tmp_path / "huge.json")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: The model's ")
+    assert "GiB to be trained" in err
+    assert err.count("\n") == 1

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from dbrx_fn.config import DBRX, AttnConfig, Config, FFNConfig, config_from_dict, config_to_dict, read_config
+from dbrx_fn.config import (
+    DBRX,
+    AttnConfig,
+    Config,
+    FFNConfig,
+    config_from_dict,
+    config_to_dict,
+    read_config,
+    read_config_file,
+)
 from dbrx_fn.errors import ConfigError
 
 # The released databricks/dbrx-instruct's.
@@ -329,4 +338,11 @@ def test_a_folder_without_a_config(tmp_path: Path) -> None:
         read_config(tmp_path)
     (tmp_path / "config.json").mkdir()
     with pytest.raises(ConfigError, match="can't be read as JSON"):
+        read_config(tmp_path)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"my\.json doesn't exist: name a config\.json\.$"):
+        read_config_file(tmp_path / "my.json")
+    with pytest.raises(ConfigError, match=r"config\.json is missing: a checkpoint folder needs"):
         read_config(tmp_path)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dbrx_fn.cache import init_cache
 from dbrx_fn.config import Dtype
 from dbrx_fn.errors import InputError
-from dbrx_fn.losses import LossParts, bits_per_byte, busiest_expert, loss, loss_parts, token_nats
+from dbrx_fn.losses import LossParts, bits_per_byte, busiest_expert, chosen_experts, loss, loss_parts, token_nats
 from dbrx_fn.model import forward, score
 from dbrx_fn.training import Recipe, gradients
 from tests import checkpoints, oracle
@@ -174,6 +174,10 @@ def test_router_z_by_hand() -> None:
 def test_busiest_expert_by_hand() -> None:
     assert busiest_expert([[0.25, 0.25, 0.25, 0.25], [0.1, 0.5, 0.2, 0.2]]) == pytest.approx(2)
     assert busiest_expert(mx.array([[1.0, 0.0, 0.0]])) == 3
+
+
+def test_chosen_experts_by_hand() -> None:
+    assert chosen_experts(mx.array([[2, 0]], mx.uint32), 3).tolist() == [[[False, False, True], [True, False, False]]]
 
 
 def test_bits_per_byte() -> None:

@@ -67,3 +67,10 @@ def test_without_matplotlib_the_error_says_how_to_get_it(tmp_path: Path, monkeyp
     with pytest.raises(InputError, match="matplotlib"):
         draw_losses({"model": LINES}, tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize("name", ["loss", "loss.jpg", "loss.PDF", ".png"])
+def test_files_that_are_no_picture_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is no name of a picture: end it with \.png or \.svg\.$"):
+        draw_losses({"model": LINES}, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []

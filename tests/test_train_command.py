@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from dbrx_fn.run_folder import RunFolder
 from dbrx_fn.saver import save
 from dbrx_fn.token_file import read_token_file
 from dbrx_fn.tokenizer import read_tokenizer
-from dbrx_fn.train import main
+from dbrx_fn.train import main, parser
+from dbrx_fn.train_tokenizer import save_tokenizer, train_bpe
+from dbrx_fn.training import Recipe
 from tests.tiny_runs import (
     TINY,
     arguments,
@@ -216,11 +219,14 @@ def test_a_run_that_lost_its_last_steps_does_them_again(copy: Path, finished: Pa
 
 def test_leftovers_of_killed_processes_are_removed_and_nothing_else(copy: Path, trained: Trained) -> None:
     leftovers = [
-        copy / ".metrics.jsonl-0123abcd",
-        copy / "checkpoints" / ".step-00000016-0123abcd",
-        copy.parent / ".copy-0123abcd",
+        copy / ".metrics.jsonl-0123abcd.unfinished",
+        copy / "checkpoints" / ".step-00000016-0123abcd.unfinished",
+        copy.parent / ".copy-0123abcd.unfinished",
     ]
-    others = [copy / ".git", copy / "checkpoints" / ".notes", copy.parent / ".copy-other-0123abcd"]
+    others = [
+        *(copy / ".git", copy / ".run-20251123", copy / "checkpoints" / ".notes-20251123"),
+        *(copy.parent / ".copy-20251123", copy.parent / ".copy-other-0123abcd.unfinished"),
+    ]
     for folder in leftovers + others:
         folder.mkdir()
         (folder / "file").touch()
@@ -242,6 +248,20 @@ def test_a_run_is_not_begun_twice(copy: Path, config: Path, text: Path, refused:
 def test_two_processes_are_not_let_into_one_run(copy: Path, refused: Refused) -> None:
     with RunFolder(copy).locked():
         refused(["--out", str(copy), "--resume"], "another process")
+
+
+def test_defaults_are_the_recipes(
+    config: Path, text: Path, tmp_path: Path, trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    trained(arguments(out, config, [text], steps=1, warmup=0))
+    recipe = json.loads((out / "run.json").read_text())["recipe"]
+    assert recipe == json.loads(json.dumps(asdict(Recipe(steps=1, warmup=0))))
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("at its highest; 0.001 if", "falls from there; cosine if", "master weights; float32 if"):
+        assert words in said
 
 
 # The data
@@ -321,6 +341,58 @@ def test_a_tokenizer_can_be_named(finished: Path, config: Path, text: Path, tmp_
     out = tmp_path / "run"
     trained(arguments(out, config, [text], tokenizer=finished / "model", seed=3))
     assert contents(out / "tokenizer") == contents(finished / "tokenizer")
+
+
+def test_a_tokenizer_that_is_not_the_models_is_warned_of(
+    finished: Path, text: Path, tmp_path: Path, trained: Trained
+) -> None:
+    other = tmp_path / "other"
+    save_tokenizer(train_bpe([text.read_text() * 2 + "zebra quagga " * 50], 280), other)
+    for tokenizer, warnings in ((other, 1), (finished / "tokenizer", 0)):
+        out = tmp_path / f"run-{warnings}"
+        err = trained(arguments(out, None, [text], model=finished / "model", tokenizer=tokenizer, steps=1))
+        said = [line for line in err.splitlines() if line.startswith("warning: ")]
+        assert len(said) == warnings
+        assert all(f"{other} makes other tokens than {finished / 'model'}" in line for line in said)
+
+
+def test_stop_tokens_that_only_the_config_names_are_kept(
+    finished: Path, text: Path, tmp_path: Path, trained: Trained
+) -> None:
+    model = Path(shutil.copytree(finished / "model", tmp_path / "model"))
+    (model / "generation_config.json").write_text('{"temperature": 0.5}')
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"eos_token_id": [7, 8]}))
+    assert read_tokenizer(model).stop_tokens == {7, 8}
+    out = tmp_path / "run"
+    trained(arguments(out, None, [text], model=model, steps=1))
+    for folder in (out / "tokenizer", out / "model", out / "checkpoints" / "step-00000001"):
+        assert read_tokenizer(folder).stop_tokens == {7, 8}
+        assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.5
+
+
+def test_tokens_per_second_leave_only_evaluations_and_checkpoints_out(
+    config: Path, text: Path, tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time of every step counts, also of those that a checkpoint's write waits for."""
+    save, times = RunFolder.save, []
+
+    def timed(self: RunFolder, state: Any, *arguments: Any, **more: Any) -> None:
+        mx.eval(state)
+        times.append(time.perf_counter())
+        save(self, state, *arguments, **more)
+        times.append(time.perf_counter())
+
+    monkeypatch.setattr(RunFolder, "save", timed)
+    # As on a GPU, whose work isn't done when this returns; the CPU's mostly is.
+    monkeypatch.setattr(mx, "async_eval", lambda *_: None)
+    # Steps that take long enough to be told from what else is done.
+    more = {"batch_size": 256, "log_every": 100, "save_every": 1, "held_out_share": 0}
+    trained(arguments(tmp_path / "run", config, [text], **more))
+    (line,) = metrics(tmp_path / "run", clock=True)
+    seconds = 5 * 256 * 16 / line["tokens_per_second"]
+    between = sum(begin - end for end, begin in zip(times[1:-1:2], times[2::2], strict=True))
+    assert 0.5 * between < seconds < 1.1 * between
 
 
 def test_bfloat16_is_computed_in_and_float32_kept(config: Path, text: Path, tmp_path: Path, trained: Trained) -> None:
@@ -492,12 +564,47 @@ def test_a_tokenizer_that_does_not_match_the_config(
 def test_a_config_that_is_none(content: str, text: Path, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "config.json").write_text(content)
     refused(arguments(tmp_path / "run", tmp_path / "config.json", [text]), "config.json")
-    refused(arguments(tmp_path / "run", tmp_path / "nowhere.json", [text]), "nowhere.json", "No such file")
+    refused(
+        arguments(tmp_path / "run", tmp_path / "nowhere.json", [text]), "nowhere.json doesn't exist: name a config.json"
+    )
 
 
 def test_a_model_that_is_too_large(text: Path, tmp_path: Path, refused: Refused) -> None:
     config = write_config(tmp_path / "config.json", d_model=8192, n_layers=400)
     refused(arguments(tmp_path / "run", config, [text]), "GiB to be trained", "smaller model")
+
+
+def test_a_run_resumed_on_a_machine_that_is_too_small(copy: Path, refused: Refused) -> None:
+    settings = json.loads((copy / "run.json").read_text())
+    settings["config"] |= {"d_model": 8192, "n_layers": 400}
+    (copy / "run.json").write_text(json.dumps(settings))
+    refused(["--out", str(copy), "--resume"], "GiB to be trained", "larger machine")
+
+
+def test_a_batch_that_is_too_large(config: Path, text: Path, tmp_path: Path, refused: Refused) -> None:
+    given = arguments(tmp_path / "run", config, [text], batch_size=10**12)
+    refused(given, "first step can't be computed", "--batch-size", "--micro-batches", "--recompute")
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_a_step_that_mlx_cannot_compute(
+    lazily: bool, config: Path, text: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX says so in a RuntimeError, of a GPU's memory too, at once or when what it promised is computed."""
+
+    def fail(state: Any, *_: Any, **__: Any) -> tuple[Any, mx.array]:
+        if not lazily:
+            raise RuntimeError("[metal::malloc] Unable to allocate.")
+        file = tmp_path / "cut.npy"
+        mx.save(str(file), mx.zeros(10_000))
+        promised = mx.load(str(file))
+        os.truncate(file, 200)
+        assert isinstance(promised, mx.array)
+        return state, promised
+
+    monkeypatch.setattr("dbrx_fn.train.train_step", fail)
+    said = "read" if lazily else "metal::malloc"
+    refused(arguments(tmp_path / "run", config, [text]), "first step can't be computed", said, "--batch-size")
 
 
 def test_a_model_without_weights(finished: Path, text: Path, tmp_path: Path, refused: Refused) -> None:
@@ -558,7 +665,9 @@ def test_nothing_to_resume(tmp_path: Path, refused: Refused) -> None:
         (b"[]", "list"),
         (b"{}", "recipe"),
         (b'{"recipe": {"steps": "six"}}', "betas"),
-        (b'{"recipe": {"steps": "six", "betas": []}, "config": {}}', "'str'"),
+        (b'{"recipe": {"steps": "six", "betas": []}, "config": {}}', "steps is 'six'"),
+        (b'{"recipe": {"steps": 6, "warmup": 1.5, "betas": []}, "config": {}}', "warmup is 1.5"),
+        (b'{"recipe": {"steps": 6, "warmup": 1, "betas": [], "eps": "0"}, "config": {}}', "betas is ()"),
     ],
 )
 def test_damaged_settings(content: bytes, word: str, copy: Path, refused: Refused) -> None:

@@ -187,4 +187,12 @@ def test_a_tokenizer_is_never_replaced(folder: Path, tmp_path: Path, capsys: pyt
     assert content(folder) == before
     (tmp_path / "file").write_text("")
     status, out, err = ran(["--data", __file__, "--vocab-size", 300, "--out", tmp_path / "file" / "t"], capsys)
-    assert (status, out, err) == (2, "", f"error: {tmp_path / 'file' / 't'} can't be written (Not a directory).\n")
+    there = tmp_path / "file" / "t"
+    assert (status, out, err) == (2, "", f"error: {there} can't be written (Not a directory): name another place.\n")
+
+
+def test_a_folder_that_cannot_be_made(trained: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match=r"can't be written \(.*\): name another place\.$"):
+            save_tokenizer(trained, folder)

@@ -16,7 +16,7 @@ from dbrx_fn.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.errors import InputError
 from dbrx_fn.losses import loss
 from dbrx_fn.params import Params, init_params
-from dbrx_fn.training import Recipe, State, gradients, init_state, train_step, update
+from dbrx_fn.training import Recipe, State, check_memory, gradients, init_state, train_step, update
 from tests.trees import as_float64, relative_error
 
 Measured = Callable[[str, float], float]
@@ -345,6 +345,19 @@ def test_batches_that_do_not_fit_are_refused(tokens: Any, mask: Any, sentence: s
     recipe = replace(FIRST_MOMENT, micro_batches=2)
     with pytest.raises(InputError, match=sentence):
         train_step(start(recipe), tokens, mask, config=CONFIG, recipe=recipe)
+
+
+@pytest.mark.parametrize("name", ["steps", "warmup", "micro_batches"])
+@pytest.mark.parametrize("value", [2.0, True, "2", None])
+def test_numbers_of_a_recipe_that_must_be_whole(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=rf"^{name} is {value!r} where it must be .*, a whole number"):
+        replace(FIRST_MOMENT, **{name: value})
+
+
+def test_a_model_that_does_not_fit_the_machine() -> None:
+    check_memory(CONFIG)
+    with pytest.raises(InputError, match=r"need [\d.]+ GiB to be trained .*: take a smaller model"):
+        check_memory(replace(CONFIG, n_layers=9999, d_model=2**16))
 
 
 SONNET = """Shall I compare thee to a summer's day?
