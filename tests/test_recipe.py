@@ -32,8 +32,8 @@ def test_one_command_makes_model_and_figures(out: Path, capsys: pytest.CaptureFi
     figures = json.loads((out / "figures.json").read_text())
     assert figures["test_bytes"] == 1000
     assert figures["parameters"] > figures["active_parameters"]
-    # The dense model's router is the only difference.
-    assert figures["dense_parameters"] == figures["active_parameters"] - 2 * 64
+    # Routers of four experts and of one are the only difference.
+    assert figures["dense_parameters"] == figures["active_parameters"] - 3 * 64
     assert figures["packed_over_small_loss"] == pytest.approx(1, abs=1e-3)
     assert figures["packed_bytes"] == (out / "packed" / "model.safetensors").stat().st_size
     params, config = dbrx_fn.load(out / "packed")

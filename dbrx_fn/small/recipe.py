@@ -164,8 +164,16 @@ def _small(out: Path, dtype: str) -> None:
 
 
 def dense_config(config: Config) -> Config:
-    """The model without a choice: as many experts as a token goes to, and all of them for every token."""
-    return replace(config, ffn=replace(config.ffn, moe_num_experts=config.ffn.moe_top_k, moe_jitter_eps=None))
+    """The model without a choice: one expert for every token, as wide as those together that a token goes to."""
+    ffn = config.ffn
+    one = replace(
+        ffn,
+        moe_num_experts=1,
+        moe_top_k=1,
+        ffn_hidden_size=ffn.moe_top_k * ffn.ffn_hidden_size,
+        moe_jitter_eps=None,
+    )
+    return replace(config, ffn=one)
 
 
 def _dense(out: Path, dtype: str) -> None:
