@@ -18,6 +18,20 @@ CLIPS = (0.5, 2, None)
 No more than these two, because every value costs the compiled model a kernel of its own."""
 
 
+QUANTIZABLE: Config = {
+    "architectures": ["DbrxForCausalLM"],
+    "model_type": "dbrx",
+    "d_model": 128,
+    "n_heads": 4,
+    "n_layers": 2,
+    "max_seq_len": 64,
+    "vocab_size": 40,
+    "attn_config": {"clip_qkv": 2.0, "kv_n_heads": 2, "rope_theta": 500000},
+    "ffn_config": {"ffn_hidden_size": 256, "moe_num_experts": 4, "moe_top_k": 2},
+}
+"""A `config.json` whose widths every group size divides."""
+
+
 def random_config(rng: np.random.Generator) -> Config:
     """A `config.json` of odd shapes: heads, head sizes, experts and widths that aren't powers of two."""
     n_heads = int(rng.integers(1, 9))

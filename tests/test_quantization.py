@@ -18,19 +18,10 @@ from dbrx_fn.layers.linear import Linear, expert_linear, linear
 from dbrx_fn.model import forward
 from dbrx_fn.params import Format, Params, check_params, nest, param_count, param_spec
 from dbrx_fn.quantization import Quantization, dequantize, quantize, tree_formats
+from tests.checkpoints import QUANTIZABLE
 from tests.trees import as_float64, case_of, relative_error
 
-RAW: dict[str, Any] = {
-    "model_type": "dbrx",
-    "d_model": 128,
-    "n_heads": 4,
-    "n_layers": 2,
-    "max_seq_len": 64,
-    "vocab_size": 40,
-    "attn_config": {"clip_qkv": 2.0, "kv_n_heads": 2, "rope_theta": 500000},
-    "ffn_config": {"ffn_hidden_size": 256, "moe_num_experts": 4, "moe_top_k": 2},
-}
-CASE = case_of(RAW, np.random.default_rng(0))
+CASE = case_of(QUANTIZABLE, np.random.default_rng(0))
 CONFIG, PARAMS = CASE.config, CASE.params
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]])
 
@@ -235,7 +226,7 @@ def test_leaves_come_in_one_order() -> None:
 
 
 def test_group_size_that_does_not_divide_an_input_width() -> None:
-    raw = RAW | {"ffn_config": RAW["ffn_config"] | {"ffn_hidden_size": 96}}
+    raw = QUANTIZABLE | {"ffn_config": QUANTIZABLE["ffn_config"] | {"ffn_hidden_size": 96}}
     case = case_of(raw, np.random.default_rng(0))
     sentence = (
         r"group_size is 64 where a divisor of 96, the input width of transformer\.blocks\.0\.ffn\.experts\.mlp\.w2"

@@ -40,7 +40,7 @@ def block(
         The residual stream after this layer, the layer's new keys and values, and what its router said.
 
     Raises:
-        CheckpointError: when traced with parameters that don't fit the config, naming those of the first block.
+        CheckpointError: when it first meets parameters that don't fit the config, naming those of the first block.
     """
     check_part(params, config=config, under="transformer.blocks.0")
     residual, normed, keys, values = norm_attn_norm(params["norm_attn_norm"], x, keys, values, window, config=config)

@@ -18,22 +18,11 @@ from dbrx_fn.model import forward
 from dbrx_fn.params import Format, Params
 from dbrx_fn.quantization import Quantization, quantize, tree_formats
 from dbrx_fn.saver import save
-from tests.checkpoints import write_fused
+from tests.checkpoints import QUANTIZABLE, write_fused
 from tests.peers import reference
 from tests.trees import as_float64, case_of, relative_error
 
-RAW: dict[str, Any] = {
-    "architectures": ["DbrxForCausalLM"],
-    "model_type": "dbrx",
-    "d_model": 128,
-    "n_heads": 4,
-    "n_layers": 2,
-    "max_seq_len": 64,
-    "vocab_size": 40,
-    "attn_config": {"clip_qkv": 2.0, "kv_n_heads": 2, "rope_theta": 500000},
-    "ffn_config": {"ffn_hidden_size": 256, "moe_num_experts": 4, "moe_top_k": 2},
-}
-CASE = case_of(RAW, np.random.default_rng(0))
+CASE = case_of(QUANTIZABLE, np.random.default_rng(0))
 TOKENS = np.random.default_rng(1).integers(40, size=30).tolist()
 BAR = 5e-6
 
@@ -85,7 +74,7 @@ def uneven(path: str, module: Any) -> bool | dict[str, Any]:
 def test_what_mlx_lm_quantizes_and_writes_is_read_here(
     arguments: dict[str, Any], predicate: Any, format_of_w1: Format, tmp_path: Path, measured: Any
 ) -> None:
-    write_fused(tmp_path / "dense", RAW, CASE.tensors)
+    write_fused(tmp_path / "dense", QUANTIZABLE, CASE.tensors)
     model, config = load_model(tmp_path / "dense")
     model, config = quantize_model(model, config, quant_predicate=predicate, **arguments)
     save_model(tmp_path / "quantized", model)
@@ -103,7 +92,7 @@ def test_what_mlx_lm_quantizes_and_writes_is_read_here(
 
 def test_both_write_the_same_files(tmp_path: Path) -> None:
     """Tensors to the last bit, and what config.json says of their formats."""
-    write_fused(tmp_path / "dense", RAW, CASE.tensors)
+    write_fused(tmp_path / "dense", QUANTIZABLE, CASE.tensors)
     model, config = load_model(tmp_path / "dense")
     model, config = quantize_model(model, config, group_size=64, bits=4)
     save_model(tmp_path / "theirs", model)
@@ -128,7 +117,7 @@ def test_mlx_lm_dequantizes_what_is_written_here(tmp_path: Path) -> None:
     save(tmp_path / "dbrx", quantize(CASE.params, CASE.config), CASE.config)
     model = dequantize_model(reference.mlx_lm_model(tmp_path / "dbrx"))
     save_model(tmp_path / "dense", model)
-    (tmp_path / "dense" / "config.json").write_text(json.dumps(RAW))
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(QUANTIZABLE))
     params, config = load(tmp_path / "dense")
     assert not tree_formats(params, config)
     quantized = our_logits(quantize(CASE.params, CASE.config), CASE.config)
