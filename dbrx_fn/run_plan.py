@@ -1,0 +1,70 @@
+"""What a training run does, as a value: the part of its command that `run.json` keeps."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dbrx_fn.config import Config, config_from_dict, config_to_dict
+from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.training import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does, as `run.json` holds it: enough to go on with it when only its folder is left.
+
+    `model`: the folder of the checkpoint that it starts from; `None` for a fresh one.
+    `log_every`, `eval_every`, `save_every`: in steps.
+    `keep`: how many of the last checkpoints stay.
+
+    Raises:
+        InputError: naming the option, if it can't work.
+    """
+
+    config: Config
+    recipe: Recipe
+    batch_size: int
+    sequence_length: int
+    seed: int
+    model: str | None
+    log_every: int
+    eval_every: int
+    save_every: int
+    keep: int
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "sequence_length", "seed", "log_every", "eval_every", "save_every", "keep"):
+            value, least = getattr(self, name), int(name != "seed")
+            if type(value) is not int or value < least:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} is {value!r} where a whole number of at least {least} is expected.")
+        if self.sequence_length > self.config.max_seq_len:
+            raise InputError(
+                f"--sequence-length is {self.sequence_length} and the model's context holds {self.config.max_seq_len}"
+                " (max_seq_len in its config.json): make it shorter."
+            )
+        if self.batch_size % self.recipe.micro_batches:
+            raise InputError(
+                f"--batch-size is {self.batch_size} where a multiple of --micro-batches,"
+                f" {self.recipe.micro_batches}, is expected."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {**asdict(self), "config": config_to_dict(self.config)}
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any], source: Path) -> "Plan":
+        """The inverse of `as_dict`.
+
+        Raises:
+            InputError: if it is something else.
+        """
+        try:
+            recipe = Recipe(**{**raw["recipe"], "betas": tuple(raw["recipe"]["betas"])})
+            return Plan(**{**raw, "config": config_from_dict(raw["config"], source=str(source)), "recipe": recipe})
+        except (DbrxError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{source} isn't what a run notes there ({str(error).rstrip('.')}): start the run anew elsewhere."
+            ) from None
