@@ -37,16 +37,19 @@ def cheap_chunk() -> int:
     return 64 if backend() == "cpu" else 512
 
 
-def segment_rows(rows: int, experts: int) -> int:
-    """How many rows one segment of the expert dispatch holds, for `rows` (token, choice) pairs over `experts`.
+def segment_rows(rows: int, experts: int, dtype: mx.Dtype) -> int:
+    """How many rows one segment of the expert dispatch holds, for `rows` (token, choice) pairs over `experts`
+    whose weights are of `dtype` (integers where they are quantized).
 
-    A pure function of static sizes. Long segments read an expert's weights less often; short ones pad less, since a
+    A pure function of static facts. Long segments read an expert's weights less often; short ones pad less, since a
     half-empty segment costs as much as a full one and every expert can have one.
 
     Metal: 1, because MLX has a kernel there for sorted single rows (`gather_mm(sorted_indices=True)`).
     CUDA: few sizes, because MLX compiles a kernel for each on first use (6 to 20 s). 8 layers of the released widths
     in bfloat16 on one H200 (MLX 0.32.4), milliseconds by tokens and rows a segment:
         32 tokens: 1 row 91, 4 rows 29, 16 rows 20;  128: 16 rows 31, 64 rows 28;  512: 16 rows 90, 64 rows 52.
+        On one H100, 65,536 pairs by 16 experts of 1792 x 2048, TFLOP/s: 64 rows 192, 128 rows 238, 256 rows 6. In
+        float32, 128 rows take more shared memory than MLX's kernel may have ("invalid argument"; 64 fit exactly).
     CPU: the BLAS in MLX's wheel gains nothing from long segments, so padding is all loss until there is little of it
     (d_model 256, 16 experts, 4 of them; milliseconds for 32 tokens: 1 row 36, 16 rows 103; for 512: 611 and 620).
     """
@@ -54,6 +57,8 @@ def segment_rows(rows: int, experts: int) -> int:
     if backend() == "metal" or average == 0:
         return 1
     if backend() == "cuda":
+        if average >= 1024 and dtype in (mx.bfloat16, mx.float16):
+            return 128
         return 16 if average <= 16 else 64
     return 1 if average < 64 else 8
 
@@ -66,9 +71,13 @@ def grouped_matmul(
 ) -> Float[mx.array, "segments rows outer"]:
     """`x[s] @ weight[segment_experts[s]].T` for every segment `s`; experts must ascend.
 
+    A single expert is one dense product, which a GPU spreads over all its cores. CUDA's kernel for the gradients of
+    groups gives each expert few of them: with one expert a training step on an H100 takes seven times that of 16.
     The CPU back end's `gather_mm` knows float32 only, so other dtypes pass through it there.
     """
     dtype = x.dtype
+    if weight.shape[0] == 1:
+        return x @ weight[0].T
     if backend() == "cpu":
         x, weight = x.astype(mx.float32), weight.astype(mx.float32)
     # Told that they ascend, MLX makes the weights' gradient expert by expert; else it makes a matrix for every segment.

@@ -5,7 +5,6 @@ lengths. On the device: embed, one compiled `block` a layer, and the head. See `
 """
 
 import contextlib
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ import mlx.core as mx
 from jaxtyping import Float, Int32
 
 from dbrx_fn.backend import cheap_chunk
-from dbrx_fn.cache import Cache, init_cache, window
+from dbrx_fn.cache import Cache, Window, init_cache, window
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
 from dbrx_fn.errors import CacheError, InputError
@@ -195,9 +194,6 @@ def _run_blocks(
         dtype=config.dtype,
         wraps=max(cache.lengths) + time > capacity,
     )
-    layer: Callable[..., tuple[mx.array, mx.array, mx.array, Routing]] = functools.partial(block, config=config)
-    if recompute:
-        layer = mx.checkpoint(layer)
     n_layers = cache.config.n_layers
     jitter_keys = [None] * n_layers if jitter_key is None else list(mx.random.split(jitter_key, n_layers))
     transformer = params["transformer"]
@@ -205,9 +201,23 @@ def _run_blocks(
     routing: list[Routing] = []
     x = embed(transformer["wte"], tokens, config=config)
     for n, (parameters, key) in enumerate(zip(transformer["blocks"], jitter_keys, strict=True)):
-        x, keys[n], values[n], said = layer(parameters, x, keys[n], values[n], place, key)
+        layer = _block_at(place, key, config)
+        if recompute:
+            layer = mx.checkpoint(layer)
+        x, keys[n], values[n], said = layer(parameters, x, keys[n], values[n])
         routing.append(said)
     return x, keys, values, routing
+
+
+def _block_at(
+    place: Window, jitter_key: mx.array | None, config: Config
+) -> Callable[..., tuple[mx.array, mx.array, mx.array, Routing]]:
+    """The block as a function of what has a gradient; `mx.checkpoint` asks for that of all that it is given."""
+
+    def run(parameters: Params, x: mx.array, keys: mx.array, values: mx.array) -> Any:
+        return block(parameters, x, keys, values, place, jitter_key, config=config)
+
+    return run
 
 
 @compiled

