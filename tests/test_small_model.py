@@ -85,12 +85,12 @@ def test_it_is_dbrx_in_full_and_small(model: tuple[dbrx_fn.Params, dbrx_fn.Confi
 def test_it_predicts_a_scene_that_it_never_saw(model: tuple[dbrx_fn.Params, dbrx_fn.Config]) -> None:
     text = SCENE.encode()
     scene = bits(SCENE, model)
-    assert scene < 2.4
+    assert scene < 2.0
     assert scene < 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
     # Words in another order are as frequent, and no sentence any more.
     words = SCENE.split(" ")
     shuffled = [words[place] for place in np.random.default_rng(0).permutation(len(words))]
-    assert bits(" ".join(shuffled), model) > scene + 0.3
+    assert bits(" ".join(shuffled), model) > scene + 1
 
 
 def test_generate_takes_it_when_no_other_is_named(capsys: pytest.CaptureFixture[str]) -> None:

