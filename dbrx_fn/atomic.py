@@ -39,15 +39,15 @@ def new_folder(path: Path, *, replacing: Collection[str] = ()) -> Iterator[Path]
         yield beside
         for place, _, files in os.walk(beside):
             for name in files:
-                _flush(Path(place, name))
-            _flush(Path(place))
+                flush(Path(place, name))
+            flush(Path(place))
         # Renaming replaces an empty folder, so one that was made in the meantime would be lost.
         _check_free(path, replacing)
         if os.path.lexists(path):
             path.rename(replaced)
         beside.rename(path)
         for folder in (path.parent, *(folder.parent for folder in made)):
-            _flush(folder)
+            flush(folder)
     except OSError as error:
         raise _unwritable(path, error, beside) from None
     finally:
@@ -69,7 +69,7 @@ def write_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise _unwritable(path, error, beside) from None
     finally:
@@ -87,7 +87,7 @@ def is_leftover(path: Path) -> bool:
     return re.fullmatch(r"\..+-[0-9a-f]{8}\.unfinished", path.name) is not None
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -7,7 +7,6 @@ Defaults of absent fields are the reference's
 (https://github.com/huggingface/transformers/blob/main/src/transformers/models/dbrx/configuration_dbrx.py).
 """
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from dbrx_fn.errors import ConfigError
+from dbrx_fn.json_file import parse_json, read_bounded, shown
 
 Activation = Literal[
     "silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "sigmoid", "tanh", "mish"
@@ -22,14 +22,16 @@ Activation = Literal[
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 _LARGEST = 2**31
-# The tree is a description per layer, so a file that lies about their number would cost memory before it is found out.
+# The tree is a description per layer, and split checkpoints have names per expert of each, so a file that lies about
+# their number would cost memory before it is found out.
 _MOST_LAYERS = 10_000
+_MOST_EXPERTS = 2**16
 _ROTARY = "since the rotary embedding turns halves of a head against each other"
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
-        raise ConfigError(f"{name} is {value!r} where it must be {expected}.")
+        raise ConfigError(f"{name} is {shown(value)} where it must be {expected}.")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,9 @@ class Config:
             f"a divisor of n_heads, {self.n_heads}",
         )
         _require(self.n_layers <= _MOST_LAYERS, "n_layers", self.n_layers, f"at most {_MOST_LAYERS}")
+        most = _MOST_EXPERTS // self.n_layers
+        experts = self.ffn.moe_num_experts
+        _require(experts <= most, "ffn_config.moe_num_experts", experts, f"at most {most} in {self.n_layers} layers")
         scale = self.initializer_range
         _require(scale >= 0, "initializer_range", scale, "0 or a positive number")
         _require(self.dtype in get_args(Dtype), "dtype", self.dtype, f"one of {', '.join(get_args(Dtype))}")
@@ -176,10 +181,10 @@ def read_config(folder: Path) -> Config:
 def read_config_file(path: Path) -> Config:
     """Reads a file with the content of a `config.json`; errors are those of `read_config`."""
     try:
-        raw = json.loads(path.read_bytes())
+        raw = parse_json(read_bounded(path))
     except FileNotFoundError:
         raise ConfigError(f"{path} doesn't exist: name a config.json.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be read as JSON ({error}): fetch it again from where it came.") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a JSON {type(raw).__name__} where an object with the model's fields is due.")
@@ -198,7 +203,7 @@ def config_from_dict(raw: Mapping[str, Any], *, source: str = "config.json") -> 
     model_type = raw.get("model_type")
     if model_type != "dbrx" and raw.get("architectures") != ["DbrxForCausalLM"]:
         raise ConfigError(
-            f"{source} has model_type {model_type!r}, not 'dbrx': only DBRX checkpoints can be loaded here."
+            f"{source} has model_type {shown(model_type)}, not 'dbrx': only DBRX checkpoints can be loaded here."
         )
     try:
         return _config(raw, source)
@@ -313,7 +318,7 @@ class _Section:
         value = default if value is None else value
         # Neither NaN nor an integer past float's range passes the comparison.
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-            raise ConfigError(f"{self.prefix}{name} is {value!r} where it must be a number.")
+            raise ConfigError(f"{self.prefix}{name} is {shown(value)} where it must be a number.")
         return float(value)
 
     def integer(self, name: str, default: int) -> int:

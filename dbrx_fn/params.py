@@ -73,6 +73,19 @@ class Format:
             )
 
 
+def format_of_mode(mode: str) -> Format:
+    """The one format of a mode that isn't `affine`.
+
+    Raises:
+        InputError: if there is no such mode.
+    """
+    sizes = {known: size for size, known in _FLOAT_MODES.items()}
+    for known, (bits, group_size) in sizes.items():
+        if known == mode:
+            return Format(bits, group_size, known)
+    raise InputError(f"mode is {mode!r} where one of {_either(sizes)} is expected.")
+
+
 def _either(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))
 

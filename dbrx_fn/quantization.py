@@ -4,7 +4,7 @@ Which matrices are worth how many bits differs by what they do: the experts are 
 router is tiny and its errors send tokens to other experts, so it stays as it is unless asked for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -47,20 +47,13 @@ def quantize(params: Params, config: Config, quantization: Quantization | None =
         CheckpointError: if the tree doesn't fit the config.
     """
     check_params(params, config)
-    wanted = _wanted(config, quantization or Quantization())
+    wanted = wanted_formats(config, quantization or Quantization())
     arrays: dict[str, mx.array] = dict(tree_flatten(params))
     already = tree_formats(params, config)
     for path, form in wanted.items():
-        inner = param_spec(config)[path].shape[-1]
-        if inner % form.group_size:
-            raise InputError(
-                f"group_size is {form.group_size} where a divisor of {inner}, the input width of {path}, is expected:"
-                " choose another, or leave matrices of that kind as they are."
-            )
         if path in already:
             raise InputError(f"{path} is quantized already: call dequantize first, or leave matrices of that kind.")
-        leaves = mx.quantize(arrays[path], group_size=form.group_size, bits=form.bits, mode=form.mode)
-        arrays |= zip(companions(path), leaves, strict=False)
+        arrays |= zip(companions(path), quantize_matrix(arrays[path], form), strict=False)
     return nest(arrays, config)
 
 
@@ -73,18 +66,8 @@ def dequantize(params: Params, config: Config) -> Params:
     check_params(params, config)
     arrays: dict[str, mx.array] = dict(tree_flatten(params))
     for path, form in tree_formats(params, config).items():
-        weight, scales, biases = (arrays.pop(name, None) for name in companions(path))
-        assert weight is not None
-        assert scales is not None
-        arrays[path] = mx.dequantize(
-            weight,
-            scales,
-            biases,
-            group_size=form.group_size,
-            bits=form.bits,
-            mode=form.mode,
-            dtype=getattr(mx, config.dtype),
-        )
+        leaves = [arrays.pop(name) for name in companions(path) if name in arrays]
+        arrays[path] = dequantize_matrix(leaves, form, getattr(mx, config.dtype))
     return nest(arrays, config)
 
 
@@ -95,8 +78,32 @@ def tree_formats(params: Params, config: Config) -> Mapping[str, Format]:
     return formats_of(dict(tree_flatten(params)), places)[0]
 
 
-def _wanted(config: Config, quantization: Quantization) -> dict[str, Format]:
-    """The format of each matrix that is to be quantized, by its path."""
+def quantize_matrix(matrix: mx.array, form: Format) -> Sequence[mx.array]:
+    """Its weight, scales and perhaps biases."""
+    leaves: Sequence[mx.array] = mx.quantize(matrix, group_size=form.group_size, bits=form.bits, mode=form.mode)
+    return leaves
+
+
+def dequantize_matrix(leaves: Sequence[mx.array], form: Format, dtype: mx.Dtype) -> mx.array:
+    """The floats that weight, scales and perhaps biases stand for."""
+    weight, scales, *rest = leaves
+    return mx.dequantize(
+        weight,
+        scales,
+        rest[0] if rest else None,
+        group_size=form.group_size,
+        bits=form.bits,
+        mode=form.mode,
+        dtype=dtype,
+    )
+
+
+def wanted_formats(config: Config, quantization: Quantization) -> dict[str, Format]:
+    """The format of each matrix that is to be quantized, by its path.
+
+    Raises:
+        InputError: if a group size doesn't divide a matrix's input width.
+    """
     kinds = {
         ".experts.": quantization.experts,
         ".attn.": quantization.attention,
@@ -105,4 +112,12 @@ def _wanted(config: Config, quantization: Quantization) -> dict[str, Format]:
         ".router.": quantization.router,
     }
     wanted = {path: form for path in param_spec(config) for mark, form in kinds.items() if mark in path}
-    return {path: form for path, form in wanted.items() if form is not None}
+    formats = {path: form for path, form in wanted.items() if form is not None}
+    for path, form in formats.items():
+        inner = param_spec(config)[path].shape[-1]
+        if inner % form.group_size:
+            raise InputError(
+                f"group_size is {form.group_size} where a divisor of {inner}, the input width of {path}, is expected:"
+                " choose another, or leave matrices of that kind as they are."
+            )
+    return formats

@@ -11,7 +11,6 @@ A checkpoint's tensors are the float32 master weights, so that nothing is stored
 """
 
 import contextlib
-import fcntl
 import glob
 import json
 import re
@@ -26,6 +25,7 @@ from mlx.utils import tree_flatten
 from dbrx_fn.atomic import hidden_beside, is_leftover, new_folder, write_file
 from dbrx_fn.config import Config
 from dbrx_fn.errors import CheckpointError, DbrxError, InputError, TrainingError
+from dbrx_fn.file_lock import locked
 from dbrx_fn.loader import load
 from dbrx_fn.saver import write_checkpoint, write_tensors
 from dbrx_fn.training import State
@@ -57,14 +57,8 @@ class RunFolder:
         Raises:
             InputError: if another one does already.
         """
-        with self.settings_file.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{self.path} is being trained by another process: wait until it ends.") from None
-            except OSError:
-                # Some network file systems have no locks, and train as well.
-                pass
+        taken = f"{self.path} is being trained by another process: wait until it ends."
+        with locked(self.settings_file, taken):
             yield
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:

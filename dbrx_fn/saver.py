@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from mlx.utils import tree_flatten
 from dbrx_fn.atomic import new_folder
 from dbrx_fn.config import Config, config_to_dict
 from dbrx_fn.errors import CheckpointError, InputError
-from dbrx_fn.layouts import Layout, sources
-from dbrx_fn.params import Format, Params, check_params
+from dbrx_fn.layouts import Written, holds_quantized, sources
+from dbrx_fn.params import Format, Params, check_params, companions
 from dbrx_fn.quantization import tree_formats
+from dbrx_fn.raw import Raw, raw
+from dbrx_fn.shards import SHARD_BYTES, plan_shards, write_index, write_shard
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,9 +43,10 @@ def save(
     params: Params,
     config: Config,
     *,
-    layout: Layout | None = None,
+    layout: Written | None = None,
     tokenizer_files: Path | None = None,
     metadata: Mapping[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a new checkpoint folder, which appears when it is complete, or not at all.
 
@@ -53,7 +56,8 @@ def save(
         config: the model's.
         layout: of the tensors; `fused`, or `split` if experts are quantized, if not given.
         tokenizer_files: a checkpoint's folder whose tokenizer is copied, with the stop tokens that belong to it.
-        metadata: texts for the header of the tensors' file, beside its `format`.
+        metadata: texts for the headers of the tensors' files, beside their `format`.
+        shard_bytes: how large a file's tensors become at most, unless a linear alone is larger.
 
     Raises:
         InputError: if the folder exists or can't be written, `tokenizer_files` is no folder, or the layout can't hold
@@ -61,7 +65,15 @@ def save(
         CheckpointError: if the tree doesn't fit the config, or was left in files that can't be read any more.
     """
     with new_folder(Path(folder)) as beside:
-        write_checkpoint(beside, params, config, layout=layout, tokenizer_files=tokenizer_files, metadata=metadata)
+        write_checkpoint(
+            beside,
+            params,
+            config,
+            layout=layout,
+            tokenizer_files=tokenizer_files,
+            metadata=metadata,
+            shard_bytes=shard_bytes,
+        )
 
 
 def write_checkpoint(
@@ -69,34 +81,58 @@ def write_checkpoint(
     params: Params,
     config: Config,
     *,
-    layout: Layout | None = None,
+    layout: Written | None = None,
     tokenizer_files: Path | None = None,
     metadata: Mapping[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a checkpoint's files into a folder that nobody reads yet; arguments and errors are those of `save`."""
     check_params(params, config)
     formats = tree_formats(params, config)
-    quantized_experts = [path for path in formats if ".experts." in path]
     if layout is None:
-        layout = "split" if quantized_experts else "fused"
-    if layout == "fused" and quantized_experts:
-        raise InputError(
-            f"layout is 'fused', which can't hold quantized experts ({quantized_experts[0]}): take 'split'."
-        )
+        layout = "split" if any(".experts." in path for path in formats) else "fused"
+    check_layout(layout, formats)
     if tokenizer_files is not None and not tokenizer_files.is_dir():
         raise InputError(
             f"tokenizer_files is {tokenizer_files}, which isn't a folder: give the tokenizer's checkpoint."
         )
 
+    table = sources(config, layout, formats)
     leaves: dict[str, mx.array] = dict(tree_flatten(params))
-    tensors: dict[str, mx.array] = {}
-    for path, source in sources(config, layout, formats).items():
-        tensors |= zip(source.names, source.part(leaves[path]), strict=True)
-    settings = config_to_dict(config) | _quantization_settings(config, layout, formats)
+
+    def matrices(linear: str) -> Iterator[Mapping[str, Raw]]:
+        paths = [path for path in companions(f"{linear}.weight") if path in table]
+        parts = [raw(leaves[path]) for path in paths]
+        for matrix in zip(*parts, strict=True) if table[paths[0]].leaf.is_expert else [parts]:
+            yield dict(zip(paths, matrix, strict=True))
+
+    shards = plan_shards(
+        table, config.dtype, shard_bytes=shard_bytes, metadata=header_texts(layout) | dict(metadata or {})
+    )
     if tokenizer_files is not None:
         copy_tokenizer(tokenizer_files, folder)
+    write_config(folder, config, layout, formats)
+    for shard in shards:
+        write_shard(folder / shard.file, shard, table, matrices, lambda _: None)
+    write_index(folder, shards)
+
+
+def check_layout(layout: Written, formats: Mapping[str, Format]) -> None:
+    """Raises `InputError` if a layout can't hold matrices that are quantized like this."""
+    for path in formats:
+        if not holds_quantized(layout, path):
+            raise InputError(f"layout is {layout!r}, which can't hold quantized experts ({path}): take 'split'.")
+
+
+def write_config(folder: Path, config: Config, layout: Written, formats: Mapping[str, Format]) -> None:
+    """Writes `config.json`, with what mlx-lm must be told of a quantized model."""
+    settings = config_to_dict(config) | _quantization_settings(config, layout, formats)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    write_tensors(folder / "model.safetensors", tensors, {"format": _FRAMEWORKS[layout], **(metadata or {})})
+
+
+def header_texts(layout: Written) -> dict[str, str]:
+    """What a safetensors header says of itself: transformers refuses a file that doesn't say whose it is."""
+    return {"format": "pt" if layout == "fused" else "mlx"}
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -112,10 +148,6 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     if generation.get("eos_token_id") is None and stops.get("eos_token_id") is not None:
         generation["eos_token_id"] = stops["eos_token_id"]
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-
-
-# transformers refuses a file that doesn't say whose it is.
-_FRAMEWORKS: Mapping[Layout, str] = {"fused": "pt", "split": "mlx"}
 
 
 def write_tensors(file: Path, tensors: dict[str, mx.array], metadata: dict[str, str]) -> None:
@@ -148,7 +180,7 @@ def _settings(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _quantization_settings(config: Config, layout: Layout, formats: Mapping[str, Format]) -> dict[str, Any]:
+def _quantization_settings(config: Config, layout: Written, formats: Mapping[str, Format]) -> dict[str, Any]:
     """What mlx-lm writes into config.json of a quantized model: one format, and by their paths the linears of others.
 
     A linear that has no `scales` among the tensors isn't quantized, whatever is said here (`mlx_lm.utils.load_model`).

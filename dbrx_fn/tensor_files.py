@@ -1,18 +1,38 @@
-"""What tensors lie in a checkpoint's files: names, shapes and dtypes from the headers, and no tensor is read."""
+"""What tensors lie in a checkpoint's files: names, shapes and dtypes from the headers, and no tensor is read.
 
-import json
+A header is checked here in full, and more strictly than by those who read the tensors: safetensors' own reader takes
+the last of two tensors of one name, and MLX's reads shapes into 32 bits, lets tensors overlap, and chooses a file's
+format by the end of its name. Format: https://github.com/huggingface/safetensors#format.
+"""
+
+import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from dbrx_fn.errors import CheckpointError
+from dbrx_fn.json_file import LARGEST, is_plain_name, parse_json, read_bounded, shown
 from dbrx_fn.params import listed
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U32": "uint32", "U8": "uint8"}
+_BITS = {
+    dtype: bits
+    for bits, dtypes in {
+        4: "F4",
+        6: "F6_E2M3 F6_E3M2",
+        8: "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+        16: "I16 U16 F16 BF16",
+        32: "I32 U32 F32",
+        64: "C64 F64 I64 U64",
+    }.items()
+    for dtype in dtypes.split()
+}
+_LONGEST_NAME = 256
+_MOST_AXES = 8
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -53,37 +73,108 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
 def _files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
     """The safetensors files to read, and what the index, if there is one, says of each tensor's file."""
     index = folder / INDEX
-    if not index.exists():
+    # A link to nothing, as an interrupted download leaves, would otherwise be no index.
+    if not os.path.lexists(index):
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise CheckpointError(
-                f"{folder} holds no safetensors file: a checkpoint's weights lie in model.safetensors or in shards"
-                f" with a {INDEX}, and nothing else is read."
-            )
+            raise _no_weights(folder)
         return files, {}
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        names = sorted(set(weight_map.values()))
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise ValueError("weight_map must give a plain file name for each tensor")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is not an index of shards ({error!r}): fetch it again.") from None
+        weight_map = _weight_map(parse_json(read_bounded(index), unique=True))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index} is not an index of shards ({error}): fetch it again.") from None
+    names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} lacks {listed(missing)}, which {INDEX} names: fetch the missing shards.")
     return [folder / name for name in names], weight_map
 
 
+def _no_weights(folder: Path) -> CheckpointError:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _PICKLES)
+    if pickles:
+        return CheckpointError(
+            f"{folder} holds no safetensors file but {listed(pickles, most=3)}, and a pickle can run code when it is"
+            " read: safetensors and GGUF files are, and nothing else is read; if you trust its source, load it with"
+            " transformers and write it with save_pretrained, which makes safetensors."
+        )
+    return CheckpointError(
+        f"{folder} holds no safetensors file: a checkpoint's weights lie in model.safetensors or in shards"
+        f" with a {INDEX}, and nothing else is read."
+    )
+
+
+def _weight_map(index: object) -> dict[str, str]:
+    """The file of each tensor. Raises ValueError if that isn't what the index says."""
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError("weight_map must give a file for each tensor")
+    for name, file in weight_map.items():
+        if not is_plain_name(name, _LONGEST_NAME):
+            raise ValueError(f"weight_map has {shown(name)} where a tensor's name is expected")
+        if not is_plain_name(file, 255) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"weight_map must give a plain file name ending in .safetensors, and for {name} gives {shown(file)}"
+            )
+    return weight_map
+
+
 def _header(file: Path) -> dict[str, Tensor]:
+    size = 0
     try:
-        with safe_open(file, framework="numpy") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {
-                name: Tensor(file, tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), s.get_dtype()))
-                for name, s in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        size = file.stat().st_size if file.exists() else 0
+        if not file.is_file():
+            raise ValueError("it is no regular file" if file.exists() else "it is a link to nothing")
+        with file.open("rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            start = opened.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or 8 + length > size:
+                raise ValueError("its header is cut short")
+            if length > LARGEST:
+                raise ValueError(f"its header has {length} bytes, more than the {LARGEST} that are read")
+            content = opened.read(length)
+        if not content.startswith(b"{"):
+            raise ValueError("its header is no JSON object")
+        return _tensors(file, parse_json(content, unique=True), size - 8 - length)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{file} is damaged or cut short at {size} bytes ({error}): copy it again from where it came."
         ) from None
+
+
+def _tensors(file: Path, header: object, data_size: int) -> dict[str, Tensor]:
+    """The tensors of a header, which must fill the data that follows it exactly. Raises ValueError if it is wrong."""
+    assert isinstance(header, dict)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its __metadata__ is no object of texts")
+    tensors: dict[str, Tensor] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        if not is_plain_name(name, _LONGEST_NAME):
+            raise ValueError(f"{shown(name)} can't be a tensor's name")
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{name} is {shown(entry)} where its dtype, shape and data_offsets are expected")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _BITS:
+            raise ValueError(f"{name} has the dtype {shown(dtype)}, which safetensors has not")
+        if not _is_sizes(shape, 2**31) or len(shape) > _MOST_AXES:
+            raise ValueError(f"{name} has the shape {shown(shape)}")
+        if not _is_sizes(offsets, 2**63) or len(offsets) != 2:
+            raise ValueError(f"{name} has the data_offsets {shown(offsets)}")
+        if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * _BITS[dtype]:
+            raise ValueError(f"{name} has the data_offsets {offsets}, which don't fit {dtype} {shape}")
+        spans.append((offsets[0], offsets[1], name))
+        tensors[name] = Tensor(file, tuple(shape), _DTYPES.get(dtype, dtype))
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end:
+            raise ValueError(f"{name} starts at byte {start} of the data where {end} is expected")
+        end = stop
+    if end != data_size:
+        raise ValueError(f"its tensors take {end} bytes where {data_size} follow the header")
+    return tensors
+
+
+def _is_sizes(value: object, limit: int) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < limit for size in value)

@@ -14,10 +14,13 @@ import tokenizers
 
 from dbrx_fn.chat import ChatFormat
 from dbrx_fn.errors import TokenizerError
+from dbrx_fn.json_file import read_bounded, shown
 
 _TIKTOKEN_CLASS = "TiktokenTokenizerWrapper"
 # What transformers hands to a chat template as variables.
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# The largest vocabularies known, of 260 thousand tokens, have 33 MB.
+_LARGEST = 64 * 2**20
 
 
 class TextStream:
@@ -158,9 +161,7 @@ class _Settings:
             self._values = values
 
     def wrong(self, name: str, expected: str, found: object) -> TokenizerError:
-        shown = repr(found)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        return TokenizerError(f"{self.path}: {name} must be {expected}, not {shown}; correct the file.")
+        return TokenizerError(f"{self.path}: {name} must be {expected}, not {shown(found)}; correct the file.")
 
     def value(self, key: str) -> Any:
         return self._values.get(key)
@@ -238,13 +239,16 @@ def _is_token_id(value: object) -> bool:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = read_bounded(path, _LARGEST).decode()
     except UnicodeDecodeError as error:
         raise TokenizerError(
             f"{path} isn't UTF-8 text ({error.reason}); copy the file from the checkpoint again."
         ) from error
-    except OSError as error:
-        raise TokenizerError(f"{path} can't be read ({error.strerror}); check the file and its permissions.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise TokenizerError(f"{path} can't be read ({reason}); check the file and its permissions.") from error
+    # As Python, and so transformers, reads text.
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _read_added_tokens(folder: Path, settings: _Settings) -> dict[int, _AddedToken]:
@@ -256,18 +260,18 @@ def _read_added_tokens(folder: Path, settings: _Settings) -> dict[int, _AddedTok
         number = int(key) if key.isascii() and key.isdigit() and len(key) <= 10 else None
         content = entry.get("content") if isinstance(entry, dict) else None
         if not _is_token_id(number) or not isinstance(content, str) or not content:
-            raise settings.wrong(f"'added_tokens_decoder' entry '{key}'", "a token id with its 'content'", entry)
+            raise settings.wrong(f"'added_tokens_decoder' entry {shown(key)}", "a token id with its 'content'", entry)
         assert number is not None
         added[number] = _AddedToken(content, bool(entry.get("special", False)))
 
     older = _Settings(folder / "added_tokens.json")
     for content, number in older.items():
         if not _is_token_id(number) or not content:
-            raise older.wrong(f"'{content}'", "the id of a token", number)
+            raise older.wrong(shown(content), "the id of a token", number)
         # That file doesn't say which tokens are special; those that DBRX adds all are.
         token = added.setdefault(number, _AddedToken(content, special=True))
         if token.content != content:
-            raise older.wrong(f"token {number}", f"'{token.content}', as in {settings.path.name}", content)
+            raise older.wrong(f"token {number}", f"{shown(token.content)}, as in {settings.path.name}", content)
     return added
 
 
@@ -294,7 +298,7 @@ def _read_tokenizer_json(path: Path, settings: _Settings) -> _Vocabulary:
             backend.add_tokens([tokenizers.AddedToken(token.content, special=token.special, normalized=False)])
         if backend.token_to_id(token.content) != number:
             raise TokenizerError(
-                f"{path} has no token '{token.content}' with the id {number}, which {settings.path.name} or "
+                f"{path} has no token {shown(token.content)} with the id {number}, which {settings.path.name} or "
                 "added_tokens.json lists; take all these files from the same checkpoint."
             )
 
@@ -334,7 +338,7 @@ def _read_tiktoken(folder: Path, settings: _Settings) -> _Vocabulary:
         taken = ordinary.get(number) or special.get(number)
         if taken not in (None, piece) or names.get(token.content, number) != number:
             raise TokenizerError(
-                f"{folder} gives the token '{token.content}' the id {number}, which contradicts tiktoken's "
+                f"{folder} gives the token {shown(token.content)} the id {number}, which contradicts tiktoken's "
                 f"{base.name}; correct added_tokens_decoder in {settings.path.name} or added_tokens.json."
             )
         names[token.content] = number

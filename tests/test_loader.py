@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dbrx_fn.cache import init_cache
 from dbrx_fn.config import DBRX, Config, Dtype, config_from_dict
 from dbrx_fn.errors import CheckpointError, ConfigError, TokenizerError
-from dbrx_fn.layouts import Layout, sources
+from dbrx_fn.layouts import LAYOUTS, Layout, sources
 from dbrx_fn.loader import load, load_tokenizer
 from dbrx_fn.model import forward
 from dbrx_fn.params import Format, Params, check_params, param_count, param_spec
@@ -338,7 +338,8 @@ def full_size(folder: Path) -> Config:
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(raw))
-    tensors = {source.names[0]: ("BF16", source.shape) for source in sources(config, "fused").values()}
+    stored = [source.stored[0] for source in sources(config, "fused").values()]
+    tensors = {tensor.name: ("BF16", tensor.shape) for tensor in stored}
     write_raw(folder / "model.safetensors", tensors, 2)
     return config
 
@@ -373,19 +374,19 @@ def test_full_size_that_does_not_fit_its_config(tmp_path: Path) -> None:
 def test_mixed_layouts(fused: Path) -> None:
     split = checkpoints.split_tensors(RAW, TENSORS)
     write_tensors(fused, as_arrays(TENSORS | {name: split[name] for name in split if ".blocks.1." in name}))
-    refused(fused, "mix two layouts", "experts.mlp.v1", "experts.0.v1.weight")
+    refused(fused, "mix layouts", "experts.mlp.v1", "experts.0.v1.weight")
 
 
 @pytest.mark.parametrize(
     ("pattern", "name"),
     [
-        ("ffn.experts.{e}.{w}.weight", "ffn.experts.mlp.{e}.{w}.weight"),
-        ("ffn.experts.{e}.{w}.weight", "ffn.experts.mlp_experts.{e}.{w}.weight"),
-        ("ffn.experts.mlp.{w}", "ffn.expert_mlps.mlp_op.{w}.weight"),
+        ("ffn.experts.{e}.{w}.weight", "ffn.experts.{e}.{w}.qweight"),
+        ("ffn.experts.{e}.{w}.weight", "block_sparse_moe.experts.{e}.{w}.weight"),
+        ("ffn.experts.mlp.{w}", "ffn.experts.gate_up_proj_{w}"),
     ],
 )
 def test_unknown_layouts_are_told_from_known_ones(pattern: str, name: str, tmp_path: Path) -> None:
-    """The first is LnL-AI/dbrx-base-converted-v2's, the second v2ray/dbrx-base-fixed's, the third AWS's."""
+    """The first is as GPTQ names them, the second Mixtral's, the third nobody's."""
     tensors = checkpoints.split_tensors(RAW, TENSORS) if "{e}" in pattern else TENSORS
     expression = re.escape(pattern).replace(r"\{e\}", r"(?P<e>\d+)").replace(r"\{w\}", "(?P<w>[wv][12])") + "$"
     replacement = name.replace("{e}", r"\g<e>").replace("{w}", r"\g<w>")
@@ -400,15 +401,16 @@ def test_file_without_tensors(fused: Path) -> None:
     refused(fused, "none at all")
 
 
-def test_sources_are_each_others_inverse() -> None:
-    """What `part` writes, `join` reads back."""
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_leaf_is_its_matrices(layout: Layout) -> None:
+    """Read at once or one by one."""
     config = config_from_dict(RAW)
-    for layout in get_args(Layout):
-        for path, source in sources(config, layout).items():
-            leaf = mx.random.normal(param_spec(config)[path].shape)
-            parts = source.part(leaf)
-            assert [part.shape for part in parts] == [source.shape] * len(source.names)
-            assert mx.array_equal(source.join(parts), leaf), path
+    for path, source in sources(config, layout).items():
+        tensors = {stored.name: mx.random.normal(stored.shape) for stored in source.stored}
+        leaf = source.join(list(tensors.values()))
+        assert leaf.shape == param_spec(config)[path].shape
+        matrices = list(source.matrices({name: np.array(tensor) for name, tensor in tensors.items()}.__getitem__))
+        np.testing.assert_array_equal(np.stack(matrices) if source.leaf.is_expert else matrices[0], np.array(leaf))
 
 
 # Quantized weights
@@ -538,10 +540,10 @@ def test_more_quantized_weights_than_the_memory_holds(tmp_path: Path) -> None:
     header: dict[str, Any] = {}
     end = 0
     for source in sources(config, "split", formats).values():
-        for name in source.names:
-            start, end = end, end + (2 if source.dtype is None else 4) * int(np.prod(source.shape))
-            dtype = "BF16" if source.dtype is None else "U32"
-            header[name] = {"dtype": dtype, "shape": list(source.shape), "data_offsets": [start, end]}
+        for stored in source.stored:
+            start, end = end, end + (2 if source.leaf.dtype is None else 4) * int(np.prod(stored.shape))
+            dtype = "BF16" if source.leaf.dtype is None else "U32"
+            header[stored.name] = {"dtype": dtype, "shape": list(stored.shape), "data_offsets": [start, end]}
     write_header(folder / "model.safetensors", header, end)
     assert end < 0.29 * 2 * param_count(config)
     refused(folder, f"needs {end / 2**30:.1f} GiB in bfloat16 and this machine has")

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from dbrx_fn.atomic import new_folder, write_file
 from dbrx_fn.config import Config
 from dbrx_fn.errors import CheckpointError, InputError
-from dbrx_fn.layouts import Layout
+from dbrx_fn.layouts import Written
 from dbrx_fn.loader import load, load_tokenizer
 from dbrx_fn.params import Format, Params, init_params
 from dbrx_fn.quantization import Quantization, quantize
@@ -68,7 +68,7 @@ def in_dtype(dtype: Any) -> tuple[Params, Config]:
     ("quantization", "layout"),
     [(None, "fused"), (None, "split"), (SMALL, "split"), (ONLY_ATTENTION, "fused"), (ONLY_ATTENTION, "split")],
 )
-def test_round_trip(quantization: Quantization | None, layout: Layout, dtype: Any, tmp_path: Path) -> None:
+def test_round_trip(quantization: Quantization | None, layout: Written, dtype: Any, tmp_path: Path) -> None:
     params, config = in_dtype(dtype)
     if quantization is not None:
         params = quantize(params, config, quantization)
@@ -127,7 +127,7 @@ def test_dense_config_says_nothing_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("layout", "framework"), [("fused", "pt"), ("split", "mlx")])
-def test_metadata(layout: Layout, framework: str, tmp_path: Path) -> None:
+def test_metadata(layout: Written, framework: str, tmp_path: Path) -> None:
     save(tmp_path / "dbrx", PARAMS, CONFIG, layout=layout, metadata={"step": "3"})
     with safe_open(tmp_path / "dbrx" / "model.safetensors", framework="numpy") as opened:
         assert opened.metadata() == {"format": framework, "step": "3"}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dbrx_fn.cache import init_cache
 from dbrx_fn.config import Config
-from dbrx_fn.layouts import Layout
+from dbrx_fn.layouts import Written
 from dbrx_fn.loader import load
 from dbrx_fn.model import forward
 from dbrx_fn.params import Format, Params
@@ -47,7 +47,7 @@ def our_logits(params: Params, config: Config) -> NDArray[np.float64]:
     ],
 )
 def test_mlx_lm_reads_what_is_written_here(
-    quantization: Quantization | None, layout: Layout, tmp_path: Path, measured: Any
+    quantization: Quantization | None, layout: Written, tmp_path: Path, measured: Any
 ) -> None:
     params = CASE.params if quantization is None else quantize(CASE.params, CASE.config, quantization)
     save(tmp_path / "dbrx", params, CASE.config, layout=layout)

@@ -1,0 +1,169 @@
+"""`python -m dbrx_fn.convert`: a checkpoint of any known layout to ours, mlx-lm's or Hugging Face's, quantized or not.
+
+python -m dbrx_fn.convert databricks/dbrx-instruct dbrx-4bit --quantize 4
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from dbrx_fn.checkpoint import open_checkpoint
+from dbrx_fn.config import Dtype
+from dbrx_fn.conversion import Conversion, Request, convert, finished_shards, plan_conversion
+from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.layouts import WRITTEN
+from dbrx_fn.params import MODES, Format, format_of_mode
+from dbrx_fn.quantization import Quantization
+from dbrx_fn.shards import SHARD_BYTES
+from dbrx_fn.terminal import INTERRUPTED, byte_progress, printed_warnings, size_text
+
+_KINDS = ("experts", "attention", "embedding", "head", "router")
+
+
+@printed_warnings()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
+    chosen = parser().parse_args(arguments)
+    try:
+        if chosen.shard_size <= 0:
+            raise InputError(f"--shard-size is {chosen.shard_size:g} where a number of GB above 0 is expected.")
+        request = Request(
+            layout=chosen.layout,
+            quantization=_quantization(chosen),
+            dequantize=chosen.dequantize,
+            dtype=chosen.dtype,
+            shard_bytes=int(chosen.shard_size * 10**9),
+            check=chosen.check,
+        )
+        conversion = plan_conversion(open_checkpoint(chosen.source, revision=chosen.revision), request)
+        if chosen.dry_run:
+            print(json.dumps(described(conversion), indent=2) if chosen.json else _table(conversion))
+            return 0
+        finished = finished_shards(conversion, chosen.folder)
+        if finished:
+            print(f"going on after {len(finished)} of {len(conversion.shards)} shards", file=sys.stderr)
+        with byte_progress("converting") as progress:
+            convert(conversion, chosen.folder, progress=progress)
+    except DbrxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it was.", file=sys.stderr)
+        return INTERRUPTED
+    print(json.dumps(described(conversion), indent=2) if chosen.json else f"{chosen.folder}\n{_table(conversion)}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    options = argparse.ArgumentParser(
+        prog="python -m dbrx_fn.convert",
+        description="Convert a DBRX checkpoint of any known layout. FORMAT is a number of bits (4), bits and group size"
+        f" (4:32), {', '.join(MODES[1:])}, or none.",
+    )
+    add = options.add_argument
+    add("source", help="folder, GGUF file, or Hugging Face repository as owner/name")
+    add("folder", type=Path, help="new folder to write")
+    add("--revision", help="of the repository: a branch, tag or commit")
+    add(
+        "--layout",
+        choices=WRITTEN,
+        default="split",
+        help="split: mlx-lm's, which is read here too; fused: Hugging Face's; stacked: as the tree has it; %(default)s",
+    )
+    add("--quantize", metavar="FORMAT", help="experts, attention, embedding and head; not the router")
+    for kind in _KINDS:
+        add(f"--{kind}", metavar="FORMAT", help=f"of the {kind} alone")
+    add("--dequantize", action="store_true", help="turn quantized matrices into floats first")
+    add("--dtype", choices=get_args(Dtype), help="of all floats; as most of them are, if not given")
+    add("--shard-size", type=float, default=SHARD_BYTES / 10**9, metavar="GB", help="of a file at most; %(default)g")
+    add("--check", action="store_true", help="refuse NaN and infinite weights")
+    add("--dry-run", action="store_true", help="say what would be written, and write nothing")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    return options
+
+
+def described(conversion: Conversion) -> dict[str, Any]:
+    """What a conversion writes, as JSON has it; sizes in bytes."""
+    config, formats = conversion.config, conversion.formats
+    tensors = [
+        {
+            "name": stored.name,
+            "shape": list(stored.shape),
+            "dtype": source.leaf.dtype or config.dtype,
+            "file": next(shard.file for shard in conversion.shards if stored.name in shard.starts),
+        }
+        for source in conversion.table.values()
+        for stored in source.stored
+    ]
+    return {
+        "from": conversion.source.layout,
+        "layout": conversion.request.layout,
+        "dtype": config.dtype,
+        "bytes": conversion.nbytes,
+        "bits_per_weight": conversion.bits_per_weight,
+        "memory": conversion.peak_memory,
+        "formats": {path: f"{form.mode} {form.bits}:{form.group_size}" for path, form in formats.items()},
+        "files": [{"file": shard.file, "bytes": shard.nbytes} for shard in conversion.shards],
+        "tensors": tensors,
+    }
+
+
+def _table(conversion: Conversion) -> str:
+    kinds: Counter[tuple[str, str, str]] = Counter()
+    for path, source in conversion.table.items():
+        form = conversion.formats.get(f"{path.rpartition('.')[0]}.weight")
+        stored = source.stored[0]
+        name = re.sub(r"\.\d+\.", ".*.", re.sub(r"\.\d+\.", ".*.", stored.name))
+        shape = " x ".join(map(str, stored.shape))
+        dtype = source.leaf.dtype or conversion.config.dtype
+        words = f"{dtype}, {form.mode} {form.bits} bits, groups of {form.group_size}" if form else dtype
+        kinds[name, shape, words] += len(source.stored)
+    rows = [(f"{count:,}", name, shape, words) for (name, shape, words), count in kinds.items()]
+    widths = [max(len(row[n]) for row in rows) for n in range(3)]
+    lines = [f"{row[0]:>{widths[0]}}  {row[1]:{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}" for row in rows]
+    files = len(conversion.shards)
+    lines += [
+        f"{conversion.source.layout} to {conversion.request.layout}: {size_text(conversion.nbytes)} in"
+        f" {files} file{'s' if files > 1 else ''}, {conversion.bits_per_weight:.2f} bits a weight",
+        f"converting needs about {size_text(conversion.peak_memory)} of memory",
+    ]
+    return "\n".join(lines)
+
+
+def _quantization(chosen: argparse.Namespace) -> Quantization | None:
+    named = {kind: getattr(chosen, kind) for kind in _KINDS}
+    if chosen.quantize is None and all(text is None for text in named.values()):
+        return None
+    usual = None if chosen.quantize is None else _format("quantize", chosen.quantize)
+    formats = {
+        kind: (None if kind == "router" else usual) if text is None else _format(kind, text)
+        for kind, text in named.items()
+    }
+    return Quantization(**formats)
+
+
+def _format(option: str, text: str) -> Format | None:
+    if text == "none":
+        return None
+    if text in MODES[1:]:
+        return format_of_mode(text)
+    parts = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    if parts is None:
+        raise InputError(
+            f"--{option} is {text!r} where bits (4), bits and group size (4:32), {', '.join(MODES[1:])} or none is"
+            " expected."
+        )
+    try:
+        return Format(int(parts[1]), int(parts[2] or 64))
+    except InputError as error:
+        raise InputError(f"--{option} is {text}: {error}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

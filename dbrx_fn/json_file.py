@@ -1,0 +1,61 @@
+"""JSON that a stranger may have written: from a regular file, of bounded size, as a value or a reason in one line."""
+
+import json
+import stat
+from pathlib import Path
+
+LARGEST = 16 * 2**20
+"""Bytes. Parsed, JSON takes up to twenty times its size; DBRX's largest, an index of quantized experts, has 1 MB."""
+
+
+def read_bounded(path: Path, most: int = LARGEST) -> bytes:
+    """A regular file's content; nothing else is opened, since a pipe would wait for ever and a device never ends.
+
+    Raises:
+        OSError: if there is no such file, or it can't be read.
+        ValueError: if it isn't a regular file, or has more than `most` bytes.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no regular file")
+    if status.st_size > most:
+        raise ValueError(f"its {status.st_size} bytes are more than the {most} that are read")
+    return path.read_bytes()
+
+
+def parse_json(content: bytes, *, unique: bool = False) -> object:
+    """The value of UTF-8 JSON; with `unique`, no object may have a key twice, of which readers take either.
+
+    Raises:
+        ValueError: if it isn't that; the text says why and is short.
+    """
+    try:
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_repeats if unique else None)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from None
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value as a sentence can show it, cut where it is long."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):
+        # Nested deeply, or an integer with more digits than Python prints.
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def is_plain_name(name: object, most: int) -> bool:
+    """Whether this is a text that a message can show as it stands: not empty, at most `most` bytes, all printable."""
+    return isinstance(name, str) and 0 < len(name) <= most and name.isprintable() and len(name.encode()) <= most
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"{shown(twice)} is there twice")
+    return found

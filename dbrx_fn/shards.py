@@ -1,0 +1,163 @@
+"""Writes safetensors shards of a checkpoint matrix by matrix, so that memory holds one at a time.
+
+Sizes and places of all tensors are known before the first is made: the header is written first, and each matrix goes
+to its place whenever it comes. Format: https://github.com/huggingface/safetensors#format.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from dbrx_fn.config import Dtype
+from dbrx_fn.errors import CheckpointError
+from dbrx_fn.layouts import Source
+from dbrx_fn.raw import Raw, in_order
+from dbrx_fn.tensor_files import INDEX
+
+SHARD_BYTES = 5 * 10**9
+"""How large a shard becomes at most, unless a linear alone is larger; the Hugging Face Hub's own advice."""
+
+Matrices = Callable[[str], Iterator[Mapping[str, Raw]]]
+"""Of a linear, one after the other, the matrices of each expert (or the only one), by their leaves' paths."""
+
+_CODES = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16", mx.uint32: "U32", mx.uint8: "U8"}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its name, its linears in order, its header, and where each tensor starts, in bytes."""
+
+    file: str
+    linears: tuple[str, ...]
+    header: bytes
+    starts: Mapping[str, int]
+    nbytes: int
+
+
+def plan_shards(
+    table: Mapping[str, Source], dtype: Dtype, *, shard_bytes: int, metadata: Mapping[str, str]
+) -> tuple[Shard, ...]:
+    """Spreads tensors over files; all that belong to a linear, its experts and scales, stay together.
+
+    Args:
+        table: of every leaf, the tensors to write (`dbrx_fn.layouts.sources`, of a layout that can be written).
+        dtype: of the floats.
+        shard_bytes: how large a file's tensors become at most, unless a linear alone is larger.
+        metadata: texts for every header.
+    """
+    linears: dict[str, list[str]] = {}
+    for path in table:
+        linears.setdefault(path.rpartition(".")[0], []).append(path)
+    groups: list[list[str]] = [[]]
+    held = 0
+    for linear, paths in linears.items():
+        size = sum(_nbytes(table[path], dtype) for path in paths)
+        if groups[-1] and held + size > shard_bytes:
+            groups.append([])
+            held = 0
+        groups[-1].append(linear)
+        held += size
+    names = [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
+    if len(groups) == 1:
+        names = ["model.safetensors"]
+    return tuple(
+        _shard(name, group, [path for linear in group for path in linears[linear]], table, dtype, metadata)
+        for name, group in zip(names, groups, strict=True)
+    )
+
+
+def write_shard(
+    file: Path, shard: Shard, table: Mapping[str, Source], matrices: Matrices, progress: Callable[[int], None]
+) -> None:
+    """Writes one file, into a folder that nobody reads yet, and waits until it is on the disk.
+
+    Args:
+        file: to write.
+        shard: what goes into it.
+        table: as `plan_shards` had it.
+        matrices: makes them.
+        progress: called with the bytes of each matrix that was written.
+
+    Raises:
+        CheckpointError: if a matrix can't be read or computed.
+        OSError: if the file can't be written.
+    """
+    with file.open("wb") as out:
+        out.write(shard.header)
+        for linear in shard.linears:
+            made = matrices(linear)
+            for expert, leaves in enumerate(_computed(made)):
+                for path, matrix in leaves.items():
+                    stored, before = table[path].place(expert)
+                    out.seek(shard.starts[stored.name] + before * matrix.nbytes)
+                    out.write(in_order(matrix.T if stored.rule.transposed else matrix).data)
+                    progress(matrix.nbytes)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def write_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """Writes what says in which shard each tensor is, if there are several."""
+    if len(shards) == 1:
+        return
+    weight_map = {name: shard.file for shard in shards for name in shard.starts}
+    total = sum(shard.nbytes - len(shard.header) for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _computed(made: Iterator[Mapping[str, Raw]]) -> Iterator[Mapping[str, Raw]]:
+    """What a generator of matrices yields; MLX's errors while they are made become the user's."""
+    while True:
+        try:
+            leaves = next(made)
+        except StopIteration:
+            return
+        except (RuntimeError, MemoryError) as error:
+            raise CheckpointError(
+                f"The parameters can't be read or computed ({error}): check the files that they come from, and the"
+                " memory."
+            ) from None
+        yield leaves
+
+
+def _shard(
+    file: str,
+    linears: Sequence[str],
+    paths: Sequence[str],
+    table: Mapping[str, Source],
+    dtype: Dtype,
+    metadata: Mapping[str, str],
+) -> Shard:
+    # Wide entries first, so that each tensor starts at a multiple of its entries' size.
+    ordered = sorted(paths, key=lambda path: -_item(table[path], dtype).size)
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)}
+    starts: dict[str, int] = {}
+    end = 0
+    for path in ordered:
+        item = _item(table[path], dtype)
+        for stored in table[path].stored:
+            starts[stored.name], start = end, end
+            end += math.prod(stored.shape) * item.size
+            fields[stored.name] = {"dtype": _CODES[item], "shape": list(stored.shape), "data_offsets": [start, end]}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return Shard(
+        file, tuple(linears), header, {name: len(header) + start for name, start in starts.items()}, len(header) + end
+    )
+
+
+def _item(source: Source, dtype: Dtype) -> mx.Dtype:
+    item: mx.Dtype = getattr(mx, source.leaf.dtype or dtype)
+    return item
+
+
+def _nbytes(source: Source, dtype: Dtype) -> int:
+    return math.prod(source.leaf.shape) * _item(source, dtype).size
