@@ -8,6 +8,9 @@
 How the model works, and where each part of it is: `docs/architecture.md`.
 """
 
+# Before MLX, which otherwise has chosen its own by then.
+from dbrx_fn import blas as blas
+
 try:
     import mlx.core  # noqa: F401
 except ImportError as error:

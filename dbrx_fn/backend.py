@@ -6,6 +6,7 @@ from typing import Literal
 import mlx.core as mx
 from jaxtyping import Float, Integer, Shaped, UInt32
 
+from dbrx_fn.blas import FAST_BLAS
 from dbrx_fn.compile import typed
 from dbrx_fn.params import Format
 
@@ -52,6 +53,9 @@ def segment_rows(rows: int, experts: int, dtype: mx.Dtype) -> int:
         float32, 128 rows take more shared memory than MLX's kernel may have ("invalid argument"; 64 fit exactly).
     CPU: the BLAS in MLX's wheel gains nothing from long segments, so padding is all loss until there is little of it
     (d_model 256, 16 experts, 4 of them; milliseconds for 32 tokens: 1 row 36, 16 rows 103; for 512: 611 and 620).
+    OpenBLAS does (2 busy cores, milliseconds by tokens and rows a segment):
+        64 tokens: 1 row 26, 16 rows 27;  1024: 1 row 510, 16 rows 98, 32 rows 91;  4096: 1 row 2382, 32 rows 714,
+        128 rows 480;  at d_model 1024: 16 tokens: 1 row 107, 16 rows 68;  64: 1 row 421, 16 rows 112.
     """
     average = rows // experts
     if backend() == "metal" or average == 0:
@@ -60,7 +64,11 @@ def segment_rows(rows: int, experts: int, dtype: mx.Dtype) -> int:
         if average >= 1024 and dtype in (mx.bfloat16, mx.float16):
             return 128
         return 16 if average <= 16 else 64
-    return 1 if average < 64 else 8
+    if FAST_BLAS is None:
+        return 1 if average < 64 else 8
+    if average < 128:
+        return 1 if average < 8 else 16
+    return 32 if average < 512 else 128
 
 
 @typed

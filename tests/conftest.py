@@ -5,6 +5,9 @@ from collections.abc import Callable
 import pytest
 from hypothesis import settings
 
+# Before the tests import MLX, so that they run with the BLAS that users get.
+import dbrx_fn.blas  # noqa: F401
+
 # The first example of each shape waits for MLX to compile its kernels, which no deadline should count.
 settings.register_profile("dbrx_fn", deadline=None)
 settings.load_profile("dbrx_fn")
