@@ -15,15 +15,14 @@ import mlx.core as mx
 
 from dbrx_fn.config import Config, Dtype, read_config
 from dbrx_fn.errors import CheckpointError
-from dbrx_fn.gguf_file import gguf_config, gguf_headers, read_gguf
+from dbrx_fn.gguf_file import gguf_config, gguf_headers, open_gguf
 from dbrx_fn.hub import checkpoint_path
 from dbrx_fn.layouts import Layout, Source, holds_quantized, is_extra, layout_of, prefix_of, sources
 from dbrx_fn.params import Format, companions, formats_of, listed
-from dbrx_fn.raw import Raw, raw
+from dbrx_fn.raw import Raw, of_raw, raw
 from dbrx_fn.tensor_files import Tensor, read_headers
 
 FLOATS: tuple[Dtype, ...] = get_args(Dtype)
-_Arrays = dict[str, mx.array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +88,11 @@ def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) ->
 
 
 def require_fit(checkpoint: Checkpoint, *, one_dtype: bool) -> None:
-    """Raises `CheckpointError` naming all that doesn't fit the config; with `one_dtype`, also floats of others."""
-    problems = [*checkpoint.problems, *(checkpoint.mixed if one_dtype else ())]
+    """Raises `CheckpointError` naming all that doesn't fit the config; with `one_dtype`, also floats of others.
+
+    GGUF's norms and routers are float32 whatever the rest is.
+    """
+    problems = [*checkpoint.problems, *(checkpoint.mixed if one_dtype and checkpoint.layout != "gguf" else ())]
     if problems:
         raise CheckpointError(
             f"{checkpoint.path}: {len(problems)} of the weights don't fit config.json: {listed(problems)}."
@@ -102,10 +104,8 @@ class LeafReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._arrays: dict[str, mx.array] = {}
-        for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
-            # Of safetensors only headers are read here; MLX reads each tensor when it is evaluated.
-            self._arrays |= read_gguf(file) if checkpoint.path == file else cast(_Arrays, mx.load(str(file)))
+        # What is read lies here until it is asked for; of a GGUF file each tensor is read when it is.
+        self._arrays = open_gguf(checkpoint.path) if checkpoint.layout == "gguf" else _lazy_arrays(checkpoint)
         self._uses = Counter(name for source in checkpoint.sources.values() for name in source.names)
 
     def read(self, path: str) -> mx.array:
@@ -113,16 +113,31 @@ class LeafReader:
         source = self._checkpoint.sources[path]
         return source.join([self._take(name) for name in source.names])
 
-    def matrices(self, path: str) -> Iterator[Raw]:
-        """The bits of a leaf's matrices, one by one, floats in the checkpoint's one dtype. Each can be read once."""
+    def matrices(self, path: str, dtype: Dtype) -> Iterator[Raw]:
+        """The bits of a leaf's matrices, one by one, floats in `dtype`. Each can be read once."""
         source = self._checkpoint.sources[path]
-        dtype = getattr(mx, source.leaf.dtype or self._checkpoint.config.dtype)
-        return source.matrices(lambda name: raw(self._take(name).astype(dtype)))
+        wanted = getattr(mx, source.leaf.dtype or dtype)
+        tensors = [self._checkpoint.tensors[self._checkpoint.prefix + name] for name in source.names]
+        kinds = {getattr(mx, tensor.dtype) for tensor in tensors}
+        # Where all are of one dtype, a matrix is converted at a time.
+        kind = kinds.pop() if len(kinds) == 1 else wanted
+        for matrix in source.matrices(lambda name: raw(self._take(name).astype(kind))):
+            yield matrix if kind == wanted else raw(of_raw(matrix, kind).astype(wanted))
 
     def _take(self, name: str) -> mx.array:
         self._uses[name] -= 1
         stored = self._checkpoint.prefix + name
-        return self._arrays[stored] if self._uses[name] else self._arrays.pop(stored)
+        if isinstance(self._arrays, dict) and not self._uses[name]:
+            return cast(mx.array, self._arrays.pop(stored))
+        return self._arrays[stored]
+
+
+def _lazy_arrays(checkpoint: Checkpoint) -> Mapping[str, mx.array]:
+    """All tensors of a checkpoint's safetensors files; MLX reads each when it is evaluated."""
+    arrays: dict[str, mx.array] = {}
+    for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
+        arrays |= cast(dict[str, mx.array], mx.load(str(file)))
+    return arrays
 
 
 def _stored_dtype(tensors: Mapping[str, Tensor], table: Mapping[str, Source]) -> Dtype:

@@ -5,6 +5,7 @@ finished. Interrupted, the same conversion goes on after the last of these; what
 folder appears under its name when all of it is on the disk.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -14,12 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from dbrx_fn.atomic import flush, write_file
-from dbrx_fn.checkpoint import FLOATS, Checkpoint, LeafReader, require_fit
+from dbrx_fn.checkpoint import Checkpoint, LeafReader, require_fit
 from dbrx_fn.config import Config, Dtype
 from dbrx_fn.errors import CheckpointError, InputError
 from dbrx_fn.file_lock import locked
@@ -31,7 +31,8 @@ from dbrx_fn.raw import Raw, of_raw, raw
 from dbrx_fn.saver import check_layout, copy_tokenizer, header_texts, write_config
 from dbrx_fn.shards import SHARD_BYTES, Shard, plan_shards, write_index, write_shard
 
-_FLOATS = tuple(getattr(mx, dtype) for dtype in FLOATS)
+_PLAN, _UNFINISHED = "plan.json", "checkpoint"
+_BESIDE = ".unfinished"
 
 Progress = Callable[[int, int], None]
 """Called with bytes written so far and bytes in all."""
@@ -88,8 +89,11 @@ class Conversion:
             largest = max(largest, *(math.prod(stored.shape) * size for stored in one.stored))
             shape = one.leaf.shape[1:] if one.leaf.is_expert else one.leaf.shape
             matrix = max(matrix, 4 * math.prod(shape))
-        whole = sum(tensor.file.stat().st_size for tensor in source.tensors.values()) if source.path.is_file() else 0
-        return max(largest, whole) + 2 * matrix
+        return largest + 2 * matrix
+
+
+class _NotFiniteError(CheckpointError):
+    """Found by `check`."""
 
 
 def plan_conversion(source: Checkpoint, request: Request) -> Conversion:
@@ -135,30 +139,41 @@ def convert(conversion: Conversion, folder: Path, *, progress: Progress | None =
         InputError: if the folder exists, can't be written, or another process is converting into it.
         CheckpointError: if a tensor can't be read, or with `check` isn't finite.
     """
-    work = folder.parent / f".{folder.name}.converting"
-    plan, unfinished = work / "plan.json", work / "checkpoint"
-    content = json.dumps(_plan(conversion), indent=2).encode()
+    require_free(folder)
+    work = _work_folder(folder)
+    plan, unfinished = work / _PLAN, work / _UNFINISHED
+    content = _plan(conversion)
     try:
-        if os.path.lexists(folder):
-            if not plan.is_file() or plan.read_bytes() != content or unfinished.exists():
-                raise InputError(f"{folder} exists already: choose another name, or remove it.")
-            shutil.rmtree(work)
-            return
         work.mkdir(parents=True, exist_ok=True)
         lock = work / "lock"
         lock.touch()
         with locked(lock, f"{folder} is being written by another conversion: wait until it ends."):
-            if not plan.is_file() or plan.read_bytes() != content:
-                shutil.rmtree(unfinished, ignore_errors=True)
+            same = plan.is_file() and plan.read_bytes() == content
+            if os.path.lexists(folder):
+                # A process may have been killed after it had renamed the folder.
+                ended = not unfinished.exists()
+                if ended and (same or not plan.exists()):
+                    _clean_up(work)
+                if ended and same:
+                    return
+                raise _taken(folder)
+            if not same:
+                if unfinished.exists():
+                    shutil.rmtree(unfinished)
                 write_file(plan, content)
             unfinished.mkdir(exist_ok=True)
-            _check_space(conversion, unfinished)
-            _write(conversion, unfinished, progress)
+            try:
+                _write(conversion, unfinished, progress)
+            except BaseException as error:
+                # Nothing is worth keeping without a finished shard, nor if the source can't stay as it is.
+                if isinstance(error, _NotFiniteError) or not _finished(conversion, unfinished):
+                    shutil.rmtree(work, ignore_errors=True)
+                raise
             if os.path.lexists(folder):
-                raise InputError(f"{folder} exists already: choose another name, or remove it.")
+                raise _taken(folder)
             unfinished.rename(folder)
             flush(folder.parent)
-            shutil.rmtree(work, ignore_errors=True)
+            _clean_up(work)
     except OSError as error:
         raise InputError(
             f"{error.filename or folder} can't be written ({error.strerror or error}): make room, or choose another"
@@ -166,17 +181,47 @@ def convert(conversion: Conversion, folder: Path, *, progress: Progress | None =
         ) from None
 
 
+def require_free(folder: Path) -> None:
+    """Raises `InputError` if something else than an interrupted conversion has made `folder`."""
+    if os.path.lexists(folder) and not _work_folder(folder).is_dir():
+        raise _taken(folder)
+
+
 def finished_shards(conversion: Conversion, folder: Path) -> list[Shard]:
     """The shards that an interrupted conversion into `folder` has finished."""
-    work = folder.parent / f".{folder.name}.converting"
+    work = _work_folder(folder)
     try:
-        same = (work / "plan.json").read_bytes() == json.dumps(_plan(conversion), indent=2).encode()
+        same = (work / _PLAN).read_bytes() == _plan(conversion)
     except OSError:
         same = False
-    return [shard for shard in conversion.shards if same and (work / "checkpoint" / shard.file).is_file()]
+    return _finished(conversion, work / _UNFINISHED) if same else []
+
+
+def _finished(conversion: Conversion, unfinished: Path) -> list[Shard]:
+    return [shard for shard in conversion.shards if (unfinished / shard.file).is_file()]
+
+
+def _work_folder(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.converting"
+
+
+def _taken(folder: Path) -> InputError:
+    return InputError(f"{folder} exists already: choose another name, or remove it.")
+
+
+def _clean_up(work: Path) -> None:
+    """Removes a work folder, its plan last: killed meanwhile, the same conversion knows by that that it has ended."""
+    with contextlib.suppress(OSError):
+        for left in work.iterdir():
+            if left.name != _PLAN:
+                left.unlink()
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _write(conversion: Conversion, folder: Path, progress: Progress | None) -> None:
+    for left in folder.glob(f".*{_BESIDE}"):
+        left.unlink()
+    _check_space(conversion, folder)
     reader = LeafReader(conversion.source)
     done = 0
 
@@ -192,9 +237,12 @@ def _write(conversion: Conversion, folder: Path, progress: Progress | None) -> N
             advance(shard.nbytes)
             continue
         advance(len(shard.header))
-        beside = folder / f".{shard.file}.unfinished"
-        write_shard(beside, shard, conversion.table, lambda linear: _matrices(conversion, reader, linear), advance)
-        beside.rename(file)
+        beside = folder / f".{shard.file}{_BESIDE}"
+        try:
+            write_shard(beside, shard, conversion.table, lambda linear: _matrices(conversion, reader, linear), advance)
+            beside.rename(file)
+        finally:
+            beside.unlink(missing_ok=True)
         flush(folder)
     write_index(folder, conversion.shards)
     source = conversion.source.path
@@ -212,22 +260,23 @@ def _matrices(conversion: Conversion, reader: LeafReader, linear: str) -> Iterat
     weight = f"{linear}.weight"
     before, after = source.formats.get(weight), conversion.formats.get(weight)
     paths = [path for path in companions(weight) if path in source.sources]
-    dtypes = [getattr(mx, source.sources[path].leaf.dtype or source.config.dtype) for path in paths]
-    unchanged = before == after and source.config.dtype == conversion.config.dtype
-    for parts in zip(*(reader.matrices(path) for path in paths), strict=True):
-        if unchanged and not conversion.request.check:
+    dtypes = [getattr(mx, source.sources[path].leaf.dtype or conversion.config.dtype) for path in paths]
+    read = [reader.matrices(path, conversion.config.dtype) for path in paths]
+    for parts in zip(*read, strict=True):
+        if before == after and not conversion.request.check:
             yield dict(zip(paths, parts, strict=True))
             continue
         stored = {path: of_raw(part, kind) for path, part, kind in zip(paths, parts, dtypes, strict=True)}
         if conversion.request.check and (bad := not_finite(stored.items(), source.formats)):
-            raise CheckpointError(
-                f"{source.path} holds NaN or infinite weights ({listed(bad)}): repair it, or take another checkpoint."
+            raise _NotFiniteError(
+                f"{source.path} holds weights that are NaN or infinite in {conversion.config.dtype} ({listed(bad)}):"
+                " repair it, or take another checkpoint or dtype."
             )
         if before == after:
-            yield {path: raw(part.astype(dtype) if part.dtype in _FLOATS else part) for path, part in stored.items()}
+            yield dict(zip(paths, parts, strict=True))
         else:
             matrix = stored[weight] if before is None else dequantize_matrix(list(stored.values()), before, dtype)
-            made = [matrix.astype(dtype)] if after is None else quantize_matrix(matrix.astype(dtype), after)
+            made = [matrix] if after is None else quantize_matrix(matrix, after)
             yield {path: raw(part) for path, part in zip(companions(weight), made, strict=False)}
 
 
@@ -242,17 +291,18 @@ def _check_space(conversion: Conversion, folder: Path) -> None:
         )
 
 
-def _plan(conversion: Conversion) -> dict[str, Any]:
-    """All that decides what is written, as JSON has it."""
+def _plan(conversion: Conversion) -> bytes:
+    """All that decides what is written, as JSON."""
     files = sorted({tensor.file for tensor in conversion.source.tensors.values()})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     shards = hashlib.sha256(b"".join(shard.header for shard in conversion.shards)).hexdigest()
-    return {
+    decides = {
         "source": str(conversion.source.path.resolve()),
-        "files": [list(stat) for stat in stats],
+        "files": stats,
         "request": asdict(conversion.request),
         "headers": shards,
     }
+    return json.dumps(decides, indent=2).encode()
 
 
 def _formats_in_words(formats: Mapping[str, Format], config: Config) -> str:

@@ -5,6 +5,7 @@ python -m dbrx_fn.convert databricks/dbrx-instruct dbrx-4bit --quantize 4
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any, get_args
 
 from dbrx_fn.checkpoint import open_checkpoint
 from dbrx_fn.config import Dtype
-from dbrx_fn.conversion import Conversion, Request, convert, finished_shards, plan_conversion
+from dbrx_fn.conversion import Conversion, Request, convert, finished_shards, plan_conversion, require_free
 from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.layouts import WRITTEN
 from dbrx_fn.params import MODES, Format, format_of_mode
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
     chosen = parser().parse_args(arguments)
     try:
-        if chosen.shard_size <= 0:
+        if not 0 < chosen.shard_size < math.inf:
             raise InputError(f"--shard-size is {chosen.shard_size:g} where a number of GB above 0 is expected.")
         request = Request(
             layout=chosen.layout,
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shard_bytes=int(chosen.shard_size * 10**9),
             check=chosen.check,
         )
+        if not chosen.dry_run:
+            # Before a checkpoint is downloaded.
+            require_free(chosen.folder)
         conversion = plan_conversion(open_checkpoint(chosen.source, revision=chosen.revision), request)
         if chosen.dry_run:
             print(json.dumps(described(conversion), indent=2) if chosen.json else _table(conversion))

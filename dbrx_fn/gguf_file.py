@@ -3,15 +3,17 @@
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp's converter writes DBRX into it under
 the names of https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py (`MODEL_ARCH.DBRX`).
 
-MLX reads the tensors, all at once. Its reader trusts a file's counts, sizes and offsets, and a wrong one ends the
-process. So every file is read here first, up to its tensors' data, and whatever MLX couldn't read rightly is refused.
+Tensors become bit for bit what MLX's own reader makes of them, one by one
+(https://github.com/ml-explore/mlx/blob/main/mlx/io/gguf_quants.cpp). That reader isn't used (MLX 0.32.4): it takes all
+at once and twice a file's size of memory, ends the process where a damaged file's counts or offsets are wrong or a
+number has 64 bits, opens the file for writing, and makes float16 of bfloat16, which hasn't its range.
 """
 
 import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import BinaryIO, cast
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from dbrx_fn.config import AttnConfig, Config, Dtype, FFNConfig
 from dbrx_fn.errors import CheckpointError, ConfigError
@@ -41,17 +44,21 @@ _MOST_KEYS = 2**16
 _MOST_TENSORS = 2**17
 _MOST_ARRAY_ITEMS = 2**22
 _LONGEST_STRING_KEPT = 2**10
-# MLX counts the elements of an axis, and the words of a quantized tensor, in 32-bit integers.
+# MLX counts the elements of an axis in 32-bit integers.
 _INT32 = 2**31
 
-_STRING, _ARRAY, _FLOAT64, _BOOL = 8, 9, 12, 7
+_BOOL, _STRING, _ARRAY = 7, 8, 9
 # Metadata's number types, as `struct` knows them.
-_NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", _BOOL: "<B", 10: "<Q", 11: "<q"}
+_NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", _BOOL: "<B", 10: "<Q", 11: "<q", 12: "<d"}
 
 
 @dataclass(frozen=True)
 class _Type:
-    """A tensor type that is read: a row is blocks of `items` entries in `size` bytes each; `bits` if quantized."""
+    """A tensor type that is read: a row is blocks of `items` entries, of `size` bytes each.
+
+    `dtype`: of the entries, or of a quantized type's scales.
+    `bits`: of a quantized type's entries.
+    """
 
     name: str
     items: int
@@ -113,7 +120,7 @@ def gguf_config(file: Path) -> Config:
 
     GGUF doesn't say how the chosen experts' weights are normalized or what the activation is: llama.cpp's DBRX divides
     by their sum and takes silu, and so does this config. `clamp_kqv` 0 means no clamp, as there. `dtype` is that of
-    most float entries, and float16 for a quantized file, whose scales are that.
+    most tensors, and a quantized one counts as float16, which its scales are.
 
     Raises:
         CheckpointError: as `gguf_headers`; or if the metadata isn't DBRX's, lacks a key, or describes another model.
@@ -145,29 +152,67 @@ def gguf_config(file: Path) -> Config:
         raise CheckpointError(f"{file} describes a model that can't be loaded here: {error}") from None
 
 
-def read_gguf(file: Path) -> dict[str, mx.array]:
-    """Every tensor of a file, named and shaped as `gguf_headers` says. All are read: memory of the file's size.
+def open_gguf(file: Path) -> Mapping[str, mx.array]:
+    """Every array of a file, named and shaped as `gguf_headers` says; each is read when it is asked for, and not kept.
 
     Raises:
-        CheckpointError: as `gguf_headers`; or if the file can't be written to, which MLX's reader needs although it
-            writes nothing.
+        CheckpointError: as `gguf_headers`.
     """
-    entries = _read(file).entries
-    if not os.access(file, os.W_OK):
-        raise CheckpointError(
-            f"{file} is write-protected, and MLX opens GGUF files for writing although it only reads: make the file"
-            " writable, or copy it."
-        )
-    try:
-        arrays = cast(dict[str, mx.array], mx.load(str(file), format="gguf"))
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{file} can't be read by MLX ({error}): copy it again from where it came.") from None
-    # MLX makes float16 of bfloat16, which has neither its range nor its smallest numbers.
-    return {
-        name: _bfloat16(file, entry) if entry.type.dtype == "bfloat16" else arrays[name]
-        for entry in entries
-        for name in _arrays(file, entry)
-    }
+    return _Arrays(file, _read(file).entries)
+
+
+def read_gguf(file: Path) -> dict[str, mx.array]:
+    """All of `open_gguf`'s arrays: memory of the file's size.
+
+    Raises:
+        CheckpointError: as `gguf_headers`.
+    """
+    return dict(open_gguf(file))
+
+
+class _Arrays(Mapping[str, mx.array]):
+    def __init__(self, file: Path, entries: tuple[_Entry, ...]) -> None:
+        self._file = file
+        self._headers = {name: (entry, tensor) for entry in entries for name, tensor in _arrays(file, entry).items()}
+
+    def __len__(self) -> int:
+        return len(self._headers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._headers)
+
+    def __getitem__(self, name: str) -> mx.array:
+        entry, tensor = self._headers[name]
+        kind = entry.type
+        size = math.prod(entry.shape) // kind.items * kind.size
+        blocks = np.memmap(self._file, np.uint8, "r", entry.start, (size,))
+        if kind.bits is None:
+            stored = blocks.view(np.uint16 if kind.dtype == "bfloat16" else kind.dtype)
+            array = mx.array(stored)
+            return (array.view(mx.bfloat16) if kind.dtype == "bfloat16" else array).reshape(tensor.shape)
+        leaf = "weight" if name == entry.name else name.rpartition(".")[2]
+        return mx.array(_quantized(blocks.reshape(-1, kind.size), kind, leaf).reshape(tensor.shape))
+
+
+def _quantized(blocks: NDArray[np.uint8], kind: _Type, leaf: str) -> NDArray[np.uint32] | NDArray[np.float16]:
+    """A leaf of MLX's affine format, `scale * q + bias`, from blocks `[block byte]`.
+
+    A block is a float16 scale, in Q4_1 a float16 bias, and its entries: bytes around 0 in Q8_0; otherwise half bytes,
+    the first sixteen in the lower halves and the others in the upper, and in Q4_0 around 8.
+    """
+    scales: NDArray[np.float16] = blocks[:, :2].copy().view(np.float16)
+    if leaf == "scales":
+        return scales
+    if leaf == "biases":
+        own: NDArray[np.float16] = blocks[:, 2:4].copy().view(np.float16)
+        return own if kind.name == "Q4_1" else scales * np.float16(-128 if kind.bits == 8 else -8)
+    entries: NDArray[np.uint8]
+    if kind.bits == 8:
+        entries = np.bitwise_xor(blocks[:, -GROUP_SIZE:], 0x80)
+        return entries.view(np.uint32)
+    halves = blocks[:, -GROUP_SIZE // 2 :]
+    entries = np.concatenate([halves & 15, halves >> 4], axis=1)
+    return (entries[:, ::2] | entries[:, 1::2] << 4).view(np.uint32)
 
 
 # Metadata under `dbrx.`, as `DbrxModel` of llama.cpp's converter writes it and its loader needs it.
@@ -235,12 +280,7 @@ def _refuse_other_models(config: Config, metadata: Mapping[str, float | str | No
 
 
 def _dtype(entries: tuple[_Entry, ...]) -> Dtype:
-    if any(entry.type.bits for entry in entries):
-        return "float16"
-    counts: Counter[Dtype] = Counter()
-    for entry in entries:
-        counts[entry.type.dtype] += math.prod(entry.shape)
-    return counts.most_common(1)[0][0]
+    return Counter(entry.type.dtype for entry in entries).most_common(1)[0][0]
 
 
 def _arrays(file: Path, entry: _Entry) -> dict[str, Tensor]:
@@ -255,11 +295,6 @@ def _arrays(file: Path, entry: _Entry) -> dict[str, Tensor]:
         f"{path}.scales": grouped,
         f"{path}.biases": grouped,
     }
-
-
-def _bfloat16(file: Path, entry: _Entry) -> mx.array:
-    bits = np.fromfile(file, np.uint16, math.prod(entry.shape), offset=entry.start)
-    return mx.array(bits).view(mx.bfloat16).reshape(entry.shape)
 
 
 def _read(file: Path) -> _Contents:
@@ -324,9 +359,6 @@ class _Reader:
             return self._number(_NUMBERS[kind], what, is_bool=kind == _BOOL)
         if kind == _STRING:
             return self._short(self._string(_LONGEST_STRING, what))
-        if kind == _FLOAT64:
-            # MLX steps over four of its eight bytes and takes the rest for what follows.
-            raise self._refused(f"has {what} as a 64-bit float, which MLX can't read: write it again as a 32-bit one")
         if kind != _ARRAY:
             raise self._damaged(f"{what} is of type {kind}, which GGUF doesn't have")
         self._skip_array(self._integer("<I", what), self._integer("<Q", what), what)
@@ -342,7 +374,7 @@ class _Reader:
             for _ in range(count):
                 self._string(_LONGEST_STRING, what)
         else:
-            raise self._refused(f"has {what} as an array of type {kind}, which MLX can't read")
+            raise self._refused(f"has {what} as an array of type {kind}, which isn't read: convert the model again")
 
     def _alignment(self, metadata: Mapping[str, float | str | None]) -> int:
         value = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
@@ -375,8 +407,6 @@ class _Reader:
             return
         if not name.endswith(".weight"):
             raise self._refused(f"has the tensor {name!r} as {kind.name}, and only those named ….weight can be")
-        if math.prod(shape) * kind.bits // 32 >= _INT32:
-            raise self._refused(f"has a tensor too large for MLX, {name!r} of shape {shape}: leave it in float")
 
     def _placed(self, infos: list[tuple[str, _Type, tuple[int, ...], int]], alignment: int) -> tuple[_Entry, ...]:
         """The tensors with their places, which must follow each other as llama.cpp requires: no gap, no overlap."""

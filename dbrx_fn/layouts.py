@@ -87,7 +87,8 @@ class _Only(dict[str, str]):
         return f"{{{name}}}"
 
 
-_QKV_APART = {f"{_ATTN}.Wqkv": [[Rule(f"{_ATTN}.{p}_proj.{{leaf}}", part=p) for p in ("q", "k", "v")]]}
+_QKV: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
+_QKV_APART = {f"{_ATTN}.Wqkv": [[Rule(f"{_ATTN}.{p}_proj.{{leaf}}", part=p) for p in _QKV]]}
 _QKV_EITHER: Rules = {f"{_ATTN}.Wqkv": [*_QKV_APART[f"{_ATTN}.Wqkv"], [Rule(f"{_ATTN}.Wqkv.{{leaf}}")]]}
 _NXD_EXPERTS = f"{_FFN}.expert_mlps.mlp_op"
 _NXD_LAYER = "layers.{n}"
@@ -109,7 +110,10 @@ _RULES: dict[Layout, Rules] = {
     "converted": {**_QKV_EITHER, **_experts(f"{_FFN}.experts.mlp.{{e}}.{{w}}.{{leaf}}", None)},
     "mlp_experts": {**_QKV_EITHER, **_experts(f"{_FFN}.experts.mlp_experts.{{e}}.{{w}}.{{leaf}}", None)},
     "nxd": {
-        **_QKV_APART,
+        f"{_ATTN}.Wqkv": [
+            *_QKV_APART[f"{_ATTN}.Wqkv"],
+            [Rule(f"{_ATTN}.qkv_proj.weight_{p}", part=p) for p in _QKV],
+        ],
         f"{_ATTN}.out_proj": [[Rule(f"{_ATTN}.o_proj.{{leaf}}")]],
         f"{_FFN}.router.layer": [[Rule(f"{_FFN}.router.linear_router.{{leaf}}")]],
         f"{_EXPERTS}.w1": [[Rule(f"{_NXD_EXPERTS}.gate_proj.weight", transposed=True)]],
