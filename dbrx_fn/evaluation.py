@@ -1,11 +1,12 @@
 """How well a model predicts a text: nats per token, bits per byte, and where its experts' work went."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32, UInt32
 from numpy.typing import NDArray
 
 from dbrx_fn.batches import eval_windows
@@ -32,6 +33,11 @@ class Evaluation:
     bits_per_byte: float
     tokens: int
     expert_share: NDArray[np.float64]
+
+    @property
+    def perplexity(self) -> float:
+        """Among how many equally likely tokens the model might as well have guessed; infinite past float's range."""
+        return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
 
     @property
     def busiest_expert(self) -> float:
@@ -62,6 +68,18 @@ def evaluate(
         window_nats, window_pairs = _score(params, mx.array(tokens), mx.array(mask), mx.array(lengths), config=config)
         nats += cast(float, window_nats.item())
         pairs += np.array(window_pairs)
+    return of_sums(nats, pairs, targets, token_file)
+
+
+def of_sums(nats: float, pairs: NDArray[np.float64], targets: int, token_file: TokenFile) -> Evaluation:
+    """The evaluation that sums over a file's windows make.
+
+    Args:
+        nats: of all targets together.
+        pairs: `[layer expert]`, how many (token, choice) pairs went to each expert.
+        targets: how many tokens were predicted.
+        token_file: the text.
+    """
     return Evaluation(
         nats_per_token=nats / targets,
         bits_per_byte=bits_per_byte(nats / targets, targets, token_file.bytes),
@@ -76,6 +94,37 @@ def check_targets(token_file: TokenFile) -> None:
         raise InputError("The text has nothing to predict, only empty completions: give some that aren't.")
 
 
+def window_sums(
+    logits: Float[mx.array, "batch time vocab"],
+    top_experts: UInt32[mx.array, "layer batch time top_k"],
+    tokens: Int32[mx.array, "batch time+1"],
+    mask: Bool[mx.array, "batch time+1"],
+    lengths: Int32[mx.array, " batch"],
+    *,
+    config: Config,
+) -> tuple[Float32[mx.array, ""], Int32[mx.array, "layer expert"]]:
+    """The sum of the targets' nats, and how many (token, choice) pairs each expert got; padding counts in neither.
+
+    Args:
+        logits: what `score` made of all tokens of a row but its last.
+        top_experts: the experts that it chose for them.
+        tokens: as of `dbrx_fn.batches.eval_windows`, as are `mask` and `lengths`.
+        mask: which tokens are targets.
+        lengths: how many of a row's inputs are read.
+        config: the model's.
+    """
+    nats = mx.where(mask[:, 1:], token_nats(logits, tokens[:, 1:]), 0).sum()
+    chosen = chosen_experts(top_experts, config.ffn.moe_num_experts)
+    chosen = chosen & read_tokens(lengths, tokens.shape[1] - 1)[:, :, None, None]
+    return nats, chosen.astype(mx.int32).sum(axis=(1, 2, 3))
+
+
+def read_tokens(lengths: Int32[mx.array, " batch"], time: int) -> Bool[mx.array, "batch time"]:
+    """Which of a row's `time` inputs are read: all but padding."""
+    read: mx.array = mx.arange(time, dtype=mx.int32) < lengths[:, None]
+    return read
+
+
 @compiled
 def _score(
     params: dict[str, Any],
@@ -85,9 +134,6 @@ def _score(
     *,
     config: Config,
 ) -> tuple[Float32[mx.array, ""], Int32[mx.array, "layer expert"]]:
-    """The sum of the targets' nats, and how many (token, choice) pairs each expert got; padding counts in neither."""
+    """`window_sums` of a batch of windows."""
     logits, routing = score(params, tokens[:, :-1], config)
-    nats = mx.where(mask[:, 1:], token_nats(logits, tokens[:, 1:]), 0).sum()
-    read = mx.arange(tokens.shape[1] - 1, dtype=mx.int32) < lengths[:, None]
-    chosen = chosen_experts(routing.top_experts, config.ffn.moe_num_experts) & read[:, :, None, None]
-    return nats, chosen.astype(mx.int32).sum(axis=(1, 2, 3))
+    return window_sums(logits, routing.top_experts, tokens, mask, lengths, config=config)

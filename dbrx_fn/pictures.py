@@ -1,7 +1,11 @@
-"""Pictures of a training run, drawn with matplotlib, which is an extra: `pip install 'dbrx-fn[pictures]'`."""
+"""Pictures of training runs and of what quantization costs.
+
+They are drawn with matplotlib, which is an extra: `pip install 'dbrx-fn[pictures]'`.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +25,13 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise InputError("Pictures need matplotlib, which isn't installed: pip install 'dbrx-fn[pictures]'.") from None
+
+
+def check_picture(file: Path) -> None:
+    """Raises `InputError` if there is no matplotlib, or a name is no picture's."""
+    check_matplotlib()
+    if file.suffix not in (".png", ".svg"):
+        raise InputError(f"{file} is no name of a picture: end it with .png or .svg.")
 
 
 def draw_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
@@ -76,6 +87,66 @@ def draw_expert_load(expert_share: ArrayLike, file: Path) -> None:
     _write(figure, file)
 
 
+@dataclass(frozen=True)
+class QuantizedModel:
+    """One point of `draw_quantizations`; `kl_divergence` in nats, from the model that it was made of."""
+
+    label: str
+    bits_per_weight: float
+    kl_divergence: float
+    perplexity: float
+    quantized_router: bool
+
+
+def draw_quantizations(models: Sequence[QuantizedModel], original: str, original_perplexity: float, file: Path) -> None:
+    """KL divergence and perplexity of quantized models over their bits per weight, each marked with its name.
+
+    Those whose routers are quantized look different from the others. The scale of KL divergences is logarithmic, so one
+    of 0 (or of less, by rounding) has no place there.
+
+    Args:
+        models: at least one.
+        original: the name of what they were made of, or are compared with.
+        original_perplexity: its perplexity.
+        file: a .png or .svg to write.
+
+    Raises:
+        InputError: if it is neither, it can't be written, or there is no matplotlib.
+    """
+    figure = _figure(11, 6)
+    left, right = figure.subplots(1, 2)
+    kinds = (
+        (False, "routers in high precision", "o", "C0", (5, 5), "left"),
+        (True, "routers quantized", "s", "C1", (-5, -5), "right"),
+    )
+    for quantized, legend, marker, color, offset, side in kinds:
+        shown = [model for model in models if model.quantized_router == quantized]
+        if not shown:
+            continue
+        bits = [model.bits_per_weight for model in shown]
+        for axes, values in (
+            (left, [model.kl_divergence if model.kl_divergence > 0 else np.nan for model in shown]),
+            (right, [model.perplexity for model in shown]),
+        ):
+            axes.scatter(bits, values, s=24, marker=marker, color=color, label=legend)
+            for model, value in zip(shown, values, strict=True):
+                if np.isfinite(value):
+                    place = (model.bits_per_weight, value)
+                    # Aslant, the names of neighbours don't lie upon each other.
+                    aslant: dict[str, Any] = {"rotation": 45, "rotation_mode": "anchor", "ha": side, "va": "center"}
+                    axes.annotate(
+                        model.label, place, offset, textcoords="offset points", fontsize=7, color=color, **aslant
+                    )
+    right.axhline(original_perplexity, color="black", linewidth=0.8, linestyle="--", label=f"{original}, the first")
+    left.set(xlabel="bits per weight", ylabel="KL divergence from the first, nats per token", yscale="log")
+    right.set(xlabel="bits per weight", ylabel="perplexity")
+    for axes in (left, right):
+        axes.margins(0.15, 0.25)
+        axes.grid(alpha=0.3)
+    right.legend(frameon=False)
+    _write(figure, file)
+
+
 def _figure(width: float, height: float) -> "Figure":
     check_matplotlib()
     # Not pyplot, which looks for a screen.
@@ -87,9 +158,8 @@ def _figure(width: float, height: float) -> "Figure":
 def _write(figure: "Figure", file: Path) -> None:
     import matplotlib
 
+    check_picture(file)
     kind = file.suffix.lstrip(".")
-    if kind not in ("png", "svg"):
-        raise InputError(f"{file} is no name of a picture: end it with .png or .svg.")
     drawn = io.BytesIO()
     # Without a date and with names that aren't random, the same picture is the same file.
     with matplotlib.rc_context({"svg.hashsalt": "dbrx_fn"}):
