@@ -17,7 +17,16 @@ from dbrx_fn.config import Config, Dtype, read_config
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.gguf_file import gguf_config, gguf_headers, open_gguf
 from dbrx_fn.hub import checkpoint_path
-from dbrx_fn.layouts import Layout, Source, holds_quantized, is_extra, layout_of, prefix_of, sources
+from dbrx_fn.layouts import (
+    Layout,
+    Source,
+    has_tensor_per_expert,
+    holds_quantized,
+    is_extra,
+    layout_of,
+    prefix_of,
+    sources,
+)
 from dbrx_fn.params import Format, companions, formats_of, listed
 from dbrx_fn.raw import Raw, of_raw, raw
 from dbrx_fn.tensor_files import Tensor, read_headers
@@ -74,6 +83,13 @@ def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) ->
     prefix = prefix_of(tensors)
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     layout = layout_of(named)
+    # Tables have names for each layer, and perhaps expert, so a config that lies about them would make millions.
+    experts = config.ffn.moe_num_experts
+    if config.n_layers * (experts if has_tensor_per_expert(layout) else 1) > len(tensors):
+        raise CheckpointError(
+            f"{path} has {len(tensors)} tensors, too few for the {config.n_layers} layers of {experts} experts that"
+            " config.json describes: fetch the config.json that came with these weights."
+        )
     dense = sources(config, layout, found=named)
     places = {
         path: (source.names, source.leaf.shape[-1])

@@ -25,7 +25,7 @@ _LARGEST = 2**31
 # The tree is a description per layer, and split checkpoints have names per expert of each, so a file that lies about
 # their number would cost memory before it is found out.
 _MOST_LAYERS = 10_000
-_MOST_EXPERTS = 2**16
+_MOST_EXPERTS = 2**15
 _ROTARY = "since the rotary embedding turns halves of a head against each other"
 
 

@@ -46,7 +46,7 @@ def not_finite(leaves: Iterable[tuple[str, mx.array]], formats: Mapping[str, For
 
 
 def is_finite(array: mx.array, nan_bytes: tuple[int, ...] = ()) -> bool:
-    """Whether an array of a model's float dtype has neither NaN nor infinity, or an integer array none of `nan_bytes` among its bytes."""
+    """Whether an array is all numbers: of a model's float dtype, or of integers with none of `nan_bytes` among them."""
     if array.dtype in _EXPONENTS:
         bits, exponent = _EXPONENTS[array.dtype]
         return not any(mx.max(part.view(bits) & exponent).item() == exponent for part in _parts(array))

@@ -1,10 +1,10 @@
 """Reads how a checkpoint's authors would have its tokens chosen: `generation_config.json`, in transformers' terms."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dbrx_fn.errors import CheckpointError, InputError
+from dbrx_fn.json_file import parse_json, read_bounded, shown
 from dbrx_fn.sampling import Sampling
 
 _FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -18,8 +18,8 @@ def read_sampling(folder: Path) -> Sampling:
     """
     file = folder / "generation_config.json"
     try:
-        settings = json.loads(file.read_bytes()) if file.exists() else {}
-    except (OSError, ValueError, RecursionError) as error:
+        settings = parse_json(read_bounded(file)) if file.exists() else {}
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} can't be read as JSON ({error}): fetch it again, or remove it.") from None
     if not isinstance(settings, dict) or not settings.get("do_sample"):
         return Sampling()
@@ -29,9 +29,12 @@ def read_sampling(folder: Path) -> Sampling:
         if value is None:
             continue
         whole = name == "top_k"
-        if isinstance(value, bool) or not isinstance(value, int | float) or (whole and not float(value).is_integer()):
+        usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+        if not usable or (whole and not float(value).is_integer()):
             expected = "whole number" if whole else "number"
-            raise CheckpointError(f"{file}: {name} is {value!r} where a {expected} is expected: mend or remove it.")
+            raise CheckpointError(
+                f"{file}: {name} is {shown(value)} where a {expected} is expected: mend or remove it."
+            )
         chosen[name] = int(value) if whole else value
     try:
         return Sampling(**chosen)

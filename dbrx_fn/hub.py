@@ -1,5 +1,6 @@
 """Finds a checkpoint's folder: a local one, or a Hugging Face repository's, downloaded and cached."""
 
+import contextlib
 import re
 from pathlib import Path
 from textwrap import shorten
@@ -15,9 +16,11 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 def checkpoint_path(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
     """`checkpoint_folder` with its weights, or the GGUF file that was named."""
-    path = Path(path_or_repo).expanduser()
-    if path.suffix.lower() == ".gguf" and path.is_file():
-        return path
+    # What can't be a name is refused below, in a sentence.
+    with contextlib.suppress(OSError, RuntimeError):
+        path = Path(path_or_repo).expanduser()
+        if path.suffix.lower() == ".gguf" and path.is_file():
+            return path
     return checkpoint_folder(path_or_repo, revision=revision)
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 LARGEST = 16 * 2**20
 """Bytes. Parsed, JSON takes up to twenty times its size; DBRX's largest, an index of quantized experts, has 1 MB."""
 
+LARGEST_VOCABULARY = 64 * 2**20
+"""Bytes of a tokenizer's file; the largest known, of 260 thousand tokens, have 33 MB."""
+
 
 def read_bounded(path: Path, most: int = LARGEST) -> bytes:
     """A regular file's content; nothing else is opened, since a pipe would wait for ever and a device never ends.

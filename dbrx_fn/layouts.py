@@ -278,6 +278,11 @@ def sources(
     return {path: _source(path, leaf, config, _RULES[layout], found or {}) for path, leaf in spec.items()}
 
 
+def has_tensor_per_expert(layout: Layout) -> bool:
+    """Whether each expert's matrices are tensors of their own."""
+    return "{e}" in _RULES[layout][f"{_EXPERTS}.w1"][0][0].tensor
+
+
 def holds_quantized(layout: Layout, path: str) -> bool:
     """Whether the matrix of this path can be quantized in a layout."""
     linear, _ = _linear_of(path)

@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten
 
 from dbrx_fn.atomic import new_folder
 from dbrx_fn.config import Config, config_to_dict
-from dbrx_fn.errors import CheckpointError, InputError
+from dbrx_fn.errors import CheckpointError, InputError, TokenizerError
+from dbrx_fn.json_file import LARGEST_VOCABULARY, parse_json, read_bounded
 from dbrx_fn.layouts import Written, holds_quantized, sources
 from dbrx_fn.params import Format, Params, check_params, companions
 from dbrx_fn.quantization import tree_formats
@@ -139,11 +140,20 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copies a checkpoint's tokenizer, chat template and stop tokens; the folder is made if it isn't there.
 
     Stop tokens that only config.json names are written into generation_config.json.
+
+    Raises:
+        TokenizerError: if a file is far larger than any tokenizer's, which may be one without an end or of holes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+            try:
+                content = read_bounded(source / name, LARGEST_VOCABULARY)
+            except ValueError as error:
+                raise TokenizerError(
+                    f"{source / name} can't be copied ({error}): copy it again, or remove it."
+                ) from None
+            (folder / name).write_bytes(content)
     generation, stops = _settings(source / "generation_config.json"), _settings(source / "config.json")
     if generation.get("eos_token_id") is None and stops.get("eos_token_id") is not None:
         generation["eos_token_id"] = stops["eos_token_id"]
@@ -174,8 +184,8 @@ def write_tensors(file: Path, tensors: dict[str, mx.array], metadata: dict[str, 
 def _settings(file: Path) -> dict[str, Any]:
     """A JSON file's fields; none, if there is no such file."""
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(read_bounded(file))
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

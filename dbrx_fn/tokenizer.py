@@ -14,13 +14,11 @@ import tokenizers
 
 from dbrx_fn.chat import ChatFormat
 from dbrx_fn.errors import TokenizerError
-from dbrx_fn.json_file import read_bounded, shown
+from dbrx_fn.json_file import LARGEST_VOCABULARY, read_bounded, shown
 
 _TIKTOKEN_CLASS = "TiktokenTokenizerWrapper"
 # What transformers hands to a chat template as variables.
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# The largest vocabularies known, of 260 thousand tokens, have 33 MB.
-_LARGEST = 64 * 2**20
 
 
 class TextStream:
@@ -239,7 +237,7 @@ def _is_token_id(value: object) -> bool:
 
 def _read_text(path: Path) -> str:
     try:
-        text = read_bounded(path, _LARGEST).decode()
+        text = read_bounded(path, LARGEST_VOCABULARY).decode()
     except UnicodeDecodeError as error:
         raise TokenizerError(
             f"{path} isn't UTF-8 text ({error.reason}); copy the file from the checkpoint again."
