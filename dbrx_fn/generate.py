@@ -3,7 +3,6 @@
 import argparse
 import io
 import json
-import os
 import secrets
 import sys
 import time
@@ -24,7 +23,7 @@ from dbrx_fn.loader import load
 from dbrx_fn.model import CHUNK_SIZE
 from dbrx_fn.params import Params
 from dbrx_fn.sampling import Sampling, random_key
-from dbrx_fn.terminal import INTERRUPTED, byte_progress, printed_warnings
+from dbrx_fn.terminal import INTERRUPTED, byte_progress, close_standard_output, printed_warnings
 from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
 
 
@@ -74,10 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        _close_standard_output()
+        close_standard_output()
         return 0
     except OSError as error:
-        _close_standard_output()
+        close_standard_output()
         where = f"{error.filename}: " if error.filename else "the text can't be written, or a file read: "
         print(f"error: {where}{error.strerror}.", file=sys.stderr)
         return 2
@@ -205,11 +204,6 @@ def _run(options: argparse.Namespace) -> int:
         print(flush=True)
     print(report.summary(), file=sys.stderr)
     return INTERRUPTED if report.finish_reason == "interrupted" else 0
-
-
-def _close_standard_output() -> None:
-    """Keeps Python from complaining once more when it flushes at exit what can't be written."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _sampling(options: argparse.Namespace, default: Sampling) -> Sampling:

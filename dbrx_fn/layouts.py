@@ -25,6 +25,7 @@ A quantized matrix has `scales`, and mostly `biases`, under its own name beside 
 linear's input, so experts can't be quantized where their matrices are stored transposed.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -191,16 +192,16 @@ class Source:
     def join(self, tensors: Sequence[mx.array]) -> mx.array:
         """The tensors, in the order of `names`, to the leaf; lazy."""
         parts = [self._matrices(stored, tensor) for stored, tensor in zip(self.stored, tensors, strict=True)]
-        if len(parts) == 1:
-            return parts[0]
-        return mx.stack(parts) if self.leaf.is_expert else mx.concatenate(parts)
+        if self._one_by_one:
+            return mx.stack(parts)
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
     def matrices(self, tensor: Callable[[str], NDArray[Any]]) -> Iterator[NDArray[Any]]:
         """The leaf's matrices one by one (a leaf that has no experts is one), of tensors that are asked for by name.
 
         `join` in pieces: what is asked for isn't kept, and one tensor of all experts is asked for once.
         """
-        if self.leaf.is_expert and len(self.stored) > 1:
+        if self._one_by_one:
             for stored in self.stored:
                 yield self._matrices(stored, tensor(stored.name))
             return
@@ -213,7 +214,12 @@ class Source:
 
         For layouts that are written: a matrix is stored whole.
         """
-        return (self.stored[0], expert) if len(self.stored) == 1 else (self.stored[expert], 0)
+        return (self.stored[expert], 0) if self._one_by_one else (self.stored[0], expert)
+
+    @property
+    def _one_by_one(self) -> bool:
+        """Whether each expert has a tensor of its own."""
+        return "{e}" in self.stored[0].rule.tensor
 
     def _matrices(self, stored: Stored, tensor: Array) -> Array:
         """A stored tensor's part of the leaf, upright; of one expert, or of all."""
@@ -332,6 +338,7 @@ def _linear_of(path: str) -> tuple[str, str]:
     return (linear, "") if block is None else (linear.replace(block[0], _BLOCK, 1), block[1])
 
 
+@functools.cache
 def _mark(layout: Layout) -> re.Pattern[str]:
     """The names of a layout's experts."""
     patterns = [

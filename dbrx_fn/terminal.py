@@ -1,5 +1,6 @@
 """What all commands share of how they speak to a terminal: exit status, warnings, progress."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -44,3 +45,8 @@ def size_text(nbytes: float) -> str:
             return f"{nbytes:,.0f} {unit}" if unit == "bytes" else f"{nbytes:,.1f} {unit}"
         nbytes /= 1024
     return f"{nbytes:,.1f} GiB"
+
+
+def close_standard_output() -> None:
+    """Keeps Python from complaining once more when it flushes at exit what its reader doesn't want any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
