@@ -19,7 +19,7 @@ from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.generation import check_limits, stream_text, token_budget, warm_up
 from dbrx_fn.generation_config import read_sampling
 from dbrx_fn.hub import SMALL, checkpoint_folder
-from dbrx_fn.loader import load
+from dbrx_fn.loader import computing_dtype, load
 from dbrx_fn.model import CHUNK_SIZE
 from dbrx_fn.params import Params
 from dbrx_fn.sampling import Sampling, random_key
@@ -121,7 +121,12 @@ def parser() -> argparse.ArgumentParser:
         default=CHUNK_SIZE,
         help="prompt tokens worked on at once, %(default)s if not given; bounds memory",
     )
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="convert the parameters to this when loading")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="convert the parameters to this when loading; if not given they stay as they are, and on a CPU become"
+        " float32 where memory allows",
+    )
     add("--json", action="store_true", help="print one JSON object at the end, instead of the text")
     return options
 
@@ -254,7 +259,7 @@ def _prompt(option: str) -> str:
 
 def _load(folder: Path, dtype: Dtype | None) -> tuple[Params, Config]:
     with byte_progress("loading") as progress:
-        return load(folder, dtype=dtype, progress=progress)
+        return load(folder, dtype=dtype or computing_dtype(folder), progress=progress)
 
 
 def _encode(tokenizer: Tokenizer, text: str, options: argparse.Namespace) -> list[int]:

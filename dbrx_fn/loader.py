@@ -12,7 +12,7 @@ from typing import cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from dbrx_fn.backend import memory_size
+from dbrx_fn.backend import backend, memory_size
 from dbrx_fn.checkpoint import Checkpoint, LeafReader, open_checkpoint, require_fit
 from dbrx_fn.config import Config, Dtype
 from dbrx_fn.errors import CheckpointError
@@ -72,6 +72,23 @@ def load(
     if not lazy:
         _read(params, checkpoint.path, progress)
     return params, config
+
+
+def computing_dtype(path_or_repo: str | Path) -> Dtype | None:
+    """What to `load` a checkpoint's parameters as, so that computing with them is fast; `None`: as they are stored.
+
+    A CPU multiplies float32 only, and turns anything else into that at every product: a bfloat16 model of 40 million
+    parameters makes 20 tokens a second on 2 cores, and 72 as float32.
+
+    Raises:
+        ConfigError, CheckpointError: as `load`.
+    """
+    if backend() != "cpu":
+        return None
+    checkpoint = open_checkpoint(path_or_repo)
+    # One of several dtypes is refused on every machine, unless somebody asks for it to be converted.
+    fits = not checkpoint.mixed and checkpoint.nbytes("float32") <= memory_size()
+    return "float32" if fits else None
 
 
 def load_tokenizer(path_or_repo: str | Path) -> Tokenizer:

@@ -21,7 +21,7 @@ from dbrx_fn.cache import init_cache
 from dbrx_fn.config import DBRX, Config, Dtype, config_from_dict
 from dbrx_fn.errors import CheckpointError, ConfigError, TokenizerError
 from dbrx_fn.layouts import LAYOUTS, Layout, sources
-from dbrx_fn.loader import load, load_tokenizer
+from dbrx_fn.loader import computing_dtype, load, load_tokenizer
 from dbrx_fn.model import forward
 from dbrx_fn.params import Format, Params, check_params, param_count, param_spec
 from tests import checkpoints, oracle
@@ -790,3 +790,12 @@ def test_names_that_no_repository_can_have(name: str, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="doesn't exist"):
         load(name)
+
+
+@pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="GPUs compute in what is stored")
+def test_a_cpu_computes_in_float32_where_that_fits(tmp_path: Path) -> None:
+    checkpoints.write_fused(tmp_path / "small", RAW, TENSORS, dtype="bfloat16")
+    assert computing_dtype(tmp_path / "small") == "float32"
+    config = full_size(tmp_path / "large")
+    assert 4 * param_count(config) > MEMORY
+    assert computing_dtype(tmp_path / "large") is None
