@@ -28,7 +28,7 @@ from dbrx_fn.layouts import (
     sources,
 )
 from dbrx_fn.params import Format, companions, formats_of, listed
-from dbrx_fn.raw import Raw, of_raw, raw
+from dbrx_fn.raw import Raw, mapped, of_raw, raw
 from dbrx_fn.tensor_files import Tensor, read_headers
 
 FLOATS: tuple[Dtype, ...] = get_args(Dtype)
@@ -137,8 +137,15 @@ class LeafReader:
         kinds = {getattr(mx, tensor.dtype) for tensor in tensors}
         # Where all are of one dtype, a matrix is converted at a time.
         kind = kinds.pop() if len(kinds) == 1 else wanted
-        for matrix in source.matrices(lambda name: raw(self._take(name).astype(kind))):
+        for matrix in source.matrices(lambda name: self._bits(name, kind)):
             yield matrix if kind == wanted else raw(of_raw(matrix, kind).astype(wanted))
+
+    def _bits(self, name: str, kind: mx.Dtype) -> Raw:
+        tensor = self._checkpoint.tensors[self._checkpoint.prefix + name]
+        array = self._take(name)
+        if tensor.start is None or array.dtype != kind:
+            return raw(array.astype(kind))
+        return mapped(tensor.file, tensor.start, tensor.shape, kind)
 
     def _take(self, name: str) -> mx.array:
         self._uses[name] -= 1

@@ -37,11 +37,15 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a file's header says of one tensor; `dtype` is MLX's name, or the file's for what isn't used here."""
+    """What a file's header says of one tensor; `dtype` is MLX's name, or the file's for what isn't used here.
+
+    `start`: where its bytes begin in the file, if they are what MLX would read.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    start: int | None = None
 
 
 def read_headers(folder: Path) -> dict[str, Tensor]:
@@ -135,14 +139,14 @@ def _header(file: Path) -> dict[str, Tensor]:
             content = opened.read(length)
         if not content.startswith(b"{"):
             raise ValueError("its header is no JSON object")
-        return _tensors(file, parse_json(content, unique=True), size - 8 - length)
+        return _tensors(file, parse_json(content, unique=True), 8 + length, size)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{file} is damaged or cut short at {size} bytes ({error}): copy it again from where it came."
         ) from None
 
 
-def _tensors(file: Path, header: object, data_size: int) -> dict[str, Tensor]:
+def _tensors(file: Path, header: object, data_start: int, size: int) -> dict[str, Tensor]:
     """The tensors of a header, which must fill the data that follows it exactly. Raises ValueError if it is wrong."""
     assert isinstance(header, dict)
     metadata = header.pop("__metadata__", None) or {}
@@ -165,14 +169,14 @@ def _tensors(file: Path, header: object, data_size: int) -> dict[str, Tensor]:
         if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * _BITS[dtype]:
             raise ValueError(f"{name} has the data_offsets {offsets}, which don't fit {dtype} {shape}")
         spans.append((offsets[0], offsets[1], name))
-        tensors[name] = Tensor(file, tuple(shape), _DTYPES.get(dtype, dtype))
+        tensors[name] = Tensor(file, tuple(shape), _DTYPES.get(dtype, dtype), data_start + offsets[0])
     end = 0
     for start, stop, name in sorted(spans):
         if start != end:
             raise ValueError(f"{name} starts at byte {start} of the data where {end} is expected")
         end = stop
-    if end != data_size:
-        raise ValueError(f"its tensors take {end} bytes where {data_size} follow the header")
+    if end != size - data_start:
+        raise ValueError(f"its tensors take {end} bytes where {size - data_start} follow the header")
     return tensors
 
 
