@@ -122,7 +122,10 @@ def check_layout(layout: Written, formats: Mapping[str, Format]) -> None:
     """Raises `InputError` if a layout can't hold matrices that are quantized like this."""
     for path in formats:
         if not holds_quantized(layout, path):
-            raise InputError(f"layout is {layout!r}, which can't hold quantized experts ({path}): take 'split'.")
+            raise InputError(
+                f"layout is {layout!r}, which can't hold quantized experts ({path}): take 'split' or 'stacked', or"
+                " dequantize them."
+            )
 
 
 def write_config(folder: Path, config: Config, layout: Written, formats: Mapping[str, Format]) -> None:
