@@ -1,134 +1,44 @@
-"""`python -m dbrx_fn.bench`: how fast training is here, as a part of how fast this machine multiplies matrices.
+"""`python -m dbrx_fn.bench`: how fast inference and training are here, as parts of what this machine can do.
 
-The bound is arithmetic: the operations that a step needs, counted from the config, over the rate of a large dense
-matrix product in the same dtype, measured in the same run. What recomputing activations costs isn't counted, as it
-isn't needed, so it shows as time lost. Each step is waited for, which training doesn't do. On CUDA, float32 products
-are TF32 on both sides, unless MLX_ENABLE_TF32=0.
+python -m dbrx_fn.bench inference --shape dbrx --quantize 4 --layers 4
+python -m dbrx_fn.bench training --shape 1.3b --dtype bfloat16
+
+`docs/bench.md` says what is measured, and how its bounds are counted.
 """
 
 import argparse
-import functools
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar, get_args
 
-import mlx.core as mx
-from tqdm import tqdm
-
-from dbrx_fn.config import AttnConfig, Config, Dtype, FFNConfig, read_config, read_config_file
+from dbrx_fn.bounds import weight_bytes
+from dbrx_fn.config import DBRX, Config, Dtype, config_to_dict, read_config, read_config_file
 from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.hub import SMALL
-from dbrx_fn.params import init_params, param_count
-from dbrx_fn.terminal import INTERRUPTED, printed_warnings
-from dbrx_fn.training import Recipe, check_memory, init_state, train_step
-
-BILLION = Config(
-    d_model=2048,
-    n_heads=16,
-    n_layers=6,
-    max_seq_len=4096,
-    vocab_size=50_304,
-    attn=AttnConfig(clip_qkv=8.0, kv_n_heads=8, rope_theta=500_000.0),
-    ffn=FFNConfig(ffn_hidden_size=1792, moe_num_experts=16, moe_top_k=4, moe_jitter_eps=0.01, moe_loss_weight=0.05),
+from dbrx_fn.inference_speed import (
+    Cases,
+    Figure,
+    Planned,
+    check_cases,
+    make_weights,
+    measure_inference,
+    our_program,
+    plan_checkpoint,
+    plan_random,
 )
-"""1.3B parameters: 16 experts of which 4, as in DBRX, each 7/8 as wide as d_model where DBRX's are 7/4."""
+from dbrx_fn.machine_limits import MachineLimits, measure_limits
+from dbrx_fn.mlx_lm_peer import check_mlx_lm, mlx_lm_program
+from dbrx_fn.params import param_count
+from dbrx_fn.pictures import RooflinePoint, check_picture, draw_roofline
+from dbrx_fn.quantize_options import FORMAT_HELP, add_quantize_options, chosen_quantization
+from dbrx_fn.terminal import INTERRUPTED, printed_warnings, size_text
+from dbrx_fn.training_speed import BILLION, TrainingSpeed, measure_training
 
-
-@dataclass(frozen=True)
-class TrainingSpeed:
-    """One measurement. Times in seconds, memory in bytes, rates in operations per second.
-
-    `first_step` holds tracing and, on first use, the compilation of kernels; the others are medians after it.
-    """
-
-    shape: str
-    parameters: int
-    active_parameters: int
-    batch_size: int
-    sequence_length: int
-    dtype: str
-    recompute: bool
-    first_step: float
-    step: float
-    fastest_step: float
-    slowest_step: float
-    tokens_per_second: float
-    operations_per_token: int
-    matmul_rate: float
-    fraction_of_bound: float
-    peak_memory: int
-
-
-def training_operations(config: Config, sequence_length: int) -> int:
-    """Floating-point operations that training takes per token: forward, and twice that backward.
-
-    Each active parameter but the embedding's, which is looked up, is multiplied and added once: 2 operations forward.
-    Attention multiplies each query with the keys before it, half of `sequence_length` on average, and sums as many
-    values: 4 operations an entry of d_model and key.
-    """
-    matrices = param_count(config, active=True) - config.vocab_size * config.d_model
-    attention = config.n_layers * 4 * config.d_model * sequence_length // 2
-    return 3 * (2 * matrices + attention)
-
-
-def matmul_rate(dtype: Dtype) -> float:
-    """Operations per second of the default device's dense matrix product, at its best over a few sizes."""
-    best = 0.0
-    for size in (256, 512, 1024, 2048, 4096, 8192):
-        one = mx.random.normal((size, size)).astype(getattr(mx, dtype))
-        mx.eval(one)
-        seconds = _median_seconds(functools.partial(mx.matmul, one, one), 5)
-        best = max(best, 2 * size**3 / seconds)
-        # A CPU has shown what it can by then, and would take minutes for the next.
-        if seconds > 0.1:
-            break
-    return best
-
-
-def measure_training(
-    shape: str, config: Config, batch_size: int, sequence_length: int, dtype: Dtype, *, recompute: bool, steps: int
-) -> TrainingSpeed:
-    """Times `train_step` on random tokens."""
-    check_memory(config)
-    recipe = Recipe(steps=steps + 1, warmup=0, dtype=dtype, recompute=recompute)
-    config = replace(config, dtype="float32")
-    mx.reset_peak_memory()
-    state = init_state(init_params(config, mx.random.key(0)), recipe, mx.random.key(1))
-    tokens = mx.random.randint(0, config.vocab_size, (batch_size, sequence_length + 1), key=mx.random.key(2))
-    mx.eval(state, tokens)
-    times: list[float] = []
-    for _ in tqdm(range(steps + 1), desc=f"{shape} {dtype}", unit="step", disable=None, leave=False):
-        start = time.perf_counter()
-        state, measured = train_step(state, tokens, None, config=config, recipe=recipe)
-        mx.eval(state, measured)
-        times.append(time.perf_counter() - start)
-    step = statistics.median(times[1:])
-    peak = mx.get_peak_memory()
-    del state
-    mx.clear_cache()
-    operations, rate = training_operations(config, sequence_length), matmul_rate(dtype)
-    return TrainingSpeed(
-        shape=shape,
-        parameters=param_count(config),
-        active_parameters=param_count(config, active=True),
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        dtype=dtype,
-        recompute=recompute,
-        first_step=times[0],
-        step=step,
-        fastest_step=min(times[1:]),
-        slowest_step=max(times[1:]),
-        tokens_per_second=batch_size * sequence_length / step,
-        operations_per_token=operations,
-        matmul_rate=rate,
-        fraction_of_bound=batch_size * sequence_length * operations / step / rate,
-        peak_memory=peak,
-    )
+_Row = TypeVar("_Row")
+_COUNTS = {"batch_size", "sequence_length", "steps", "prompt", "context", "tokens", "repeats"}
 
 
 @printed_warnings()
@@ -136,35 +46,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
     chosen = parser().parse_args(arguments)
     try:
-        for name in ("batch_size", "sequence_length", "steps"):
-            if getattr(chosen, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(chosen, name)} where it must be at least 1.")
-        speeds = [
-            measure_training(
-                shape,
-                _config(shape),
-                chosen.batch_size,
-                chosen.sequence_length,
-                dtype,
-                recompute=chosen.recompute,
-                steps=chosen.steps,
-            )
-            for shape in chosen.shape
-            for dtype in chosen.dtype
-        ]
+        for name in _COUNTS & vars(chosen).keys():
+            given = getattr(chosen, name)
+            lowest = min(given) if isinstance(given, list) else given
+            if lowest < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {lowest} where it must be at least 1.")
+        chosen.run(chosen)
     except DbrxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
-    print(json.dumps([asdict(speed) for speed in speeds], indent=2) if chosen.json else _table(speeds))
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(prog="python -m dbrx_fn.bench", description="Measure how fast training is here.")
-    add = options.add_argument
+    options = argparse.ArgumentParser(
+        prog="python -m dbrx_fn.bench", description="Measure how fast inference or training is here."
+    )
+    commands = options.add_subparsers(required=True, metavar="inference | training")
+    inference = commands.add_parser(
+        "inference", help="prefill, first token, decoding, loading", description=f"Measure inference. {FORMAT_HELP}"
+    )
+    inference.set_defaults(run=_inference)
+    add = inference.add_argument
+    add("--model", help="checkpoint: folder, GGUF file, or Hugging Face repository; the small model that ships")
+    add("--shape", help="random weights instead: dbrx, small, 1.3b, or the path of a config.json")
+    add("--layers", type=int, help="only the first of the model's")
+    add("--dtype", choices=get_args(Dtype), help="of all floats; the model's own, and float32 on a CPU, if not given")
+    add_quantize_options(inference)
+    add("--prompt", type=int, nargs="+", default=[128, 1024], help="tokens of a prompt; 128 1024")
+    add("--context", type=int, nargs="+", default=[256, 1024], help="tokens to decode after; 256 1024")
+    add("--batch-size", type=int, nargs="+", default=[1, 8], help="sequences that are decoded at once; 1 8")
+    add("--tokens", type=int, default=32, help="to decode in one repetition; %(default)s")
+    add("--repeats", type=int, default=5, help="to take the median of, in a minute at most; %(default)s")
+    add("--peer", choices=("mlx-lm",), help="measure it too, on the same weights")
+    add("--picture", type=Path, metavar="FILE", help="a roofline, .png or .svg")
+    add("--json", action="store_true", help="print JSON instead of a table")
+
+    training = commands.add_parser("training", help="training steps", description="Measure how fast training is here.")
+    training.set_defaults(run=_training)
+    add = training.add_argument
     add("--shape", nargs="+", default=["small"], help="small, 1.3b, or the path of a config.json; %(default)s")
     add("--batch-size", type=int, default=64, help="sequences to a step; %(default)s")
     add("--sequence-length", type=int, default=256, help="tokens of a sequence; %(default)s")
@@ -175,13 +98,129 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+def _inference(chosen: argparse.Namespace) -> None:
+    if chosen.model is not None and chosen.shape is not None:
+        raise InputError("--model and --shape are both given: a checkpoint's weights are measured, or random ones.")
+    if chosen.picture is not None:
+        check_picture(chosen.picture)
+    layers, dtype, quantization = chosen.layers, chosen.dtype, chosen_quantization(chosen)
+    if chosen.shape is not None:
+        planned = plan_random(chosen.shape, _config(chosen.shape), layers, dtype, quantization)
+    else:
+        planned = plan_checkpoint(chosen.model or str(SMALL), layers, dtype, quantization)
+    cases = Cases(tuple(chosen.prompt), tuple(chosen.context), tuple(chosen.batch_size), chosen.tokens, chosen.repeats)
+    check_cases(planned, cases)
+    if chosen.peer is not None:
+        check_mlx_lm(planned.config)
+    # While there is memory: of the largest models' weights little is left.
+    limits = measure_limits(planned.config.dtype)
+    params, made = make_weights(planned)
+    programs = [our_program(params, planned.config)]
+    if chosen.peer is not None:
+        programs.append(mlx_lm_program(params, planned.config, planned.formats))
+    figures = [made, *measure_inference(programs, planned, cases, limits)]
+    print(
+        json.dumps(_described(planned, limits, figures), indent=2)
+        if chosen.json
+        else _inference_text(planned, limits, figures)
+    )
+    if chosen.picture is not None:
+        draw_roofline(_points(figures), limits.matmul_rate, limits.copy_bandwidth, chosen.picture)
+
+
+def _training(chosen: argparse.Namespace) -> None:
+    speeds = [
+        measure_training(
+            shape,
+            _config(shape),
+            chosen.batch_size,
+            chosen.sequence_length,
+            dtype,
+            recompute=chosen.recompute,
+            steps=chosen.steps,
+        )
+        for shape in chosen.shape
+        for dtype in chosen.dtype
+    ]
+    print(json.dumps([asdict(speed) for speed in speeds], indent=2) if chosen.json else _training_table(speeds))
+
+
 def _config(shape: str) -> Config:
     if shape == "small":
         return read_config(SMALL)
-    return BILLION if shape == "1.3b" else read_config_file(Path(shape))
+    known = {"1.3b": BILLION, "dbrx": DBRX}
+    return known[shape] if shape in known else read_config_file(Path(shape))
 
 
-def _table(speeds: Sequence[TrainingSpeed]) -> str:
+def _described(planned: Planned, limits: MachineLimits, figures: Sequence[Figure]) -> dict[str, Any]:
+    config, formats = planned.config, planned.formats
+    return {
+        "model": {
+            "name": planned.name,
+            "random": planned.checkpoint is None,
+            "parameters": param_count(config),
+            "active_parameters": param_count(config, active=True),
+            "weight_bytes": weight_bytes(config, formats),
+            "formats": {path: f"{form.mode} {form.bits}:{form.group_size}" for path, form in formats.items()},
+            "config": config_to_dict(config),
+        },
+        "machine": asdict(limits),
+        "figures": [asdict(figure) for figure in figures],
+    }
+
+
+def _inference_text(planned: Planned, limits: MachineLimits, figures: Sequence[Figure]) -> str:
+    config = planned.config
+    size = weight_bytes(config, planned.formats)
+    blas = "" if limits.blas is None else f", matrix products by {limits.blas}"
+    columns: dict[str, Callable[[Figure], str]] = {
+        "program": lambda f: f.program,
+        "what": lambda f: f.what,
+        "tokens": lambda f: f"{f.tokens:,}" if f.tokens else "",
+        "batch": lambda f: str(f.batch_size) if f.what == "decode" else "",
+        "first": lambda f: _time(f.first),
+        "median": lambda f: _time(f.seconds),
+        "spread": lambda f: f"{_time(f.fastest)} - {_time(f.slowest)}" if f.repeats > 1 else "",
+        "tokens/s": lambda f: "" if f.tokens_per_second is None else f"{f.tokens_per_second:,.1f}",
+        "operations": lambda f: "" if f.operations is None else _scaled(f.operations),
+        "bytes": lambda f: "" if f.bytes is None else _scaled(f.bytes) + "B",
+        "bound": lambda f: _time(f.bound),
+        "of": lambda f: f.bound_by or "",
+        "of bound": lambda f: "" if f.fraction_of_bound is None else f"{100 * f.fraction_of_bound:.1f}%",
+        "memory": lambda f: "" if f.peak_memory is None else size_text(f.peak_memory),
+    }
+    missing = [figure for figure in figures if figure.missing is not None]
+    return "\n".join(
+        [
+            f"{planned.name}: {config.n_layers} layers, {param_count(config) / 1e6:,.1f}M parameters,"
+            f" {param_count(config, active=True) / 1e6:,.1f}M active, {8 * size / param_count(config):.2f} bits a"
+            f" weight, {config.dtype}, {size_text(size)}{' of random weights' if planned.checkpoint is None else ''}",
+            f"{limits.backend}, {limits.device}, {size_text(limits.memory)}, MLX {limits.mlx}{blas}: copies"
+            f" {limits.copy_bandwidth / 1e9:,.1f} GB/s, multiplies {limits.matmul_rate / 1e12:,.3f} TFLOP/s in"
+            f" {limits.dtype}",
+            _table(columns, [figure for figure in figures if figure.missing is None]),
+            *(f"missing: {f.program} {f.what} {f.tokens:,} x {f.batch_size}: {f.missing}" for f in missing),
+        ]
+    )
+
+
+def _points(figures: Sequence[Figure]) -> list[RooflinePoint]:
+    return [
+        RooflinePoint(
+            figure.program,
+            f"{figure.what} {figure.tokens:,}" + (f" x {figure.batch_size}" if figure.what == "decode" else ""),
+            figure.operations,
+            figure.bytes,
+            figure.seconds,
+        )
+        for figure in figures
+        # Which is a prefill and no other work.
+        if figure.what != "first token"
+        if figure.operations is not None and figure.bytes is not None and figure.seconds is not None
+    ]
+
+
+def _training_table(speeds: Sequence[TrainingSpeed]) -> str:
     columns: dict[str, Callable[[TrainingSpeed], str]] = {
         "shape": lambda s: s.shape,
         "parameters": lambda s: f"{s.parameters / 1e6:,.1f}M",
@@ -197,19 +236,29 @@ def _table(speeds: Sequence[TrainingSpeed]) -> str:
         "of bound": lambda s: f"{100 * s.fraction_of_bound:.1f}%",
         "memory": lambda s: f"{s.peak_memory / 2**30:.2f} GiB",
     }
-    rows = [list(columns), *([show(speed) for show in columns.values()] for speed in speeds)]
+    return _table(columns, speeds)
+
+
+def _table(columns: dict[str, Callable[[_Row], str]], shown: Sequence[_Row]) -> str:
+    rows = [list(columns), *([show(one) for show in columns.values()] for one in shown)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def _median_seconds(run: Callable[[], mx.array], times: int) -> float:
-    mx.eval(run())
-    taken = []
-    for _ in range(times):
-        start = time.perf_counter()
-        mx.eval(run())
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds >= 1:
+        return f"{seconds:,.2f} s"
+    return f"{1e3 * seconds:,.2f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:,.2f} us"
+
+
+def _scaled(number: float) -> str:
+    for prefix in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.3g} {prefix}"
+        number /= 1000
+    return f"{number:,.3g} T"
 
 
 if __name__ == "__main__":

@@ -18,12 +18,9 @@ from dbrx_fn.config import Dtype
 from dbrx_fn.conversion import Conversion, Request, convert, finished_shards, plan_conversion, require_free
 from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.layouts import WRITTEN
-from dbrx_fn.params import MODES, Format, format_of_mode
-from dbrx_fn.quantization import Quantization
+from dbrx_fn.quantize_options import FORMAT_HELP, add_quantize_options, chosen_quantization
 from dbrx_fn.shards import SHARD_BYTES
 from dbrx_fn.terminal import INTERRUPTED, byte_progress, printed_warnings, size_text
-
-_KINDS = ("experts", "attention", "embedding", "head", "router")
 
 
 @printed_warnings()
@@ -35,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"--shard-size is {chosen.shard_size:g} where a number of GB above 0 is expected.")
         request = Request(
             layout=chosen.layout,
-            quantization=_quantization(chosen),
+            quantization=chosen_quantization(chosen),
             dequantize=chosen.dequantize,
             dtype=chosen.dtype,
             shard_bytes=int(chosen.shard_size * 10**9),
@@ -67,8 +64,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = argparse.ArgumentParser(
         prog="python -m dbrx_fn.convert",
-        description="Convert a DBRX checkpoint of any known layout. FORMAT is a number of bits (4), bits and group size"
-        f" (4:32), {', '.join(MODES[1:])}, or none.",
+        description=f"Convert a DBRX checkpoint of any known layout. {FORMAT_HELP}",
     )
     add = options.add_argument
     add("source", help="folder, GGUF file, or Hugging Face repository as owner/name")
@@ -80,9 +76,7 @@ def parser() -> argparse.ArgumentParser:
         default="split",
         help="split: mlx-lm's, which is read here too; fused: Hugging Face's; stacked: as the tree has it; %(default)s",
     )
-    add("--quantize", metavar="FORMAT", help="experts, attention, embedding and head; not the router")
-    for kind in _KINDS:
-        add(f"--{kind}", metavar="FORMAT", help=f"of the {kind} alone")
+    add_quantize_options(options)
     add("--dequantize", action="store_true", help="turn quantized matrices into floats first")
     add("--dtype", choices=get_args(Dtype), help="of all floats; as most of them are, if not given")
     add("--shard-size", type=float, default=SHARD_BYTES / 10**9, metavar="GB", help="of a file at most; %(default)g")
@@ -138,35 +132,6 @@ def _table(conversion: Conversion) -> str:
         f"converting needs about {size_text(conversion.peak_memory)} of memory",
     ]
     return "\n".join(lines)
-
-
-def _quantization(chosen: argparse.Namespace) -> Quantization | None:
-    named = {kind: getattr(chosen, kind) for kind in _KINDS}
-    if chosen.quantize is None and all(text is None for text in named.values()):
-        return None
-    usual = None if chosen.quantize is None else _format("quantize", chosen.quantize)
-    formats = {
-        kind: (None if kind == "router" else usual) if text is None else _format(kind, text)
-        for kind, text in named.items()
-    }
-    return Quantization(**formats)
-
-
-def _format(option: str, text: str) -> Format | None:
-    if text == "none":
-        return None
-    if text in MODES[1:]:
-        return format_of_mode(text)
-    parts = re.fullmatch(r"(\d+)(?::(\d+))?", text)
-    if parts is None:
-        raise InputError(
-            f"--{option} is {text!r} where bits (4), bits and group size (4:32), {', '.join(MODES[1:])} or none is"
-            " expected."
-        )
-    try:
-        return Format(int(parts[1]), int(parts[2] or 64))
-    except InputError as error:
-        raise InputError(f"--{option} is {text}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures of training runs and of what quantization costs.
+"""Pictures of training runs, of what quantization costs, and of speed.
 
 They are drawn with matplotlib, which is an extra: `pip install 'dbrx-fn[pictures]'`.
 """
@@ -144,6 +144,55 @@ def draw_quantizations(models: Sequence[QuantizedModel], original: str, original
         axes.margins(0.15, 0.25)
         axes.grid(alpha=0.3)
     right.legend(frameon=False)
+    _write(figure, file)
+
+
+@dataclass(frozen=True)
+class RooflinePoint:
+    """One point of `draw_roofline`: what was done, in how many seconds."""
+
+    program: str
+    label: str
+    operations: int
+    bytes: int
+    seconds: float
+
+
+def draw_roofline(
+    points: Sequence[RooflinePoint], operations_per_second: float, bytes_per_second: float, file: Path
+) -> None:
+    """Operations per second over operations per byte, below what the machine's two rates allow.
+
+    Left of the roof's edge reading is the bound, right of it computing. Both scales are logarithmic.
+
+    Args:
+        points: at least one.
+        operations_per_second: the machine's.
+        bytes_per_second: the machine's.
+        file: a .png or .svg to write.
+
+    Raises:
+        InputError: if it is neither, it can't be written, or there is no matplotlib.
+    """
+    figure = _figure(9, 6)
+    axes = figure.subplots()
+    intensities = [point.operations / point.bytes for point in points]
+    edge = operations_per_second / bytes_per_second
+    roof = np.geomspace(min(*intensities, edge) / 4, max(*intensities, edge) * 16, 200)
+    bound = f"{bytes_per_second / 1e9:,.1f} GB/s, {operations_per_second / 1e12:,.3g} TFLOP/s"
+    axes.plot(roof, np.minimum(roof * bytes_per_second, operations_per_second), color="black", linewidth=1, label=bound)
+    for number, program in enumerate(dict.fromkeys(point.program for point in points)):
+        shown = [point for point in points if point.program == program]
+        x = [point.operations / point.bytes for point in shown]
+        y = [point.operations / point.seconds for point in shown]
+        axes.scatter(x, y, s=24, color=f"C{number}", label=program)
+        # On two sides, the names of two programs' points don't lie upon each other.
+        side: dict[str, Any] = {"xytext": (-5, 3), "ha": "right"} if number % 2 else {"xytext": (5, -9), "ha": "left"}
+        for point, place in zip(shown, zip(x, y, strict=True), strict=True):
+            axes.annotate(point.label, place, textcoords="offset points", fontsize=7, color=f"C{number}", **side)
+    axes.set(xlabel="operations per byte", ylabel="operations per second", xscale="log", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     _write(figure, file)
 
 

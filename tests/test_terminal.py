@@ -23,7 +23,7 @@ def interrupt(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("main", "slow", "options"),
     [
-        (bench.main, "dbrx_fn.bench.train_step", ["--shape", "{}/config.json"]),
+        (bench.main, "dbrx_fn.training_speed.train_step", ["training", "--shape", "{}/config.json"]),
         (random_checkpoint.main, "dbrx_fn.random_checkpoint.init_params", ["{}/out"]),
         (
             train_tokenizer.main,

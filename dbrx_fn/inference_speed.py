@@ -1,0 +1,419 @@
+"""How fast a model answers here, and which part of its bounds that is: loading, prefill, first token, decoding.
+
+Decoding runs as in `generation.stream_tokens`, by the same functions: the next step is being computed while the last
+token is waited for. A program is this package or another that runs the same weights; they are measured in turn.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+from dbrx_fn.backend import backend, memory_size
+from dbrx_fn.bounds import Formats, Work, cache_bytes, decode_work, prefill_work, weight_bytes
+from dbrx_fn.cache import Cache, capacity_bucket, grow_cache, init_cache
+from dbrx_fn.checkpoint import open_checkpoint, require_fit
+from dbrx_fn.config import Config, Dtype
+from dbrx_fn.errors import InputError
+from dbrx_fn.generation import GREEDY, stream_tokens
+from dbrx_fn.loader import computing_dtype, load
+from dbrx_fn.machine_limits import MachineLimits, read_seconds
+from dbrx_fn.model import forward
+from dbrx_fn.params import Params
+from dbrx_fn.quantization import Quantization, quantize, wanted_formats
+from dbrx_fn.random_weights import random_params
+from dbrx_fn.sampling import sample
+
+What = Literal["load", "draw", "prefill", "first token", "decode"]
+Step = Callable[[mx.array], mx.array]
+"""One token of each sequence `[batch]` to the next ones, lazily."""
+
+OURS = "dbrx_fn"
+ANSWER = 100
+"""Tokens that are asked for where the first is measured."""
+WARM_STEPS = 4
+"""Decoding steps before any is timed: the first traces and compiles, the next reuse its buffers."""
+_PATIENCE = 60.0
+"""Seconds after which nothing is repeated any more."""
+
+
+@dataclass(frozen=True)
+class Cases:
+    """What to measure: every prompt alone, and every context with every batch size.
+
+    `prompts`, `contexts`: in tokens. `tokens`: to decode in one repetition.
+    """
+
+    prompts: tuple[int, ...]
+    contexts: tuple[int, ...]
+    batch_sizes: tuple[int, ...]
+    tokens: int
+    repeats: int
+
+    @property
+    def steps(self) -> int:
+        """Tokens that decoding adds to a context."""
+        return WARM_STEPS + self.repeats * self.tokens + 1
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is to be measured, before any weight is there; `checkpoint` is `None` for random weights."""
+
+    name: str
+    config: Config
+    formats: Formats
+    checkpoint: Path | None = None
+    quantization: Quantization | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    """One that runs the weights.
+
+    `prefill`: a prompt `[1 time]`; returns when its last logits and the cache are there.
+    `first_token`: a prompt; returns when the first token is there, as a user gets it.
+    `decoder`: for a context, a batch size and the steps to come, the decoding step after that context.
+    """
+
+    name: str
+    prefill: Callable[[mx.array], None]
+    first_token: Callable[[list[int]], None]
+    decoder: Callable[[int, int, int], Step]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measurement. Times in seconds, memory in bytes.
+
+    `tokens`: of the prompt, or of the context that is decoded after.
+    `first`: the first time, with tracing and, on first use, the compilation of kernels.
+    `seconds`, `fastest`, `slowest`: median and extremes after that; of decoding, of one step.
+    `bound`: the least time, and `fraction_of_bound` is that over `seconds`.
+    `missing`: why there is no measurement.
+    """
+
+    program: str
+    what: What
+    tokens: int
+    batch_size: int
+    first: float | None = None
+    seconds: float | None = None
+    fastest: float | None = None
+    slowest: float | None = None
+    repeats: int = 0
+    tokens_per_second: float | None = None
+    operations: int | None = None
+    bytes: int | None = None
+    bound: float | None = None
+    bound_by: Literal["operations", "bytes", "files"] | None = None
+    fraction_of_bound: float | None = None
+    peak_memory: int | None = None
+    missing: str | None = None
+
+
+def plan_random(
+    name: str, config: Config, layers: int | None, dtype: Dtype | None, quantization: Quantization | None
+) -> Planned:
+    """Random weights of a config, in its dtype if none is given, and on a CPU in float32, in which it computes fastest.
+
+    Raises:
+        InputError: if it has fewer layers than are asked for, or can't be quantized like this.
+    """
+    usual: Dtype = "float32" if backend() == "cpu" else config.dtype
+    config = _cut(replace(config, dtype=dtype or usual), layers)
+    return Planned(name, config, {} if quantization is None else wanted_formats(config, quantization))
+
+
+def plan_checkpoint(
+    path_or_repo: str, layers: int | None, dtype: Dtype | None, quantization: Quantization | None
+) -> Planned:
+    """A checkpoint's weights, in the dtype that `generate` takes if none is given, quantized if that is asked for.
+
+    Raises:
+        InputError: as `plan_random`, or if matrices that are to be quantized are so already.
+        ConfigError, CheckpointError: as `load`.
+    """
+    checkpoint = open_checkpoint(path_or_repo)
+    require_fit(checkpoint, one_dtype=dtype is None)
+    dtype = dtype or computing_dtype(checkpoint.path)
+    config = _cut(replace(checkpoint.config, dtype=dtype or checkpoint.config.dtype), layers)
+    kept = {path: form for path, form in checkpoint.formats.items() if _is_in(path, config)}
+    wanted = {} if quantization is None else wanted_formats(config, quantization)
+    for path in kept.keys() & wanted.keys():
+        raise InputError(f"{path} of {checkpoint.path} is quantized already: measure it as it is.")
+    return Planned(str(path_or_repo), config, kept | wanted, checkpoint.path, quantization)
+
+
+def check_cases(planned: Planned, cases: Cases) -> None:
+    """Raises `InputError` for what can't be measured with this model or on this machine."""
+    config = planned.config
+    for name, tokens in (
+        *(("prompt", prompt) for prompt in cases.prompts),
+        *(("context", context + cases.steps) for context in cases.contexts),
+    ):
+        if tokens > config.max_seq_len:
+            more = "" if name == "prompt" else f", the {cases.steps} of decoding included,"
+            raise InputError(
+                f"--{name} comes to {tokens} tokens{more} and the model's context holds {config.max_seq_len}: ask for"
+                " fewer."
+            )
+    weights, cache = weight_bytes(config, planned.formats), _largest_cache(config, cases)
+    if weights + cache > memory_size():
+        raise InputError(
+            f"The weights need {weights / 2**30:.1f} GiB and the largest cache {cache / 2**30:.1f} GiB and this machine"
+            f" has {memory_size() / 2**30:.1f} GiB: quantize, take fewer --layers, or a smaller --context and"
+            " --batch-size."
+        )
+
+
+def make_weights(planned: Planned) -> tuple[Params, Figure]:
+    """Loads or draws a model's weights.
+
+    Returns:
+        params: all in memory.
+        figure: how long that took. A checkpoint's bound is a plain reading of its files just afterwards.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    params = _drawn(planned) if planned.checkpoint is None else _loaded(planned.checkpoint, planned)
+    seconds = time.perf_counter() - start
+    figure = Figure(
+        OURS,
+        "draw" if planned.checkpoint is None else "load",
+        tokens=0,
+        batch_size=1,
+        seconds=seconds,
+        fastest=seconds,
+        slowest=seconds,
+        repeats=1,
+        bytes=weight_bytes(planned.config, planned.formats),
+        peak_memory=mx.get_peak_memory(),
+    )
+    mx.clear_cache()
+    # Of a checkpoint that is cut, not all is read.
+    if planned.checkpoint is None or open_checkpoint(planned.checkpoint).config.n_layers != planned.config.n_layers:
+        return params, figure
+    files = {tensor.file for tensor in open_checkpoint(planned.checkpoint).tensors.values()}
+    bound = read_seconds(sorted(files))
+    return params, replace(figure, bound=bound, bound_by="files", fraction_of_bound=bound / seconds)
+
+
+def our_program(params: Params, config: Config) -> Program:
+    """This package, by its public functions."""
+
+    def prefill(tokens: mx.array) -> None:
+        cache = init_cache(config, 1, capacity_bucket(tokens.shape[1]))
+        logits, cache = forward(params, tokens, cache, last_only=True)
+        mx.eval(logits, cache.keys, cache.values)
+
+    def first_token(prompt: list[int]) -> None:
+        next(stream_tokens(params, config, prompt, max_tokens=ANSWER))
+
+    def decoder(context: int, batch_size: int, steps: int) -> Step:
+        keys, values = random_cache(config, context, batch_size, capacity_bucket(context + steps))
+        cache = Cache(config, (context,) * batch_size, keys, values)
+        key = mx.random.key(0)
+        # Only one name for each array, so that it is written to and not copied.
+        del keys, values
+
+        def step(token: mx.array) -> mx.array:
+            nonlocal cache, key
+            cache = grow_cache(cache, cache.lengths[0] + 1)
+            logits, cache = forward(params, token[:, None], cache)
+            token, key, _ = sample(logits[:, 0], key, None, sampling=GREEDY)
+            return token
+
+        return step
+
+    return Program(OURS, prefill, first_token, decoder)
+
+
+def measure_inference(
+    programs: Sequence[Program], planned: Planned, cases: Cases, limits: MachineLimits
+) -> list[Figure]:
+    """Measures every case with one program after the other.
+
+    Memory that runs out, or another program that can't run a case, makes a figure that says so.
+    """
+    config, formats = planned.config, planned.formats
+    figures = []
+    wanted: list[tuple[What, int, int]] = [
+        *(("prefill", prompt, 1) for prompt in cases.prompts),
+        *(("first token", prompt, 1) for prompt in cases.prompts),
+        *(("decode", context, batch_size) for context, batch_size in product(cases.contexts, cases.batch_sizes)),
+    ]
+    for (what, tokens, batch_size), program in tqdm(
+        list(product(wanted, programs)), desc=planned.name, unit="case", disable=None, leave=False
+    ):
+        empty = Figure(program.name, what, tokens, batch_size)
+        if what == "decode":
+            # In the middle of what is decoded.
+            middle = tokens + cases.steps / 2
+            work, made = decode_work(config, formats, middle, batch_size), batch_size
+        else:
+            work, made = prefill_work(config, formats, tokens), tokens
+        figures.append(_measured(empty, program, config, cases, work, made, limits))
+    return figures
+
+
+def random_cache(
+    config: Config, context: int, batch_size: int, capacity: int
+) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
+    """Keys and values as if `context` tokens had been there: random, since what they are changes no time.
+
+    The same for every capacity.
+    """
+    shape = (batch_size, config.attn.kv_n_heads, context, config.head_dim)
+    free = [(0, 0), (0, 0), (0, capacity - context), (0, 0)]
+    arrays = []
+    for key in mx.random.split(mx.random.key(1), 2 * config.n_layers):
+        arrays.append(mx.pad(mx.random.normal(shape, getattr(mx, config.dtype), key=key), free))
+        mx.eval(arrays[-1])
+    mx.clear_cache()
+    return tuple(arrays[::2]), tuple(arrays[1::2])
+
+
+def random_tokens(config: Config, batch_size: int, time: int) -> mx.array:
+    """int32 `[batch time]`."""
+    return mx.random.randint(0, config.vocab_size, (batch_size, time), mx.int32, mx.random.key(2))
+
+
+def _measured(
+    empty: Figure, program: Program, config: Config, cases: Cases, work: Work, made: int, limits: MachineLimits
+) -> Figure:
+    mx.synchronize()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    try:
+        if empty.what == "decode":
+            step = program.decoder(empty.tokens, empty.batch_size, cases.steps)
+            first, times = decoding_times(step, random_tokens(config, empty.batch_size, 1)[:, 0], cases)
+        else:
+            tokens = random_tokens(config, 1, empty.tokens)
+            first, times = _times(program, empty.what, tokens, cases.repeats)
+    # Another program's errors are what there is to say of it; of ours only memory can run out.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        if program.name == OURS and not (isinstance(error, (RuntimeError, MemoryError)) and _is_memory(reason)):
+            raise
+        return replace(empty, missing=f"{type(error).__name__}: {reason}")
+    seconds = statistics.median(times)
+    bound = work.seconds(limits.matmul_rate, limits.copy_bandwidth)
+    return replace(
+        empty,
+        first=first,
+        seconds=seconds,
+        fastest=min(times),
+        slowest=max(times),
+        repeats=len(times),
+        tokens_per_second=made / seconds,
+        operations=work.operations,
+        bytes=work.bytes,
+        bound=bound,
+        bound_by=work.bound_by(limits.matmul_rate, limits.copy_bandwidth),
+        fraction_of_bound=bound / seconds,
+        peak_memory=mx.get_peak_memory(),
+    )
+
+
+def _times(program: Program, what: What, tokens: mx.array, repeats: int) -> tuple[float, list[float]]:
+    prompt = [int(token) for token in tokens[0]]
+    times: list[float] = []
+    while len(times) <= repeats and not (len(times) > 1 and sum(times) > _PATIENCE):
+        start = time.perf_counter()
+        if what == "prefill":
+            program.prefill(tokens)
+        else:
+            program.first_token(prompt)
+        times.append(time.perf_counter() - start)
+        # The token after the first is being computed already.
+        mx.synchronize()
+    return times[0], times[1:]
+
+
+def decoding_times(step: Step, token: mx.array, cases: Cases) -> tuple[float, list[float]]:
+    """Decodes: the seconds until the first token was there, and of a step in each repetition."""
+    start = time.perf_counter()
+    token = step(token)
+    mx.async_eval(token)
+
+    def decode(count: int) -> float:
+        nonlocal token
+        begun = time.perf_counter()
+        for _ in range(count):
+            current = token
+            token = step(current)
+            mx.async_eval(token)
+            current.tolist()
+        return (time.perf_counter() - begun) / count
+
+    decode(1)
+    first = time.perf_counter() - start
+    decode(WARM_STEPS - 1)
+    begun = time.perf_counter()
+    times: list[float] = []
+    while len(times) < cases.repeats and not (times and time.perf_counter() - begun > _PATIENCE):
+        times.append(decode(cases.tokens))
+    mx.synchronize()
+    return first, times
+
+
+def _drawn(planned: Planned) -> Params:
+    params = random_params(planned.config, planned.formats, mx.random.key(0))
+    _evaluate_leaves(params)
+    return params
+
+
+def _loaded(path: Path, planned: Planned) -> Params:
+    wanted = planned.config
+    if planned.quantization is None and open_checkpoint(path).config.n_layers == wanted.n_layers:
+        return load(path, dtype=wanted.dtype)[0]
+    params, _ = load(path, dtype=wanted.dtype, lazy=True)
+    transformer = params["transformer"]
+    params = {**params, "transformer": {**transformer, "blocks": transformer["blocks"][: wanted.n_layers]}}
+    if planned.quantization is not None:
+        params = quantize(params, wanted, planned.quantization)
+    _evaluate_leaves(params)
+    return params
+
+
+def _evaluate_leaves(params: Params) -> None:
+    """One by one, so that what they are made of is never there for all of them at once."""
+    leaves: dict[str, mx.array] = dict(tree_flatten(params))
+    for leaf in leaves.values():
+        mx.eval(leaf)
+        # Or the buffers of one would be kept beside the next.
+        mx.clear_cache()
+
+
+def _cut(config: Config, layers: int | None) -> Config:
+    if layers is not None and not 1 <= layers <= config.n_layers:
+        raise InputError(f"--layers is {layers} where 1 to {config.n_layers}, all that the model has, are expected.")
+    return replace(config, n_layers=layers or config.n_layers)
+
+
+def _is_in(path: str, config: Config) -> bool:
+    """Whether a matrix is in a model of so many layers."""
+    _, mark, rest = path.partition(".blocks.")
+    return not mark or int(rest.partition(".")[0]) < config.n_layers
+
+
+def _largest_cache(config: Config, cases: Cases) -> int:
+    largest = max(cases.batch_sizes) * max(capacity_bucket(context + cases.steps) for context in cases.contexts)
+    longest = max(cases.prompts)
+    return cache_bytes(config, max(largest, capacity_bucket(min(longest + ANSWER - 1, config.max_seq_len))))
+
+
+def _is_memory(reason: str) -> bool:
+    return any(word in reason.lower() for word in ("memory", "allocat"))
