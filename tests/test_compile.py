@@ -183,3 +183,29 @@ def test_logits_under_a_gradient_are_those_of_forward() -> None:
         assert np.array(logits).tobytes() == np.array(expected).tobytes()
     else:
         assert mx.allclose(logits, expected, rtol=1e-3, atol=1e-3).item()
+
+
+def test_within_a_call_of_known_types_nothing_is_checked_again(caplog: pytest.LogCaptureFixture) -> None:
+    """But after it everything is, also after one that failed."""
+
+    @compiled
+    def inner(x: Float[mx.array, "n"]) -> Float[mx.array, "n"]:
+        return x * 2
+
+    @compiled
+    def outer(x: Float[mx.array, "n"], *, fail: bool = False) -> Float[mx.array, "n"]:
+        if fail and outer_has_run:
+            raise ValueError("asked to")
+        return inner(x)
+
+    outer_has_run = False
+    with caplog.at_level("DEBUG", logger="dbrx_fn.compile"):
+        outer(mx.ones(3), fail=True)
+        first = len(caplog.records)
+        outer_has_run = True
+        with pytest.raises(ValueError, match="asked to"):
+            outer(mx.ones(3), fail=True)
+        inner(mx.ones(3))
+        assert len(caplog.records) == first
+        with pytest.raises(TypeCheckError):
+            inner(mx.ones((3, 3)))
