@@ -110,7 +110,7 @@ def plan_conversion(source: Checkpoint, request: Request) -> Conversion:
             already would be quantized again.
         CheckpointError: if the checkpoint's tensors don't fit its config.
     """
-    require_fit(source, one_dtype=False)
+    require_fit(source, one_dtype=request.dtype is None)
     config = replace(source.config, dtype=request.dtype or source.config.dtype)
     formats = {} if request.dequantize else dict(source.formats)
     if request.quantization is not None:

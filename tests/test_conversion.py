@@ -221,11 +221,11 @@ def test_mixed_dtypes_become_one_without_rounding_twice(layout: Written, tmp_pat
     assert_same(params, load(source, dtype="float16")[0])
 
 
-def test_mixed_dtypes_become_what_most_are_unless_asked(tmp_path: Path) -> None:
+def test_mixed_dtypes_are_not_rounded_unless_asked(tmp_path: Path) -> None:
+    """As when loading."""
     source, _ = mixed_dtypes(tmp_path / "source")
-    params, config = load(converted(source, tmp_path / "new"))
-    assert config.dtype == "bfloat16"
-    assert_same(params, load(source, dtype="bfloat16")[0])
+    with pytest.raises(CheckpointError, match=r"w1.weight is float32 where bfloat16 is expected, as most are"):
+        converted(source, tmp_path / "new")
 
 
 @pytest.mark.parametrize("asked", ["float32", "bfloat16", "float16"])
