@@ -47,9 +47,10 @@ class Request:
     `layout`: of what is written.
     `quantization`: formats of the kinds of matrices; `None` leaves all as they are.
     `dequantize`: turn quantized matrices into floats first.
-    `dtype`: of all floats; as most of them are, if `None`.
+    `dtype`: of all floats; as they are, if `None`, and then all must be of one.
     `shard_bytes`: how large a file's tensors become at most, unless a linear alone is larger.
     `check`: refuse weights that are NaN or infinite.
+    `tokenizer`: folder whose tokenizer files are copied; the source's own, if `None`.
     """
 
     layout: Written = "split"
@@ -58,6 +59,7 @@ class Request:
     dtype: Dtype | None = None
     shard_bytes: int = SHARD_BYTES
     check: bool = False
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,9 +253,9 @@ def _write(conversion: Conversion, folder: Path, progress: Progress | None) -> N
             beside.unlink(missing_ok=True)
         flush(folder)
     write_index(folder, conversion.shards)
-    source = conversion.source.path
-    if source.is_dir():
-        copy_tokenizer(source, folder)
+    tokenizer = Path(conversion.request.tokenizer or conversion.source.path)
+    if tokenizer.is_dir():
+        copy_tokenizer(tokenizer, folder)
     write_config(folder, conversion.config, conversion.request.layout, conversion.formats)
     for written in folder.iterdir():
         flush(written)

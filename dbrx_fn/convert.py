@@ -17,10 +17,12 @@ from dbrx_fn.checkpoint import open_checkpoint
 from dbrx_fn.config import Dtype
 from dbrx_fn.conversion import Conversion, Request, convert, finished_shards, plan_conversion, require_free
 from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.hub import checkpoint_folder
 from dbrx_fn.layouts import WRITTEN
 from dbrx_fn.quantize_options import FORMAT_HELP, add_quantize_options, chosen_quantization
 from dbrx_fn.shards import SHARD_BYTES
 from dbrx_fn.terminal import INTERRUPTED, byte_progress, printed_warnings, size_text
+from dbrx_fn.tokenizer import read_tokenizer
 
 
 @printed_warnings()
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dtype=chosen.dtype,
             shard_bytes=int(chosen.shard_size * 10**9),
             check=chosen.check,
+            tokenizer=None if chosen.tokenizer is None else _tokenizer_folder(chosen.tokenizer),
         )
         if not chosen.dry_run:
             # Before a checkpoint is downloaded.
@@ -78,12 +81,22 @@ def parser() -> argparse.ArgumentParser:
     )
     add_quantize_options(options)
     add("--dequantize", action="store_true", help="turn quantized matrices into floats first")
-    add("--dtype", choices=get_args(Dtype), help="of all floats; as most of them are, if not given")
+    add("--dtype", choices=get_args(Dtype), help="of all floats; as they are, if not given")
     add("--shard-size", type=float, default=SHARD_BYTES / 10**9, metavar="GB", help="of a file at most; %(default)g")
+    add(
+        "--tokenizer", metavar="FOLDER", help="folder or repository whose tokenizer to copy; the source's, if not given"
+    )
     add("--check", action="store_true", help="refuse NaN and infinite weights")
     add("--dry-run", action="store_true", help="say what would be written, and write nothing")
     add("--json", action="store_true", help="print JSON instead of a table")
     return options
+
+
+def _tokenizer_folder(path_or_repo: str) -> str:
+    folder = checkpoint_folder(path_or_repo, weights=False).resolve()
+    # One that can't be read is found out before hours of work.
+    read_tokenizer(folder)
+    return str(folder)
 
 
 def described(conversion: Conversion) -> dict[str, Any]:

@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 
 from dbrx_fn.convert import main
-from dbrx_fn.loader import load
+from dbrx_fn.hub import SMALL
+from dbrx_fn.loader import load, load_tokenizer
 from dbrx_fn.params import Format
 from dbrx_fn.quantization import Quantization, tree_formats
 from tests import checkpoints
 from tests.checkpoints import QUANTIZABLE
+from tests.layouts_written import write_gguf
 
 Done = Callable[..., str]
 Refused = Callable[..., str]
@@ -234,6 +236,18 @@ def test_what_exists_is_left_alone(source: Path, tmp_path: Path, refused: Refuse
     assert (tmp_path / "file").read_text() == "mine"
     refused(source, tmp_path / "file" / "new", words="can't be written")
     refused(source, ".", words="exists already")
+
+
+def test_a_gguf_file_gets_another_checkpoints_tokenizer(tmp_path: Path, done: Done, refused: Refused) -> None:
+    config = QUANTIZABLE | {"vocab_size": 260}
+    file = tmp_path / "dbrx.gguf"
+    write_gguf(file, config, checkpoints.random_tensors(config, np.random.default_rng(0)), quantization="q8_0")
+    done(file, tmp_path / "bare")
+    assert names(tmp_path / "bare") == ["config.json", "model.safetensors"]
+    done(file, tmp_path / "new", "--tokenizer", SMALL)
+    assert load_tokenizer(tmp_path / "new").encode("To be") == load_tokenizer(SMALL).encode("To be")
+    refused(file, tmp_path / "none", "--tokenizer", tmp_path / "bare", words="has no tokenizer.json")
+    assert not (tmp_path / "none").exists()
 
 
 def test_check_names_the_tensor(tmp_path: Path, refused: Refused, done: Done) -> None:
