@@ -84,10 +84,10 @@ def grouped_matmul(
     The CPU back end's `gather_mm` knows float32 only, so other dtypes pass through it there.
     """
     dtype = x.dtype
-    if weight.shape[0] == 1:
-        return x @ weight[0].T
     if backend() == "cpu":
         x, weight = x.astype(mx.float32), weight.astype(mx.float32)
+    if weight.shape[0] == 1:
+        return (x @ weight[0].T).astype(dtype)
     # Told that they ascend, MLX makes the weights' gradient expert by expert; else it makes a matrix for every segment.
     # On CUDA (MLX 0.32.4) single rows then take another kernel, which is slower and was seen to be wrong.
     ascending = backend() != "cuda" or x.shape[1] > 1

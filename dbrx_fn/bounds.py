@@ -5,7 +5,6 @@ Over what a machine computes and reads in a second, these are bounds on the time
 positions, sorting, turning integers back into floats.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +12,7 @@ from typing import Literal
 import mlx.core as mx
 
 from dbrx_fn.config import Config
-from dbrx_fn.params import Format, Leaf, param_count, param_spec, quantized_spec
+from dbrx_fn.params import Format, param_count, param_spec, quantized_spec
 
 Formats = Mapping[str, Format]
 """Of the quantized matrices, by their paths; none, for a dense model."""
@@ -47,7 +46,7 @@ def expected_experts(config: Config, tokens: int) -> float:
 
 def weight_bytes(config: Config, formats: Formats) -> int:
     """Bytes of all weights: quantized matrices as they are stored, all else in the config's dtype."""
-    return sum(_nbytes(leaf, config) for leaf in quantized_spec(param_spec(config), formats).values())
+    return sum(leaf.nbytes(config.dtype) for leaf in quantized_spec(param_spec(config), formats).values())
 
 
 def read_weight_bytes(config: Config, formats: Formats, tokens: int) -> int:
@@ -57,7 +56,7 @@ def read_weight_bytes(config: Config, formats: Formats, tokens: int) -> int:
     """
     total = 0.0
     for path, leaf in quantized_spec(param_spec(config), formats).items():
-        size = _nbytes(leaf, config)
+        size = leaf.nbytes(config.dtype)
         if leaf.is_expert:
             total += size * expected_experts(config, tokens) / config.ffn.moe_num_experts
         elif ".wte." in path:
@@ -70,7 +69,7 @@ def read_weight_bytes(config: Config, formats: Formats, tokens: int) -> int:
 def cache_bytes(config: Config, tokens: int) -> int:
     """Bytes of the keys and values of `tokens` tokens, in the config's dtype."""
     width = 2 * config.attn.kv_n_heads * config.head_dim
-    return config.n_layers * tokens * width * _size(config.dtype)
+    return config.n_layers * tokens * width * int(getattr(mx, config.dtype).size)
 
 
 def prefill_work(config: Config, formats: Formats, tokens: int) -> Work:
@@ -119,11 +118,3 @@ def _inner_weights(config: Config) -> int:
 def _attention_operations(config: Config, seen: float) -> int:
     """Of scores and of the values' sums, for `seen` pairs of a query and a key, in each layer."""
     return round(config.n_layers * 4 * config.d_model * seen)
-
-
-def _nbytes(leaf: Leaf, config: Config) -> int:
-    return math.prod(leaf.shape) * _size(leaf.dtype or config.dtype)
-
-
-def _size(dtype: str) -> int:
-    return int(getattr(mx, dtype).size)

@@ -4,7 +4,6 @@ Everything that can be wrong is found here, from the files' headers, before any 
 inspecting begin with `open_checkpoint`; a `LeafReader` then reads the tree's leaves one by one.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -59,9 +58,7 @@ class Checkpoint:
 
     def nbytes(self, dtype: Dtype | None = None) -> int:
         """Bytes of the tree in `dtype`, or as it is stored; quantized matrices' integers are what they are."""
-        floats = getattr(mx, dtype or self.config.dtype)
-        leaves = [source.leaf for source in self.sources.values()]
-        return sum(math.prod(leaf.shape) * (getattr(mx, leaf.dtype) if leaf.dtype else floats).size for leaf in leaves)
+        return sum(source.leaf.nbytes(dtype or self.config.dtype) for source in self.sources.values())
 
 
 def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -132,7 +129,7 @@ class LeafReader:
     def matrices(self, path: str, dtype: Dtype) -> Iterator[Raw]:
         """The bits of a leaf's matrices, one by one, floats in `dtype`. Each can be read once."""
         source = self._checkpoint.sources[path]
-        wanted = getattr(mx, source.leaf.dtype or dtype)
+        wanted = source.leaf.stored_as(dtype)
         tensors = [self._checkpoint.tensors[self._checkpoint.prefix + name] for name in source.names]
         kinds = {getattr(mx, tensor.dtype) for tensor in tensors}
         # Where all are of one dtype, a matrix is converted at a time.

@@ -93,7 +93,7 @@ class Conversion:
         source = self.source
         largest = matrix = 0
         for one in source.sources.values():
-            size = getattr(mx, one.leaf.dtype or source.config.dtype).size
+            size = one.leaf.stored_as(source.config.dtype).size
             largest = max(largest, *(math.prod(stored.shape) * size for stored in one.stored))
             shape = one.leaf.shape[1:] if one.leaf.is_expert else one.leaf.shape
             matrix = max(matrix, size * math.prod(shape))
@@ -268,7 +268,7 @@ def _matrices(conversion: Conversion, reader: LeafReader, linear: str) -> Iterat
     weight = f"{linear}.weight"
     before, after = source.formats.get(weight), conversion.formats.get(weight)
     paths = [path for path in companions(weight) if path in source.sources]
-    dtypes = [getattr(mx, source.sources[path].leaf.dtype or conversion.config.dtype) for path in paths]
+    dtypes = [source.sources[path].leaf.stored_as(conversion.config.dtype) for path in paths]
     read = [reader.matrices(path, conversion.config.dtype) for path in paths]
     for parts in zip(*read, strict=True):
         if before == after and not conversion.request.check:

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import mlx.core as mx
-
 from dbrx_fn.backend import Backend, backend, memory_size
+from dbrx_fn.bounds import cache_bytes, read_weight_bytes
 from dbrx_fn.cache import capacity_bucket
 from dbrx_fn.checkpoint import Checkpoint
 from dbrx_fn.config import Config
@@ -132,7 +131,7 @@ def describe(checkpoint: Checkpoint, *, context: int | None = None, batch_size: 
         active_parameters=param_count(config, active=True),
         weight_bytes=weights,
         bits_per_weight=8 * weights / param_count(config),
-        bytes_per_token=sum(_read_per_token(name, part.bytes, config) for name, part in parts.items()),
+        bytes_per_token=read_weight_bytes(config, checkpoint.formats, tokens=1),
         parts=parts,
         cache=cache,
         memory=Memory(backend(), memory, needed, memory - needed, needed <= memory),
@@ -152,11 +151,9 @@ def format_text(form: Format) -> str:
 
 
 def _parts(checkpoint: Checkpoint) -> dict[PartName, Part]:
-    floats = getattr(mx, checkpoint.config.dtype)
     sizes: Counter[str] = Counter()
     for path, source in checkpoint.sources.items():
-        dtype = getattr(mx, source.leaf.dtype) if source.leaf.dtype else floats
-        sizes[path.rpartition(".")[0]] += math.prod(source.leaf.shape) * dtype.size
+        sizes[path.rpartition(".")[0]] += source.leaf.nbytes(checkpoint.config.dtype)
     spec = param_spec(checkpoint.config)
     return {part: _part(checkpoint, sizes, [path for path in spec if part_of(path) == part]) for part in PARTS}
 
@@ -187,13 +184,7 @@ def _formats(checkpoint: Checkpoint, path: str) -> Iterator[str]:
     yield from sorted({checkpoint.tensors[name].dtype for name in stored if name in checkpoint.tensors})
 
 
-def _read_per_token(part: PartName, size: int, config: Config) -> int:
-    if part == "experts":
-        return size // config.ffn.moe_num_experts * config.ffn.moe_top_k
-    return size // config.vocab_size if part == "embedding" else size
-
-
 def _cache_size(config: Config, context: int, batch_size: int) -> CacheSize:
-    per_token = 2 * config.n_layers * config.attn.kv_n_heads * config.head_dim * getattr(mx, config.dtype).size
+    per_token = cache_bytes(config, 1)
     capacity = capacity_bucket(context)
     return CacheSize(per_token, context, batch_size, capacity, per_token * capacity * batch_size)

@@ -33,11 +33,10 @@ from dbrx_fn.loader import load
 from dbrx_fn.params import Params, param_count
 from dbrx_fn.pictures import QuantizedModel, check_picture, draw_quantizations
 from dbrx_fn.quantization import dequantize
-from dbrx_fn.terminal import INTERRUPTED, byte_progress, printed_warnings
+from dbrx_fn.terminal import INTERRUPTED, byte_progress, printed_warnings, size_text
 from dbrx_fn.token_file import TokenFile, check_vocabulary, write_token_file
 from dbrx_fn.tokenizer import read_tokenizer
 
-_GIB = 2**30
 _SECONDS_BETWEEN_LINES = 30
 
 
@@ -260,8 +259,8 @@ def _groups(first: Subject, others: Sequence[Subject]) -> list[list[Subject]]:
     largest = max((other.loaded_bytes for other in others), default=0)
     if first.loaded_bytes + largest > memory_size():
         raise InputError(
-            f"{first.name} and the largest of the others take {(first.loaded_bytes + largest) / _GIB:.1f} GiB and this"
-            f" machine has {memory_size() / _GIB:.1f} GiB: take a larger machine."
+            f"{first.name} and the largest of the others take {size_text(first.loaded_bytes + largest)} and this"
+            f" machine has {size_text(memory_size())}: take a larger machine."
         )
     groups: list[list[Subject]] = [[]]
     for other in others:
@@ -366,7 +365,7 @@ def _as_table(rows: Sequence[Row], text_bytes: int, sequence_length: int) -> str
             str(number),
             subject.name,
             f"{subject.bits_per_weight:.2f}",
-            _size(subject.file_bytes),
+            size_text(subject.file_bytes),
             f"{evaluation.nats_per_token:.4f}",
             f"{evaluation.perplexity:,.3f}",
             f"{evaluation.bits_per_byte:.4f}",
@@ -397,16 +396,6 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in table
     ]
-
-
-def _size(count: int) -> str:
-    """Bytes as people read them, in powers of 1,000."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
 
 
 if __name__ == "__main__":

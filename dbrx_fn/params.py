@@ -79,11 +79,10 @@ def format_of_mode(mode: str) -> Format:
     Raises:
         InputError: if there is no such mode.
     """
-    sizes = {known: size for size, known in _FLOAT_MODES.items()}
-    for known, (bits, group_size) in sizes.items():
+    for (bits, group_size), known in _FLOAT_MODES.items():
         if known == mode:
             return Format(bits, group_size, known)
-    raise InputError(f"mode is {mode!r} where one of {_either(sizes)} is expected.")
+    raise InputError(f"mode is {mode!r} where one of {_either(_FLOAT_MODES.values())} is expected.")
 
 
 def _either(values: Iterable[object]) -> str:
@@ -107,6 +106,15 @@ class Leaf:
     def is_norm(self) -> bool:
         """Whether this is a LayerNorm's weight, which starts at one; all others are matrices, drawn at random."""
         return len(self.axes) == 1
+
+    def stored_as(self, dtype: str) -> mx.Dtype:
+        """Its dtype in a tree whose floats are of `dtype`."""
+        stored: mx.Dtype = getattr(mx, self.dtype or dtype)
+        return stored
+
+    def nbytes(self, dtype: str) -> int:
+        """Its bytes in such a tree."""
+        return math.prod(self.shape) * self.stored_as(dtype).size
 
     def quantized(self, quantization: Format) -> dict[str, "Leaf"]:
         """What stands in place of this matrix when it is quantized, by the leaves' names."""

@@ -18,7 +18,7 @@ from dbrx_fn.config import Dtype
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.layouts import Source
 from dbrx_fn.raw import Raw, in_order
-from dbrx_fn.tensor_files import INDEX
+from dbrx_fn.tensor_files import DTYPES, INDEX
 
 SHARD_BYTES = 5 * 10**9
 """How large a shard becomes at most, unless a linear alone is larger; the Hugging Face Hub's own advice."""
@@ -26,7 +26,7 @@ SHARD_BYTES = 5 * 10**9
 Matrices = Callable[[str], Iterator[Mapping[str, Raw]]]
 """Of a linear, one after the other, the matrices of each expert (or the only one), by their leaves' paths."""
 
-_CODES = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16", mx.uint32: "U32", mx.uint8: "U8"}
+_CODES = {getattr(mx, dtype): code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def plan_shards(
     groups: list[list[str]] = [[]]
     held = 0
     for linear, paths in linears.items():
-        size = sum(_nbytes(table[path], dtype) for path in paths)
+        size = sum(table[path].leaf.nbytes(dtype) for path in paths)
         if groups[-1] and held + size > shard_bytes:
             groups.append([])
             held = 0
@@ -146,12 +146,12 @@ def _shard(
     metadata: Mapping[str, str],
 ) -> Shard:
     # Wide entries first, so that each tensor starts at a multiple of its entries' size.
-    ordered = sorted(paths, key=lambda path: -_item(table[path], dtype).size)
+    ordered = sorted(paths, key=lambda path: -table[path].leaf.stored_as(dtype).size)
     fields: dict[str, Any] = {"__metadata__": dict(metadata)}
     starts: dict[str, int] = {}
     end = 0
     for path in ordered:
-        item = _item(table[path], dtype)
+        item = table[path].leaf.stored_as(dtype)
         for stored in table[path].stored:
             starts[stored.name], start = end, end
             end += math.prod(stored.shape) * item.size
@@ -162,12 +162,3 @@ def _shard(
     return Shard(
         file, tuple(linears), header, {name: len(header) + start for name, start in starts.items()}, len(header) + end
     )
-
-
-def _item(source: Source, dtype: Dtype) -> mx.Dtype:
-    item: mx.Dtype = getattr(mx, source.leaf.dtype or dtype)
-    return item
-
-
-def _nbytes(source: Source, dtype: Dtype) -> int:
-    return math.prod(source.leaf.shape) * _item(source, dtype).size

@@ -11,8 +11,8 @@ from dbrx_fn.description import Description, Part, PartName, format_text, part_o
 from dbrx_fn.json_file import parse_json, read_bounded, shown
 from dbrx_fn.layouts import sources
 from dbrx_fn.params import listed
+from dbrx_fn.tensor_files import PICKLES
 
-_PICKLES = (".bin", ".pt", ".pth")
 _TIKTOKEN_CLASS = "TiktokenTokenizerWrapper"
 
 
@@ -124,7 +124,7 @@ def _of_files(checkpoint: Checkpoint) -> Iterator[str]:
     others = sorted(
         file.name
         for file in checkpoint.path.iterdir()
-        if file.suffix.lower() in (".safetensors", ".gguf", *_PICKLES) and file.name not in used
+        if file.suffix.lower() in (".safetensors", ".gguf", *PICKLES) and file.name not in used
     )
     if others:
         size = sum((checkpoint.path / name).stat().st_size for name in others if (checkpoint.path / name).is_file())

@@ -17,7 +17,9 @@ from dbrx_fn.json_file import LARGEST, is_plain_name, parse_json, read_bounded, 
 from dbrx_fn.params import listed
 
 INDEX = "model.safetensors.index.json"
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U32": "uint32", "U8": "uint8"}
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U32": "uint32", "U8": "uint8"}
+"""MLX's names of safetensors' dtypes, of those that a model's tensors can have."""
+
 _BITS = {
     dtype: bits
     for bits, dtypes in {
@@ -32,7 +34,7 @@ _BITS = {
 }
 _LONGEST_NAME = 256
 _MOST_AXES = 8
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def _files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
 
 
 def _no_weights(folder: Path) -> CheckpointError:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _PICKLES)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES)
     if pickles:
         return CheckpointError(
             f"{folder} holds no safetensors file but {listed(pickles, most=3)}, and a pickle can run code when it is"
@@ -169,7 +171,7 @@ def _tensors(file: Path, header: object, data_start: int, size: int) -> dict[str
         if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * _BITS[dtype]:
             raise ValueError(f"{name} has the data_offsets {offsets}, which don't fit {dtype} {shape}")
         spans.append((offsets[0], offsets[1], name))
-        tensors[name] = Tensor(file, tuple(shape), _DTYPES.get(dtype, dtype), data_start + offsets[0])
+        tensors[name] = Tensor(file, tuple(shape), DTYPES.get(dtype, dtype), data_start + offsets[0])
     end = 0
     for start, stop, name in sorted(spans):
         if start != end:
