@@ -238,6 +238,49 @@ def test_what_exists_is_left_alone(source: Path, tmp_path: Path, refused: Refuse
     refused(source, ".", words="exists already")
 
 
+RESIDENT = """
+import sys
+from pathlib import Path
+from dbrx_fn.convert import main
+
+def kib(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+before = kib("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+assert main(sys.argv[1:]) == 0
+print("\\ntook", 1024 * (kib("VmHWM") - before))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fused checkpoint of 400 MB in bfloat16, its experts in tensors of 64 MiB."""
+    ffn = {"ffn_hidden_size": 4096, "moe_num_experts": 16, "moe_top_k": 4}
+    config = QUANTIZABLE | {"d_model": 512, "ffn_config": ffn}
+    narrow = config | {"ffn_config": ffn | {"ffn_hidden_size": 1}}
+    tensors = checkpoints.random_tensors(narrow, np.random.default_rng(0))
+    for name in tensors:
+        if ".experts." in name:
+            tensors[name] = np.resize(tensors[name], (16 * 4096, 512))
+    folder = tmp_path_factory.mktemp("large") / "dbrx"
+    checkpoints.write_fused(folder, config, tensors, dtype="bfloat16")
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says how much was resident at most")
+@pytest.mark.parametrize("options", [["--layout", "split"], ["--layout", "stacked"], ["--quantize", "4"]])
+def test_memory_is_that_of_few_tensors(
+    options: list[str], large: Path, tmp_path: Path, measured: Callable[[str, float], float]
+) -> None:
+    """The files' own pages count too."""
+    command = [sys.executable, "-c", RESIDENT, str(large), str(tmp_path / "new"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    took = int(done.stdout.split()[-1]) / 2**26
+    assert measured(f"times the largest tensor resident, {' '.join(options)}", took) < 3
+
+
 def test_a_gguf_file_gets_another_checkpoints_tokenizer(tmp_path: Path, done: Done, refused: Refused) -> None:
     config = QUANTIZABLE | {"vocab_size": 260}
     file = tmp_path / "dbrx.gguf"
