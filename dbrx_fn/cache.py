@@ -30,13 +30,16 @@ class Window(TypedDict):
     `slots`: int32 `[batch time]`, where each token's key and value go.
     `kept`: bool `[batch time]`, which of those slots must keep what they hold; `None` where none must.
     `mask`: `[batch 1 time capacity]`, added to attention scores: a token sees what is at its own position or before.
-    The last three are `None` for a cache of capacity 0.
+    `near_offsets`: int32 `[batch + 3]`, `offsets` and zeros, for kernels. MLX keeps CUDA arrays of up to 8 bytes in the
+        host's memory, where a kernel that reads them waits 10 to 20 us.
+    All but the first are `None` for a cache of capacity 0.
     """
 
     offsets: mx.array
     slots: mx.array | None
     kept: mx.array | None
     mask: mx.array | None
+    near_offsets: mx.array | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,15 +147,17 @@ def window(
     The mask is additive because on CUDA that costs less than half of what a boolean one does.
     """
     if capacity == 0:
-        return {"offsets": offsets, "slots": None, "kept": None, "mask": None}
+        return {"offsets": offsets, "slots": None, "kept": None, "mask": None, "near_offsets": None}
     float_type = getattr(mx, dtype)
     positions = offsets[:, None] + mx.arange(time, dtype=mx.int32)
     visible = mx.arange(capacity, dtype=mx.int32) <= positions[:, None, :, None]
     mask = mx.where(visible, mx.array(0, float_type), mx.array(mx.finfo(float_type).min, float_type))
+    near_offsets = mx.pad(offsets, (0, 3))
     if not wraps:
-        return {"offsets": offsets, "slots": positions, "kept": None, "mask": mask}
+        return {"offsets": offsets, "slots": positions, "kept": None, "mask": mask, "near_offsets": near_offsets}
     kept = mx.arange(time, dtype=mx.int32) >= lengths[:, None]
-    return {"offsets": offsets, "slots": positions % capacity, "kept": kept, "mask": mask}
+    slots = positions % capacity
+    return {"offsets": offsets, "slots": slots, "kept": kept, "mask": mask, "near_offsets": near_offsets}
 
 
 @typed

@@ -8,6 +8,7 @@ from jaxtyping import UInt32
 from dbrx_fn.cache import Keys, Window
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
+from dbrx_fn.kernels import decode_block
 from dbrx_fn.layers.moe import moe
 from dbrx_fn.layers.norm_attn_norm import Stream, norm_attn_norm
 from dbrx_fn.layers.router import Routing
@@ -43,6 +44,8 @@ def block(
         CheckpointError: when it first meets parameters that don't fit the config, naming those of the first block.
     """
     check_part(params, config=config, under="transformer.blocks.0")
+    if decode_block.fits(params, x, window, jitter_key, config):
+        return decode_block.decode_block(params, x, keys, values, window, config=config)
     residual, normed, keys, values = norm_attn_norm(params["norm_attn_norm"], x, keys, values, window, config=config)
-    mixed, routing = moe(params["ffn"], normed, jitter_key, config=config.ffn)
+    mixed, routing = moe(params["ffn"], normed, jitter_key, config=config.ffn, cached=window["slots"] is not None)
     return residual + mixed, keys, values, routing

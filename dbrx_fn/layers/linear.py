@@ -9,6 +9,8 @@ from jaxtyping import Float
 
 from dbrx_fn.backend import grouped_matmul, grouped_quantized_matmul, quantized_matmul
 from dbrx_fn.compile import typed
+from dbrx_fn.kernels import linears
+from dbrx_fn.kernels.twin import with_gradients_of
 from dbrx_fn.params import format_of
 
 Linear = dict[str, mx.array]
@@ -23,7 +25,13 @@ def linear(params: Linear, x: mx.array) -> mx.array:
     if "scales" not in params:
         return _dense(params["weight"], x)
     quantization = format_of(params, x.shape[-1])
-    return quantized_matmul(x, params["weight"], params["scales"], params.get("biases"), quantization)
+
+    def stock(x: mx.array) -> mx.array:
+        return quantized_matmul(x, params["weight"], params["scales"], params.get("biases"), quantization)
+
+    if linears.fits(params, x):
+        return with_gradients_of(stock, lambda x: linears.linear(params, x), x)
+    return stock(x)
 
 
 def expert_linear(params: Linear, x: mx.array, segment_experts: mx.array) -> mx.array:

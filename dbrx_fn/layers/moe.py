@@ -21,6 +21,7 @@ capacity factor, no dropped token. Its vocabulary is used here: `top_experts`, `
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -30,6 +31,8 @@ from jaxtyping import Float, Integer, UInt32
 from dbrx_fn.backend import segment_rows
 from dbrx_fn.compile import compiled, typed
 from dbrx_fn.config import Activation, FFNConfig
+from dbrx_fn.kernels import experts
+from dbrx_fn.kernels.twin import with_gradients_of
 from dbrx_fn.layers.linear import expert_linear
 from dbrx_fn.layers.router import Routing, router
 
@@ -61,6 +64,7 @@ def moe(
     jitter_key: UInt32[mx.array, "2"] | None = None,
     *,
     config: FFNConfig,
+    cached: bool = False,
 ) -> tuple[Float[mx.array, "batch time d_model"], Routing]:
     """Sends each token through its chosen experts and adds what they say, weighted.
 
@@ -70,13 +74,14 @@ def moe(
         x: normalized activations.
         jitter_key: for the router's jitter; none, if not given.
         config: number of experts, how many a token goes to, the activation.
+        cached: whether the tokens go into a cache (`mix_experts`).
 
     Returns:
         The experts' output, and what the router said of each of the `batch * time` tokens.
     """
     tokens = x.reshape(-1, x.shape[-1])
     expert_weights, logits, top_experts = router(params["router"], tokens, jitter_key, config=config)
-    mixed = mix_experts(params["experts"]["mlp"], tokens, expert_weights, top_experts, config=config)
+    mixed = mix_experts(params["experts"]["mlp"], tokens, expert_weights, top_experts, config=config, cached=cached)
     return mixed.reshape(x.shape), Routing(logits, top_experts)
 
 
@@ -88,8 +93,39 @@ def mix_experts(
     top_experts: Integer[mx.array, "tokens top_k"],
     *,
     config: FFNConfig,
+    cached: bool = False,
 ) -> Float[mx.array, "tokens d_model"]:
-    """`moe` after its router: for any choice of experts, also one that names an expert twice."""
+    """`moe` after its router: for any choice of experts, also one that names an expert twice.
+
+    Where there are kernels for these experts, they compute it, and a gradient is that of the stock operations, which
+    then have to be run first. So plain weights, which are what is trained, only take them with a cache behind
+    (`cached`): a training step would take a tenth more.
+    """
+
+    def by_kernels(params: dict[str, Any], x: mx.array, expert_weights: mx.array) -> mx.array:
+        return experts.mix_experts(params, x, expert_weights, top_experts, dispatch)
+
+    def stock(params: dict[str, Any], x: mx.array, expert_weights: mx.array) -> mx.array:
+        return in_segments(params, x, expert_weights, top_experts, config=config)
+
+    quantized = "scales" in params["w1"]
+    if not (quantized or cached) or not experts.fits(params, x.dtype, config):
+        return stock(params, x, expert_weights)
+    if quantized:
+        return with_gradients_of(partial(stock, params), partial(by_kernels, params), x, expert_weights)
+    return with_gradients_of(stock, by_kernels, params, x, expert_weights)
+
+
+@typed
+def in_segments(
+    params: dict[str, Any],
+    x: Float[mx.array, "tokens d_model"],
+    expert_weights: Float[mx.array, "tokens top_k"],
+    top_experts: Integer[mx.array, "tokens top_k"],
+    *,
+    config: FFNConfig,
+) -> Float[mx.array, "tokens d_model"]:
+    """`mix_experts` by stock operations."""
     rows = segment_rows(top_experts.size, config.moe_num_experts, params["w1"]["weight"].dtype)
     plan = dispatch(top_experts, experts=config.moe_num_experts, rows=rows)
     segments = gather_segments(x, plan)

@@ -1,0 +1,125 @@
+"""CUDA sources of this folder, compiled where they run and launched as MLX operations.
+
+`mx.fast.cuda_kernel` writes the signature and includes MLX's headers, and a kernel then takes 2 to 3 seconds to compile
+in every process. `mx.fast.precompiled_cuda_kernel` takes what NVRTC, the compiler that MLX brings along, makes of a
+plain `.cu` file without headers.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+_FOLDER = Path(__file__).parent
+_HOPPER = (9, 0)
+
+
+@functools.cache
+def on_hopper() -> bool:
+    """Whether the default device is the GPU that these kernels were written for and measured on (H100, H200)."""
+    if mx.default_device().type == mx.cpu or not mx.cuda.is_available():
+        return False
+    info = mx.device_info()
+    return (info.get("compute_capability_major"), info.get("compute_capability_minor")) == _HOPPER
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel: its file here, which names it too, and the macros that make its variant."""
+
+    file: str
+    defines: tuple[tuple[str, int], ...] = ()
+
+
+def launch(
+    kernel: Kernel,
+    inputs: Sequence[mx.array],
+    outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
+    *,
+    blocks: tuple[int, int, int],
+    threads: int,
+    scalars: Sequence[int | float] = (),
+    shared_memory: int = 0,
+) -> list[mx.array]:
+    """Runs a kernel, lazily.
+
+    Args:
+        kernel: what to run.
+        inputs: arrays; strided ones are copied.
+        outputs: shapes and dtypes of what it writes. Nothing is there before.
+        blocks: of threads, in the grid.
+        threads: of a block.
+        scalars: passed behind inputs and outputs, as int or float.
+        shared_memory: dynamic, in bytes.
+    """
+    x, y, z = blocks
+    made: list[mx.array] = mx.fast.precompiled_cuda_kernel(
+        name=kernel.file,
+        compiled_source=compiled_kernel(kernel),
+        inputs=list(inputs),
+        output_shapes=[shape for shape, _ in outputs],
+        output_dtypes=[dtype for _, dtype in outputs],
+        # MLX takes only those floats that a float32 holds exactly.
+        scalars=[scalar if isinstance(scalar, int) else float(np.float32(scalar)) for scalar in scalars],
+        grid=(x * threads, y, z),
+        threadgroup=(threads, 1, 1),
+        shared_memory=shared_memory,
+        ensure_row_contiguous=True,
+    )
+    return made
+
+
+@functools.cache
+def compiled_kernel(kernel: Kernel) -> bytes:
+    """The machine code for Hopper GPUs.
+
+    Raises:
+        RuntimeError: if NVRTC isn't there or refuses the source, with its words.
+    """
+    nvrtc = _nvrtc()
+    names = sorted(path.name for path in _FOLDER.glob("*.cuh"))
+    headers = [(_FOLDER / name).read_bytes() for name in names]
+    source = (_FOLDER / f"{kernel.file}.cu").read_bytes()
+    options = [b"--gpu-architecture=sm_90a", b"--std=c++17", *(f"-D{n}={v}".encode() for n, v in kernel.defines)]
+    program = ctypes.c_void_p()
+
+    def strings(items: Sequence[bytes]) -> ctypes.Array[ctypes.c_char_p]:
+        return (ctypes.c_char_p * len(items))(*items)
+
+    def read(size_of: str, read_to: str) -> bytes:
+        size = ctypes.c_size_t()
+        getattr(nvrtc, size_of)(program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        getattr(nvrtc, read_to)(program, buffer)
+        return buffer.raw
+
+    nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program),
+        source,
+        f"{kernel.file}.cu".encode(),
+        len(names),
+        strings(headers),
+        strings([name.encode() for name in names]),
+    )
+    try:
+        if nvrtc.nvrtcCompileProgram(program, len(options), strings(options)):
+            log = read("nvrtcGetProgramLogSize", "nvrtcGetProgramLog").rstrip(b"\0").decode(errors="replace")
+            raise RuntimeError(f"NVRTC can't compile {kernel.file}.cu: {log}")
+        return read("nvrtcGetCUBINSize", "nvrtcGetCUBIN")
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    # MLX has loaded one of them, so that its name alone is found.
+    for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise RuntimeError("NVRTC isn't loaded, without which MLX itself has no kernels on CUDA.")

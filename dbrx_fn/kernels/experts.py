@@ -1,0 +1,80 @@
+"""The experts of some tokens on Hopper GPUs: three launches from tokens to tokens, whatever the weights' format.
+
+One for gate, up and their product; one for down; one that weighs and adds. Long segments take one more, which lays the
+tokens out for tensor cores.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from dbrx_fn.config import FFNConfig
+from dbrx_fn.kernels import combine
+from dbrx_fn.kernels.cuda_module import on_hopper
+from dbrx_fn.kernels.segments import INNER, LONG_ROWS, Segments, kernel_format, long_segments, pack_rows, short_segments
+
+Dispatcher = Callable[..., tuple[mx.array, mx.array, mx.array]]
+"""`dbrx_fn.layers.moe.dispatch`."""
+
+
+def fits(params: dict[str, Any], dtype: mx.Dtype, config: FFNConfig) -> bool:
+    """Whether there are kernels for these experts."""
+    ffn_hidden, d_model = params["w1"]["weight"].shape[1], params["w2"]["weight"].shape[1]
+    if (
+        not on_hopper()
+        or config.ffn_act_fn not in ("silu", "swish")
+        or d_model % INNER
+        or ffn_hidden % INNER
+        or not combine.fits(d_model=d_model, top_k=config.moe_top_k, dtype=dtype)
+    ):
+        return False
+    formats = {
+        kernel_format(params[name], inner) for name, inner in (("w1", d_model), ("v1", d_model), ("w2", ffn_hidden))
+    }
+    return len(formats) == 1 and None not in formats
+
+
+def segment_rows(tokens: int, pairs: int, experts: int) -> int:
+    """How many rows a segment has; a choice of a single token is one by itself."""
+    average = pairs / experts
+    if tokens == 1 or average <= 3:
+        return 8
+    return 16 if average <= 12 else LONG_ROWS
+
+
+def mix_experts(
+    params: dict[str, Any],
+    x: mx.array,
+    expert_weights: mx.array,
+    top_experts: mx.array,
+    dispatch: Dispatcher,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """`dbrx_fn.layers.moe.mix_experts`, plus `residual` if there is one."""
+    tokens, top_k = top_experts.shape
+    pairs, experts = top_experts.size, params["w1"]["weight"].shape[0]
+    rows = segment_rows(tokens, pairs, experts)
+    if tokens == 1:
+        slot_pairs, segment_experts, pair_slots = _one_token(top_experts, rows)
+    else:
+        slot_pairs, segment_experts, pair_slots = dispatch(top_experts, experts=experts, rows=rows)
+    segments = Segments(slot_pairs.reshape(-1), segment_experts, rows, pairs, top_k)
+    gate, up, down = params["w1"], params["v1"], params["w2"]
+    if rows == LONG_ROWS:
+        hidden = long_segments(pack_rows(x, gate, segments), gate, up, segments=segments)
+        said = long_segments(hidden, down, segments=segments)
+    else:
+        hidden = short_segments(x, gate, up, segments=segments, rows_are="tokens")
+        said = short_segments(hidden, down, segments=segments)
+    return combine.combine(said, pair_slots, expert_weights, residual)
+
+
+def _one_token(top_experts: mx.array, rows: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Each choice is a segment of one row and padding, so nothing has to be sorted."""
+    choices = top_experts.size
+    slot_pairs = np.full((choices, rows), choices, np.int32)
+    slot_pairs[:, 0] = np.arange(choices)
+    pair_slots = np.arange(choices, dtype=np.int32)[None] * rows
+    return mx.array(slot_pairs), top_experts.reshape(-1), mx.array(pair_slots)

@@ -1,0 +1,38 @@
+// LayerNorm of one row a block, which is read once: mean and variance are of what the threads hold, in float32.
+//
+// Macros: WIDTH, of a row; a thread has 8 neighbouring entries, so there are WIDTH / 8.
+#include "common.cuh"
+
+constexpr int THREADS = WIDTH / 8, WARPS = THREADS / 32;
+
+// Over the block; `parts` must not be in use.
+__device__ __forceinline__ float block_sum(float x, float *parts) {
+  x = warp_sum(x);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  return warp_sum(lane < WARPS ? parts[lane] : 0);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) layer_norm(const u16 *x, const u16 *weight, u16 *y, float eps) {
+  __shared__ float parts[2][32];
+  const u64 at = u64(blockIdx.x) * WIDTH + 8 * threadIdx.x;
+  const uint4 entries = load16(x + at), weights = load16(weight + 8 * threadIdx.x);
+  const u32 words[4] = {entries.x, entries.y, entries.z, entries.w};
+  const u32 factors[4] = {weights.x, weights.y, weights.z, weights.w};
+  float values[8], sum = 0, squares = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) values[2 * i] = low_to_float(words[i]), values[2 * i + 1] = high_to_float(words[i]);
+#pragma unroll
+  for (int i = 0; i < 8; i++) sum += values[i];
+  const float mean = block_sum(sum, parts[0]) / WIDTH;
+#pragma unroll
+  for (int i = 0; i < 8; i++) values[i] -= mean, squares += values[i] * values[i];
+  const float scale = rsqrtf(block_sum(squares, parts[1]) / WIDTH + eps);
+  u32 out[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    out[i] = pack_bf16(values[2 * i] * scale * low_to_float(factors[i]),
+                       values[2 * i + 1] * scale * high_to_float(factors[i]));
+  *(uint4 *)(y + at) = make_uint4(out[0], out[1], out[2], out[3]);
+}

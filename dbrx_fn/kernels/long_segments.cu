@@ -1,0 +1,182 @@
+// Segments of up to 256 rows times their expert's matrix: what prompts and training do. Arithmetic is the bound.
+//
+// Weights are tensor cores' operand A, which may come from registers: they are read from memory in the order that those
+// want them in and become bfloat16 there, while the tensor cores multiply by those before. The rows of a segment are
+// operand B, of up to 256 columns, so that a weight is unpacked once for many rows. B lies in shared memory; a ninth warp
+// has it copied there from what pack_rows.cu laid out, a block of 128 entries at a time, a few blocks ahead.
+//
+// A block of threads computes 128 rows of the matrix, 64 by each group of four warps, for one segment, and no more columns
+// than there are rows in it, in steps of 64.
+//
+// GATED: each warp takes 8 rows of the gate's matrix and the same 8 of up's, so that silu(gate x) * (up x) is in one
+// lane's registers. The result is laid out as pack_rows.cu does, for the product with w2.
+//
+// Macros: those of weights.cuh; GATED; DENSE: 1 for one matrix, whose segments are full but for the last; STAGES.
+#include "hopper.cuh"
+#include "weights.cuh"
+
+constexpr int ROWS = 256;                    // of a segment
+constexpr int HALF_BYTES = ROWS * 64 * 2;    // of 64 entries of a segment's rows
+constexpr int BLOCK_BYTES = 2 * HALF_BYTES;  // of 128 of them
+constexpr int NEIGHBOURS = 4;                // segments whose blocks of threads run side by side, to share weights in L2
+
+struct Task {
+  const u8 *x;  // the segment's packed rows
+  u32 full, empty, buffers;
+  int inner, warp, lane;
+};
+
+// A lane's two rows of weights times the segment's rows.
+template <int COLUMNS>
+__device__ __forceinline__ void multiply(const Task &task, const Row &upper, const Row &lower, float *sums) {
+  const int blocks = task.inner / 128;
+  u32 a[2][16];
+  // Operands must not be what a load in flight writes, or ptxas has the products wait for one another.
+  const u32 zero = FORMAT == BFLOAT16 ? u32(task.inner) >> 31 : 0;
+  Stored above = upper.load(0), below = lower.load(0);
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 2; i++) sums[i] = 0;
+
+  for (int block = 0; block < blocks; block++) {
+    const int stage = block % STAGES;
+    wait(task.full + 8 * stage, block / STAGES & 1);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      // The products that read these registers are finished; the others', of the half before, go on.
+      wait_for_products<1>();
+      hold<16>(a[half]);
+      if (half && block && task.lane == 0) arrive(task.empty + 8 * ((block - 1) % STAGES));
+#pragma unroll
+      for (int step = 0; step < 4; step++) {
+        a[half][4 * step] = weights_of(above, 4 * half + step, 0) | zero;
+        a[half][4 * step + 1] = weights_of(below, 4 * half + step, 0) | zero;
+        a[half][4 * step + 2] = weights_of(above, 4 * half + step, 1) | zero;
+        a[half][4 * step + 3] = weights_of(below, 4 * half + step, 1) | zero;
+      }
+      hold<16>(a[half]);
+      if (half) above = upper.load(min(block + 1, blocks - 1)), below = lower.load(min(block + 1, blocks - 1));
+      hold<COLUMNS / 2>(sums);
+      begin_products();
+      const u64 b = swizzled_matrix(task.buffers + stage * BLOCK_BYTES + half * HALF_BYTES);
+#pragma unroll
+      for (int step = 0; step < 4; step++) multiply_accumulate<COLUMNS>(sums, a[half] + 4 * step, b + 2 * step);
+      end_products();
+      hold<COLUMNS / 2>(sums);
+    }
+  }
+  wait_for_products<0>();
+  hold<COLUMNS / 2>(sums);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) long_segments(
+    const u8 *x,
+#if GATED
+    MATRIX(gate), MATRIX(up),
+#else
+    MATRIX(matrix),
+#endif
+#if !DENSE
+    const int *slot_pairs, const int *segment_experts,
+#endif
+    u16 *y, int count, int segments, int inner, int outer) {
+  extern __shared__ __align__(1024) u8 shared[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quarter = lane % 4;
+
+  const int tiles = outer / (GATED ? 64 : 128);
+  const int neighbours = blockIdx.x / (NEIGHBOURS * tiles) * NEIGHBOURS;
+  const int side_by_side = min(NEIGHBOURS, segments - neighbours);
+  const int within = blockIdx.x - neighbours * tiles;
+  const int segment = neighbours + within % side_by_side, tile = within / side_by_side;
+
+#if DENSE
+  const int real = min(ROWS, count - segment * ROWS);
+  const u64 first = 0;
+#else
+  // Padding comes last.
+  const int real = __syncthreads_count(threadIdx.x < ROWS && slot_pairs[segment * ROWS + threadIdx.x] < count);
+  if (real == 0) return;
+  const u64 first = u64(segment_experts[segment]) * outer;
+#endif
+  const int columns = (real + 63) / 64 * 64;
+
+  const u32 buffers = shared_address(shared), outgoing = buffers + STAGES * BLOCK_BYTES;
+  const u32 full = outgoing + (GATED ? HALF_BYTES : 0), empty = full + 8 * STAGES;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < STAGES; stage++) {
+      init_barrier(full + 8 * stage, 1);
+      init_barrier(empty + 8 * stage, 8);
+    }
+    publish_to_copies();
+  }
+  __syncthreads();
+
+  const u64 block_count = inner / 128;
+  const Task task = {x + segment * block_count * BLOCK_BYTES, full, empty, buffers, inner, warp, lane};
+  if (warp >= 8) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (warp == 8 && lane == 0) {
+      for (int block = 0; block < int(block_count); block++) {
+        const int stage = block % STAGES;
+        if (block >= STAGES) wait(empty + 8 * stage, (block / STAGES - 1) & 1);
+        arrive_expecting(full + 8 * stage, 2 * columns * 128);
+        for (int half = 0; half < 2; half++)
+          copy_to_shared(buffers + stage * BLOCK_BYTES + half * HALF_BYTES,
+                         task.x + u64(block) * BLOCK_BYTES + half * HALF_BYTES, columns * 128, full + 8 * stage);
+      }
+    }
+    return;
+  }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+
+#if GATED
+  // The 64 results are the entries that one half of a block of w2's inner axis has; a warp's 8 are neighbours of one
+  // quarter, and in the order in which pairs of them become words.
+  const int block = tile / 2, half = tile % 2, part = warp / 4, of_quarter = warp % 4;
+  const int order = NIBBLES ? group / 2 + 4 * (group % 2) : group;
+  const u64 row = first + block * 128 + 32 * of_quarter + 16 * half + 8 * part + order;
+  const Row upper = ROW(gate, row, inner, quarter), lower = ROW(up, row, inner, quarter);
+#else
+  const u64 row = first + tile * 128 + 16 * warp + group;
+  const Row upper = ROW(matrix, row, inner, quarter), lower = ROW(matrix, row + 8, inner, quarter);
+#endif
+
+  float sums[ROWS / 2];
+  if (columns == 256) multiply<256>(task, upper, lower, sums);
+  else if (columns == 192) multiply<192>(task, upper, lower, sums);
+  else if (columns == 128) multiply<128>(task, upper, lower, sums);
+  else multiply<64>(task, upper, lower, sums);
+
+#pragma unroll
+  for (int i = 0; i < ROWS / 8; i++) {
+    if (8 * i >= columns) break;
+    const int slot = 8 * i + group;
+#if GATED
+    float values[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const float gated = sums[4 * i + j];
+      values[j] = gated / (1 + __expf(-gated)) * sums[4 * i + 2 + j];
+    }
+    const u32 pair = transposed(pack_bf16(values[0], values[1]));
+    const int chunk = (4 * part + quarter) ^ (slot % 8);
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(outgoing + slot * 128 + chunk * 16 + of_quarter * 4), "r"(pair) : "memory");
+#else
+    const u32 pair = transposed(pack_bf16(sums[4 * i], sums[4 * i + 1]));
+    const u32 below = transposed(pack_bf16(sums[4 * i + 2], sums[4 * i + 3]));
+    u16 *out = y + (u64(segment) * ROWS + slot) * outer + tile * 128 + 16 * warp + 2 * quarter;
+    if (slot < real) {
+      *reinterpret_cast<u32 *>(out) = pair;
+      *reinterpret_cast<u32 *>(out + 8) = below;
+    }
+#endif
+  }
+#if GATED
+  publish_to_copies();
+  asm volatile("bar.sync 1, 256;" ::: "memory");
+  if (threadIdx.x == 0) {
+    const u64 blocks_out = outer / 128;
+    u8 *to = reinterpret_cast<u8 *>(y) + (segment * blocks_out + block) * BLOCK_BYTES + half * HALF_BYTES;
+    copy_to_global(to, outgoing, columns * 128);
+  }
+#endif
+}

@@ -1,0 +1,177 @@
+"""Products of segments of rows with their experts' matrices, on Hopper GPUs.
+
+Two kernels: `short_segments`, where the weights' bytes are the bound, and `long_segments`, where arithmetic is. Both
+read weights as they are stored and make bfloat16 of them in registers, so a quantized matrix is never written out.
+Their sources say how. A plain matrix is one expert, of which slot n is row n.
+
+In a segment real rows come first, then padding, whose results are not written: they are anything.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+from dbrx_fn.kernels.cuda_module import Kernel, launch
+from dbrx_fn.params import Mode, format_of
+
+Linear = dict[str, mx.array]
+
+LONG_ROWS = 256
+"""Rows of a long segment. Short ones have 8 or 16."""
+MATRIX_ROWS = {"short": 16, "long": 128}
+"""What the rows of a matrix must be a multiple of; of gated ones half of it is enough."""
+INNER = 128
+"""What the inner axis must be a multiple of."""
+
+_DENSE = 0
+_QUANTIZED: dict[tuple[Mode, int], int] = {("affine", 4): 1, ("affine", 8): 2, ("mxfp4", 4): 3}
+# Blocks of 64 and of 32 KiB in shared memory.
+_STAGES, _STAGE_BYTES, _OUTGOING_BYTES = 3, LONG_ROWS * 256, LONG_ROWS * 128
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What is where.
+
+    `slot_pairs`: int32 `[segments * rows]`, the (token, choice) pair in each slot; from `pairs` on it is padding.
+    `experts`: int32 or uint32 `[segments]`.
+    `rows`: of a segment.
+    `pairs`: how many pairs there are, `top_k` for each token.
+    """
+
+    slot_pairs: mx.array
+    experts: mx.array
+    rows: int
+    pairs: int
+    top_k: int
+
+    @property
+    def count(self) -> int:
+        """Number of segments."""
+        return self.experts.size
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What a kernel reads of it."""
+        return [self.slot_pairs, self.experts]
+
+
+def kernel_format(params: Linear, inner: int) -> tuple[int, int] | None:
+    """A matrix's FORMAT and GROUP as weights.cuh has them; `None` for those that it hasn't.
+
+    Raises:
+        CheckpointError: if the matrix is quantized in a way that isn't known.
+    """
+    if "scales" not in params:
+        return (_DENSE, INNER) if params["weight"].dtype == mx.bfloat16 else None
+    form = format_of(params, inner)
+    known = _QUANTIZED.get((form.mode, form.bits))
+    if known is None or params["scales"].dtype not in (mx.bfloat16, mx.uint8):
+        return None
+    return known, form.group_size
+
+
+def short_segments(
+    x: mx.array,
+    *matrices: Linear,
+    segments: Segments | None = None,
+    rows_are: Literal["tokens", "slots"] = "slots",
+    residual: mx.array | None = None,
+) -> mx.array:
+    """Rows of `x` times their matrix: bfloat16 `[slots outer]`.
+
+    Args:
+        x: bfloat16 `[tokens inner]` or `[slots inner]`.
+        matrices: one, or gate and up: then it is `silu(gate x) * (up x)`.
+        segments: which row goes to which expert; none for a plain matrix.
+        rows_are: what the rows of `x` are, where there are segments.
+        residual: `[slots outer]`, which is added.
+    """
+    inner, outer, gated = x.shape[-1], matrices[0]["weight"].shape[-2], len(matrices) == 2
+    rows = segments.rows if segments else 8 if x.shape[0] <= 8 else 16
+    count = segments.count if segments else -(-x.shape[0] // rows)
+    source = "dense" if segments is None else rows_are
+    height = 8 if gated else 16
+    tall = 2 if outer % (2 * height) == 0 and outer * count >= _TALL_FROM else 1
+    defines = _format_defines(matrices[0], inner) | {
+        "WARPS": _SHORT_WARPS,
+        "TALL": tall,
+        "TILES": rows // 8,
+        "BLOCKS": _SHORT_BLOCKS,
+        "GATED": int(gated),
+        "SOURCE": ("dense", "tokens", "slots").index(source),
+        "RESIDUAL": int(residual is not None),
+    }
+    return launch(
+        Kernel("short_segments", tuple(defines.items())),
+        [x, *_leaves(matrices), *(segments.arrays if segments else ()), *([] if residual is None else [residual])],
+        [((count * rows if segments else x.shape[0], outer), mx.bfloat16)],
+        blocks=(outer // (height * tall), count, 1),
+        threads=32 * _SHORT_WARPS,
+        scalars=(segments.pairs if segments else x.shape[0], segments.top_k if segments else 1, inner, outer),
+    )[0]
+
+
+def pack_rows(x: mx.array, matrix: Linear, segments: Segments | None = None) -> mx.array:
+    """Rows as `long_segments` wants them: bfloat16 `[segments * 256 inner]`, permuted in a way of its own.
+
+    Args:
+        x: bfloat16 `[tokens inner]`.
+        matrix: by which they will be multiplied; its format decides on the order.
+        segments: which row goes to which expert; none for a plain matrix.
+    """
+    tokens, inner = x.shape
+    defines = _format_defines(matrix, inner) | {"DENSE": int(segments is None)}
+    slots = LONG_ROWS * (segments.count if segments else -(-tokens // LONG_ROWS))
+    return launch(
+        Kernel("pack_rows", tuple(defines.items())),
+        [x, *([segments.slot_pairs] if segments else ())],
+        [((slots, inner), mx.bfloat16)],
+        blocks=(slots, 1, 1),
+        threads=256,
+        scalars=(segments.pairs if segments else tokens, segments.top_k if segments else 1, inner),
+    )[0]
+
+
+def long_segments(
+    packed: mx.array, *matrices: Linear, segments: Segments | None = None, tokens: int | None = None
+) -> mx.array:
+    """Packed rows times their matrix: bfloat16 `[slots outer]`, or packed for another product if gated.
+
+    Args:
+        packed: what `pack_rows` made, or a gated product.
+        matrices: one, or gate and up: then it is `silu(gate x) * (up x)`.
+        segments: which row goes to which expert; none for a plain matrix.
+        tokens: how many of the rows are real, for a plain matrix; its result has only those.
+    """
+    slots, inner = packed.shape
+    outer, gated = matrices[0]["weight"].shape[-2], len(matrices) == 2
+    defines = _format_defines(matrices[0], inner) | {
+        "GATED": int(gated),
+        "DENSE": int(segments is None),
+        "STAGES": _STAGES,
+    }
+    barriers = 16 * _STAGES
+    return launch(
+        Kernel("long_segments", tuple(defines.items())),
+        [packed, *_leaves(matrices), *(segments.arrays if segments else ())],
+        [((slots if tokens is None else tokens, outer), mx.bfloat16)],
+        blocks=(slots // LONG_ROWS * (outer // (64 if gated else 128)), 1, 1),
+        threads=384,
+        scalars=(segments.pairs if segments else tokens or slots, slots // LONG_ROWS, inner, outer),
+        shared_memory=_STAGES * _STAGE_BYTES + (_OUTGOING_BYTES if gated else 0) + barriers,
+    )[0]
+
+
+_SHORT_WARPS, _SHORT_BLOCKS, _TALL_FROM = 8, 3, 16384
+
+
+def _leaves(matrices: tuple[Linear, ...]) -> list[mx.array]:
+    return [matrix[name] for matrix in matrices for name in ("weight", "scales", "biases") if name in matrix]
+
+
+def _format_defines(matrix: Linear, inner: int) -> dict[str, int]:
+    known = kernel_format(matrix, inner)
+    assert known is not None
+    return dict(zip(("FORMAT", "GROUP"), known, strict=True))

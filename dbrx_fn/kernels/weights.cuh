@@ -1,0 +1,145 @@
+// Rows of a weight matrix as operands of tensor cores: bfloat16, or integers that become bfloat16 in registers.
+//
+// Tensor cores multiply 16 entries of the inner axis at a time, of which the lane with `quarter` = lane % 4 holds the
+// entries {2 quarter, 2 quarter + 1} and {8 + 2 quarter, 8 + 2 quarter + 1}. Sums don't care for the order of their
+// terms. So a lane reads 32 neighbouring entries of a block of 128 at once, 16 bytes of 4 bits, and the block's 8 steps
+// take them as they lie; the activations are put in the same order. Step j has the lane's entries
+//     FORMAT 4 bits:  o, o + 4 and o + 1, o + 5 with o = 8 (j / 2) + 2 (j % 2), which lie 16 bits apart in a word,
+//     else:           4j, 4j + 1 and 4j + 2, 4j + 3.
+//
+// Macros: FORMAT, and GROUP, the entries that share a scale.
+#pragma once
+#include "common.cuh"
+
+#define BFLOAT16 0
+#define AFFINE4 1
+#define AFFINE8 2
+#define MXFP4 3
+
+#define NIBBLES (FORMAT == AFFINE4 || FORMAT == MXFP4)
+#define BYTES_OF_BLOCK (FORMAT == BFLOAT16 ? 256 : NIBBLES ? 64 : 128)
+
+#if FORMAT == BFLOAT16
+#define MATRIX(name) const u8 *name
+#define ROW(name, index, inner, quarter) Row(name, index, inner, quarter)
+#elif FORMAT == MXFP4
+#define MATRIX(name) const u8 *name, const u8 *name##_scales
+#define ROW(name, index, inner, quarter) Row(name, name##_scales, index, inner, quarter)
+#else
+#define MATRIX(name) const u8 *name, const u16 *name##_scales, const u16 *name##_biases
+#define ROW(name, index, inner, quarter) Row(name, name##_scales, name##_biases, index, inner, quarter)
+#endif
+
+__device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ __forceinline__ u32 multiply(u32 a, u32 b) {
+  u32 d;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+__device__ __forceinline__ u32 subtract(u32 a, u32 b) {
+  u32 d;
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+__device__ __forceinline__ u32 twice(u16 x) { return u32(x) * 0x10001u; }
+// (word & mask) | bits, in one instruction.
+template <u32 mask, u32 bits>
+__device__ __forceinline__ u32 and_or(u32 word) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(word), "n"(mask), "n"(bits));
+  return d;
+}
+
+// A lane's 32 entries of a block, as stored.
+struct Stored {
+  uint4 words[BYTES_OF_BLOCK / 64];
+#if FORMAT != BFLOAT16
+  u16 scale;
+#endif
+#if FORMAT == AFFINE4 || FORMAT == AFFINE8
+  u16 bias;
+#endif
+};
+
+// Where a lane reads one row of the matrix.
+struct Row {
+  const u8 *weight;
+#if FORMAT == BFLOAT16
+  __device__ Row(const u8 *matrix, u64 row, int inner, int quarter)
+      : weight(matrix + (row * inner + 32 * quarter) * 2) {}
+#elif FORMAT == MXFP4
+  const u8 *scales;
+  __device__ Row(const u8 *matrix, const u8 *scales, u64 row, int inner, int quarter)
+      : weight(matrix + row * (inner / 2) + 16 * quarter), scales(scales + row * (inner / GROUP) + 32 * quarter / GROUP) {}
+#else
+  const u16 *scales, *biases;
+  __device__ Row(const u8 *matrix, const u16 *scales, const u16 *biases, u64 row, int inner, int quarter)
+      : weight(matrix + row * inner * (NIBBLES ? 1 : 2) / 2 + (NIBBLES ? 16 : 32) * quarter),
+        scales(scales + row * (inner / GROUP) + 32 * quarter / GROUP),
+        biases(biases + row * (inner / GROUP) + 32 * quarter / GROUP) {}
+#endif
+
+  // A block of this row, or of one so many below.
+  __device__ __forceinline__ Stored load(int block, int below = 0, int inner = 0) const {
+    Stored stored;
+    const u64 at = u64(block) * BYTES_OF_BLOCK + u64(below) * (inner / 128) * BYTES_OF_BLOCK;
+#pragma unroll
+    for (int i = 0; i < BYTES_OF_BLOCK / 64; i++) stored.words[i] = stream16(weight + at + 16 * i);
+#if FORMAT != BFLOAT16
+    // Groups of 128 and less divide a block, and 32 divides a group.
+    const int group = block * (128 / GROUP) + below * (inner / GROUP);
+    stored.scale = __ldg(scales + group);
+#endif
+#if FORMAT == AFFINE4 || FORMAT == AFFINE8
+    stored.bias = __ldg(biases + group);
+#endif
+    return stored;
+  }
+};
+
+__device__ __forceinline__ u32 word_of(const uint4 *words, int i) {
+  const uint4 &four = words[i / 4];
+  return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+}
+
+// Two bfloat16 entries of a step: the first two of its four (`half` 0) or the others; step and half must be constants.
+__device__ __forceinline__ u32 weights_of(const Stored &stored, int step, int half) {
+#if FORMAT == BFLOAT16
+  return word_of(stored.words, 2 * step + half);
+#elif FORMAT == AFFINE4
+  // 0x4300 is 128 in bfloat16, whose lowest bit is worth 1: with a nibble in it, it is 128 and the nibble.
+  u32 integers = and_or<0x000f000f, 0x43004300>(word_of(stored.words, step / 2) >> (4 * (2 * (step % 2) + half)));
+  return multiply_add(subtract(integers, 0x43004300), twice(stored.scale), twice(stored.bias));
+#elif FORMAT == AFFINE8
+  // 0x4b000000 is 2^23 in float32, whose lowest bit is worth 1.
+  u32 word = word_of(stored.words, step);
+  float low = __uint_as_float(__byte_perm(word, 0x4b000000, half ? 0x7442 : 0x7440)) - 8388608.f;
+  float high = __uint_as_float(__byte_perm(word, 0x4b000000, half ? 0x7443 : 0x7441)) - 8388608.f;
+  float scale = bf16_to_float(stored.scale), bias = bf16_to_float(stored.bias);
+  return pack_bf16(fmaf(low, scale, bias), fmaf(high, scale, bias));
+#elif FORMAT == MXFP4
+  // Sign, two bits of exponent and one of mantissa, put where bfloat16 has them, are the number times 2^-126.
+  int place = 4 * (2 * (step % 2) + half);
+  u32 word = word_of(stored.words, step / 2);
+  u32 magnitude = (place <= 6 ? word << (6 - place) : word >> (place - 6)) & 0x01c001c0;
+  u32 number = magnitude | ((word << (12 - place)) & 0x80008000);
+  // A scale is an exponent; that of 2^-127 is below bfloat16's normal numbers.
+  u16 scale = stored.scale ? stored.scale << 7 : 0x0040;
+  return multiply(multiply(number, 0x7e807e80), twice(scale));
+#endif
+}
+
+// The two activations that meet them, from a lane's 32 entries of a row.
+__device__ __forceinline__ u32 activations_of(const uint4 *entries, int step, int half) {
+#if NIBBLES
+  const uint4 &eight = entries[step / 2];
+  u32 low = step % 2 ? eight.y : eight.x, high = step % 2 ? eight.w : eight.z;
+  return __byte_perm(low, high, half ? 0x7632 : 0x5410);
+#else
+  return word_of(entries, 2 * step + half);
+#endif
+}

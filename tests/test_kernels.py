@@ -1,0 +1,153 @@
+"""The kernels for Hopper GPUs compute what the stock operations do, as exactly; these tests need such a GPU."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_map
+from numpy.typing import NDArray
+
+from dbrx_fn.backend import quantized_matmul
+from dbrx_fn.cache import init_cache
+from dbrx_fn.config import AttnConfig, Config, FFNConfig
+from dbrx_fn.kernels import linears
+from dbrx_fn.kernels.cuda_module import on_hopper
+from dbrx_fn.layers.linear import linear
+from dbrx_fn.layers.moe import in_segments, mix_experts
+from dbrx_fn.model import forward
+from dbrx_fn.params import Format, format_of, init_params
+from dbrx_fn.quantization import Quantization, dequantize, dequantize_matrix, quantize, quantize_matrix
+from tests import oracle
+from tests.trees import as_float64
+
+pytestmark = pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+
+FORMATS = [None, Format(4, 32), Format(4, 64), Format(4, 128), Format(8, 64), Format(8, 32), Format(4, 32, "mxfp4")]
+every_format = pytest.mark.parametrize("form", FORMATS, ids=str)
+# Of the same products in another order, an error can be a little larger by chance.
+LIMIT = 1.1
+
+CONFIG = FFNConfig(ffn_hidden_size=384, moe_num_experts=6, moe_top_k=2)
+D_MODEL = 256
+
+
+def normal(seed: int, *shape: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(mx.bfloat16)
+
+
+def matrix(form: Format | None, seed: int, *shape: int) -> dict[str, mx.array]:
+    weight = normal(seed, *shape) * 0.1
+    if form is None:
+        return {"weight": weight}
+    return dict(zip(("weight", "scales", "biases"), quantize_matrix(weight, form), strict=False))
+
+
+def dense(params: dict[str, mx.array], inner: int) -> NDArray[np.float64]:
+    if "scales" not in params:
+        return as_float64(params["weight"])
+    exact = [leaf.astype(mx.float32) if leaf.dtype == mx.bfloat16 else leaf for leaf in params.values()]
+    return as_float64(dequantize_matrix(exact, format_of(params, inner), mx.float32))
+
+
+def error(actual: mx.array, expected: NDArray[np.float64]) -> float:
+    return float(np.linalg.norm(as_float64(actual) - expected) / np.linalg.norm(expected))
+
+
+@every_format
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 32, 33, 64, 256, 257, 700])
+def test_products_with_a_matrix(form: Format | None, rows: int, measured: Any) -> None:
+    params, x = matrix(form, 0, 384, D_MODEL), normal(1, rows, D_MODEL)
+    assert linears.fits(params, x)
+    expected = as_float64(x) @ dense(params, D_MODEL).T
+    if form is None:
+        twin = x @ params["weight"].T
+    else:
+        twin = quantized_matmul(x, params["weight"], params["scales"], params.get("biases"), form)
+    ratio = error(linears.linear(params, x), expected) / error(twin, expected)
+    assert measured("kernel's error over its twin's, one matrix", ratio) <= LIMIT
+    residual = normal(2, rows, 384)
+    assert error(linears.linear(params, x, residual), expected + as_float64(residual)) <= 6e-3
+
+
+@every_format
+@pytest.mark.parametrize("tokens", [1, 2, 5, 19, 100, 900])
+def test_mixed_experts(form: Format | None, tokens: int, measured: Any) -> None:
+    shapes = {"w1": (6, 384, D_MODEL), "v1": (6, 384, D_MODEL), "w2": (6, D_MODEL, 384)}
+    params = {name: matrix(form, seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    x = normal(7, tokens, D_MODEL)
+    weights = mx.random.uniform(shape=(tokens, 2), key=mx.random.key(8)).astype(mx.bfloat16)
+    # An expert that gets nothing, one that gets most, and tokens that name one twice.
+    top_experts = mx.random.randint(1, 6, (tokens, 2), key=mx.random.key(9)).astype(mx.uint32)
+    top_experts = mx.where(mx.arange(tokens)[:, None] % 3 == 0, 2, top_experts).astype(mx.uint32)
+    w1, v1, w2 = (dense(params[name], shape[-1]) for name, shape in shapes.items())
+    expected = oracle.moe(
+        as_float64(x), as_float64(weights), np.array(top_experts), w1, v1, w2, oracle.ACTIVATIONS["silu"]
+    )
+    found = error(mix_experts(params, x, weights, top_experts, config=CONFIG, cached=True), expected)
+    twin = error(in_segments(params, x, weights, top_experts, config=CONFIG), expected)
+    assert measured("kernels' error over their twin's, experts", found / twin) <= LIMIT
+
+
+@pytest.mark.parametrize("form", [None, Format(4, 64)], ids=str)
+def test_gradients_are_the_twins(form: Format | None) -> None:
+    shapes = {"w1": (6, 384, D_MODEL), "v1": (6, 384, D_MODEL), "w2": (6, D_MODEL, 384)}
+    params = {name: matrix(form, seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    x, weights = normal(7, 200, D_MODEL), normal(8, 200, 2)
+    top_experts = mx.random.randint(0, 6, (200, 2), key=mx.random.key(9)).astype(mx.uint32)
+
+    def gradients(function: Any) -> list[mx.array]:
+        def scalar(x: mx.array, weights: mx.array, w1: mx.array) -> mx.array:
+            tree = {**params, "w1": {**params["w1"], "weight": w1}} if form is None else params
+            mixed: mx.array = function(tree, x, weights, top_experts, config=CONFIG)
+            return (mixed.astype(mx.float32) ** 2).sum()
+
+        wanted = (0, 1, 2) if form is None else (0, 1)
+        return list(mx.grad(scalar, argnums=wanted)(x, weights, params["w1"]["weight"]))
+
+    for found, expected in zip(gradients(partial(mix_experts, cached=True)), gradients(in_segments), strict=True):
+        assert error(found, as_float64(expected)) <= 1e-2
+    one, rows = matrix(form or Format(4, 64), 3, 384, D_MODEL), normal(4, 50, D_MODEL)
+    found = mx.grad(lambda x: linear(one, x).astype(mx.float32).sum())(rows)
+    assert error(found, np.broadcast_to(dense(one, D_MODEL).sum(axis=0), rows.shape)) <= 1e-2
+
+
+@pytest.mark.parametrize("form", [None, Format(4, 64), Format(8, 64), Format(4, 32, "mxfp4")], ids=str)
+def test_the_model_is_as_exact_as_on_the_cpu(form: Format | None, measured: Any) -> None:
+    """A prompt, then tokens one at a time, for sequences of different lengths."""
+    config = Config(
+        d_model=256,
+        n_heads=4,
+        n_layers=2,
+        vocab_size=128,
+        attn=AttnConfig(kv_n_heads=2, clip_qkv=2.0),
+        ffn=FFNConfig(ffn_hidden_size=256, moe_num_experts=4, moe_top_k=4),
+        dtype="bfloat16",
+        initializer_range=0.1,
+    )
+    params = init_params(config, mx.random.key(0))
+    if form is not None:
+        params = quantize(params, config, Quantization(*[form] * 4))
+    tokens = mx.random.randint(0, 128, (3, 60), key=mx.random.key(1))
+
+    def logits(params: Any, config: Config) -> NDArray[np.float64]:
+        some, cache = forward(params, tokens[:, :50], init_cache(config, 3, 256), lengths=[50, 33, 41])
+        pieces = [as_float64(some)[:, :33]]
+        for n in range(50, 60):
+            one, cache = forward(params, tokens[:, n : n + 1], cache)
+            pieces.append(as_float64(one))
+        return np.concatenate(pieces, axis=1)
+
+    found = logits(params, config)
+    mx.set_default_device(mx.cpu)
+    try:
+        twin = logits(params, config)
+        exact = dequantize(params, config) if form is not None else params
+        precise = tree_map(lambda leaf: leaf.astype(mx.float32), exact)
+        expected = logits(precise, replace(config, dtype="float32"))
+    finally:
+        mx.set_default_device(mx.gpu)
+    errors = [np.linalg.norm(values - expected) / np.linalg.norm(expected) for values in (found, twin)]
+    assert measured("the model's error over a CPU's", errors[0] / errors[1]) <= 1.25

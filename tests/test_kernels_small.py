@@ -1,0 +1,158 @@
+"""The small kernels against NumPy in float64, and no worse than what MLX's own operations make of the same operands."""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dbrx_fn.cache import window
+from dbrx_fn.kernels import combine, decode_attention, norm_router, rotate_qkv
+from dbrx_fn.kernels import layer_norm as layer_norm_kernel
+from dbrx_fn.kernels.cuda_module import on_hopper
+from dbrx_fn.layers.norm import EPS, layer_norm
+from tests.trees import as_float64, relative_error
+
+pytestmark = pytest.mark.skipif(not on_hopper(), reason="the kernels are for Hopper GPUs")
+
+Array = NDArray[np.float64]
+
+
+def normal(seed: int, *shape: int, scale: float = 1.0) -> mx.array:
+    return (mx.random.normal(shape, key=mx.random.key(seed)) * scale).astype(mx.bfloat16)
+
+
+def integers(seed: int, below: int, *shape: int) -> mx.array:
+    return mx.random.randint(0, below, shape, mx.int32, mx.random.key(seed))
+
+
+def assert_no_worse(ours: mx.array, twin: mx.array, expected: Array) -> None:
+    assert ours.shape == expected.shape
+    assert relative_error(ours, expected) <= 1.1 * relative_error(twin, expected) + 1e-4
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 6144), (7, 256), (130, 2048), (2, 8192)])
+def test_layer_norm(rows: int, width: int) -> None:
+    x, weight = normal(0, rows, width) + 3, normal(1, width)
+    assert layer_norm_kernel.fits(weight, x)
+    stock = mx.fast.layer_norm(x, weight, None, EPS)
+    expected = as_float64(x) - as_float64(x).mean(axis=1, keepdims=True)
+    expected = expected / np.sqrt((expected**2).mean(axis=1, keepdims=True) + EPS) * as_float64(weight)
+    assert_no_worse(layer_norm_kernel.layer_norm(weight, x, eps=EPS), stock, expected)
+
+
+@pytest.mark.parametrize("clip", [None, 8.0, 1.0])
+@pytest.mark.parametrize(
+    ("batch", "time", "n_heads", "kv_n_heads", "head_dim"),
+    [(1, 1, 48, 8, 128), (3, 1, 48, 8, 128), (32, 1, 6, 2, 64), (2, 37, 5, 5, 128), (1, 300, 4, 1, 32)],
+)
+def test_rotate_qkv(batch: int, time: int, n_heads: int, kv_n_heads: int, head_dim: int, clip: float | None) -> None:
+    theta, all_heads = 5e5, n_heads + 2 * kv_n_heads
+    qkv = normal(0, batch, time, all_heads * head_dim, scale=3)
+    offsets = integers(1, 32_000, batch)
+    q, k, v = rotate_qkv.rotate_qkv(qkv, offsets, kv_n_heads=kv_n_heads, head_dim=head_dim, clip=clip, theta=theta)
+
+    clamped = qkv if clip is None else mx.clip(qkv, -clip, clip)
+    stock = clamped.reshape(batch, time, all_heads, head_dim).swapaxes(1, 2)
+    turned = mx.fast.rope(stock, head_dim, traditional=False, base=theta, scale=1.0, offset=offsets)
+    heads = as_float64(stock)
+    first, second = np.split(heads, 2, axis=-1)
+    frequencies = theta ** (-np.arange(head_dim // 2) / (head_dim // 2))
+    positions = np.array(offsets)[:, None, None, None] + np.arange(time)[:, None]
+    cosines, sines = np.cos(positions * frequencies), np.sin(positions * frequencies)
+    expected = np.concatenate([first * cosines - second * sines, first * sines + second * cosines], axis=-1)
+    here = n_heads + kv_n_heads
+    assert_no_worse(q, turned[:, :n_heads], expected[:, :n_heads])
+    assert_no_worse(k, turned[:, n_heads:here], expected[:, n_heads:here])
+    np.testing.assert_array_equal(as_float64(v), heads[:, here:])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "n_heads", "kv_n_heads", "head_dim", "capacity"),
+    [
+        ([1], 48, 8, 128, 256),
+        ([2], 48, 8, 128, 256),
+        ([17], 48, 8, 128, 256),
+        ([600], 48, 8, 128, 1024),
+        ([4000], 48, 8, 128, 4096),
+        ([600, 1, 256], 12, 2, 128, 640),
+        ([1000, 33, 17], 8, 2, 64, 1024),
+        ([300], 20, 1, 128, 300),
+        ([129, 2, 16], 3, 3, 64, 4096),
+    ],
+)
+def test_decode_attention(lengths: list[int], n_heads: int, kv_n_heads: int, head_dim: int, capacity: int) -> None:
+    batch, group = len(lengths), n_heads // kv_n_heads
+    q = normal(0, batch, n_heads, 1, head_dim, scale=2)
+    keys, values = (normal(seed, batch, kv_n_heads, capacity, head_dim) for seed in (1, 2))
+    offsets = mx.array(lengths, mx.int32) - 1
+    # What is behind a row's tokens must not be read.
+    there = (mx.arange(capacity) <= offsets[:, None])[:, None, :, None]
+    known_keys, known_values = (mx.where(there, held, mx.nan) for held in (keys, values))
+    ours = decode_attention.decode_attention(q, known_keys, known_values, offsets)
+
+    mask = window(offsets, mx.ones_like(offsets), time=1, capacity=capacity, dtype="bfloat16", wraps=False)["mask"]
+    twin = mx.fast.scaled_dot_product_attention(q, keys, values, scale=head_dim**-0.5, mask=mask)
+    expected = np.zeros((batch, n_heads, head_dim))
+    q64, keys64, values64 = (as_float64(array) for array in (q, keys, values))
+    for row, length in enumerate(lengths):
+        for head in range(n_heads):
+            scores = keys64[row, head // group, :length] @ q64[row, head, 0] * head_dim**-0.5
+            shares = np.exp(scores - scores.max())
+            expected[row, head] = shares @ values64[row, head // group, :length] / shares.sum()
+    assert_no_worse(ours, twin.reshape(batch, 1, -1), expected.reshape(batch, 1, -1))
+
+
+@pytest.mark.parametrize("order", [None, 1.0, 2.0])
+@pytest.mark.parametrize(
+    ("tokens", "d_model", "experts", "top_k"),
+    [(1, 6144, 16, 4), (3, 6144, 16, 4), (135, 6144, 16, 4), (5, 256, 16, 4), (133, 512, 32, 8), (7, 768, 5, 5)],
+)
+def test_norm_router(tokens: int, d_model: int, experts: int, top_k: int, order: float | None) -> None:
+    x = normal(0, tokens, d_model, scale=2) + 1
+    weight = normal(1, d_model, scale=0.2) + 1
+    matrix = normal(2, experts, d_model, scale=2 * d_model**-0.5)
+    normed, expert_weights, logits, top_experts = norm_router.norm_router(x, weight, matrix, top_k=top_k, order=order)
+
+    x64, weight64, matrix64 = (as_float64(array) for array in (x, weight, matrix))
+    centered = x64 - x64.mean(axis=1, keepdims=True)
+    expected = centered / np.sqrt((centered**2).mean(axis=1, keepdims=True) + EPS) * weight64
+    twin = layer_norm({"weight": weight}, x)
+    assert_no_worse(normed, twin, expected)
+    assert_no_worse(logits, twin @ matrix.T, expected @ matrix64.T)
+    assert relative_error(logits, as_float64(normed) @ matrix64.T) < 2e-6
+
+    # Other logits can choose others, so that the rest is by its own.
+    own = as_float64(logits)
+    odds = np.exp(own - own.max(axis=1, keepdims=True))
+    chosen = np.sort(np.argsort(-own, axis=1, kind="stable")[:, :top_k], axis=1)
+    np.testing.assert_array_equal(np.array(top_experts), chosen)
+    shares = np.take_along_axis(odds / odds.sum(axis=1, keepdims=True), chosen, axis=1)
+    if order is not None:
+        shares = shares / np.linalg.norm(shares, ord=order, axis=1, keepdims=True)
+    np.testing.assert_allclose(as_float64(expert_weights), shares, rtol=2**-8)
+
+
+def test_equal_logits_choose_the_first() -> None:
+    x, row = normal(0, 2, 512), normal(1, 1, 512)
+    _, expert_weights, _, top_experts = norm_router.norm_router(
+        x, mx.ones(512, mx.bfloat16), mx.broadcast_to(row, (16, 512)), top_k=4, order=1.0
+    )
+    assert top_experts.tolist() == [[0, 1, 2, 3]] * 2
+    assert expert_weights.tolist() == [[0.25] * 4] * 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "d_model", "top_k", "slots"), [(1, 6144, 4, 4), (3, 6144, 4, 100), (129, 264, 1, 200), (64, 512, 3, 200)]
+)
+def test_combine(tokens: int, d_model: int, top_k: int, slots: int) -> None:
+    down, residual = normal(0, slots, d_model), normal(1, tokens, d_model)
+    pair_slots = integers(2, slots, tokens, top_k)
+    expert_weights = mx.random.uniform(shape=(tokens, top_k), key=mx.random.key(3)).astype(mx.bfloat16)
+    ours = combine.combine(down, pair_slots, expert_weights, residual)
+
+    twin = residual + (down[pair_slots] * expert_weights[..., None]).sum(axis=1)
+    rows: Any = as_float64(down)[np.array(pair_slots)]
+    expected = as_float64(residual) + (rows * as_float64(expert_weights)[..., None]).sum(axis=1)
+    assert_no_worse(ours, twin, expected)
