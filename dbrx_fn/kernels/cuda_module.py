@@ -7,6 +7,8 @@ plain `.cu` file without headers.
 
 import ctypes
 import functools
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +16,31 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+logger = logging.getLogger(__name__)
+
 _FOLDER = Path(__file__).parent
 _HOPPER = (9, 0)
 
 
-@functools.cache
 def on_hopper() -> bool:
-    """Whether the default device is the GPU that these kernels were written for and measured on (H100, H200)."""
-    if mx.default_device().type == mx.cpu or not mx.cuda.is_available():
+    """Whether the default device is the GPU that these kernels were written for and measured on (H100, H200).
+
+    `DBRX_FN_KERNELS=0` in the environment switches the kernels off.
+    """
+    return mx.default_device().type == mx.gpu and _has_hopper()
+
+
+@functools.cache
+def _has_hopper() -> bool:
+    if not mx.cuda.is_available() or os.environ.get("DBRX_FN_KERNELS") == "0":
         return False
-    info = mx.device_info()
-    return (info.get("compute_capability_major"), info.get("compute_capability_minor")) == _HOPPER
+    info = mx.device_info(mx.gpu)
+    if (info.get("compute_capability_major"), info.get("compute_capability_minor")) != _HOPPER:
+        return False
+    if _nvrtc() is None or not hasattr(mx.fast, "precompiled_cuda_kernel"):
+        logger.warning("This MLX can't run kernels of ours: stock operations take their place, which are slower.")
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -81,6 +97,8 @@ def compiled_kernel(kernel: Kernel) -> bytes:
         RuntimeError: if NVRTC isn't there or refuses the source, with its words.
     """
     nvrtc = _nvrtc()
+    if nvrtc is None:
+        raise RuntimeError("NVRTC, which comes with MLX's CUDA build, can't be loaded.")
     names = sorted(path.name for path in _FOLDER.glob("*.cuh"))
     headers = [(_FOLDER / name).read_bytes() for name in names]
     source = (_FOLDER / f"{kernel.file}.cu").read_bytes()
@@ -115,11 +133,11 @@ def compiled_kernel(kernel: Kernel) -> bytes:
 
 
 @functools.cache
-def _nvrtc() -> ctypes.CDLL:
+def _nvrtc() -> ctypes.CDLL | None:
     # MLX has loaded one of them, so that its name alone is found.
     for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
         try:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise RuntimeError("NVRTC isn't loaded, without which MLX itself has no kernels on CUDA.")
+    return None

@@ -115,12 +115,11 @@ __device__ __forceinline__ u32 weights_of(const Stored &stored, int step, int ha
   u32 integers = and_or<0x000f000f, 0x43004300>(word_of(stored.words, step / 2) >> (4 * (2 * (step % 2) + half)));
   return multiply_add(subtract(integers, 0x43004300), twice(stored.scale), twice(stored.bias));
 #elif FORMAT == AFFINE8
-  // 0x4b000000 is 2^23 in float32, whose lowest bit is worth 1.
+  // 0x4b000000 is 2^23 in float32, whose lowest bit is worth 1. bfloat16 holds every byte exactly.
   u32 word = word_of(stored.words, step);
   float low = __uint_as_float(__byte_perm(word, 0x4b000000, half ? 0x7442 : 0x7440)) - 8388608.f;
   float high = __uint_as_float(__byte_perm(word, 0x4b000000, half ? 0x7443 : 0x7441)) - 8388608.f;
-  float scale = bf16_to_float(stored.scale), bias = bf16_to_float(stored.bias);
-  return pack_bf16(fmaf(low, scale, bias), fmaf(high, scale, bias));
+  return multiply_add(pack_bf16(low, high), twice(stored.scale), twice(stored.bias));
 #elif FORMAT == MXFP4
   // Sign, two bits of exponent and one of mantissa, put where bfloat16 has them, are the number times 2^-126.
   int place = 4 * (2 * (step % 2) + half);
