@@ -79,9 +79,8 @@ def grouped_matmul(
 ) -> Float[mx.array, "segments rows outer"]:
     """`x[s] @ weight[segment_experts[s]].T` for every segment `s`; experts must ascend.
 
-    A single expert is one dense product, which a GPU spreads over all its cores. CUDA's kernel for the gradients of
-    groups gives each expert few of them: with one expert a training step on an H100 takes seven times that of 16.
-    The CPU back end's `gather_mm` knows float32 only, so other dtypes pass through it there.
+    A single expert is one dense product. The CPU back end's `gather_mm` knows float32 only, so other dtypes pass
+    through it there.
     """
     dtype = x.dtype
     if backend() == "cpu":
