@@ -25,16 +25,8 @@ from tests.trees import as_float64
 
 pytestmark = pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
 
-FORMATS = [
-    None,
-    Format(4, 32),
-    Format(4, 64),
-    Format(4, 128),
-    Format(8, 64),
-    Format(8, 32),
-    Format(8, 128),
-    Format(4, 32, "mxfp4"),
-]
+AFFINE = [Format(bits, group_size) for bits in (4, 8) for group_size in (32, 64, 128)]
+FORMATS = [None, *AFFINE, Format(4, 32, "mxfp4")]
 every_format = pytest.mark.parametrize("form", FORMATS, ids=str)
 # Of the same products in another order, an error can be a little larger by chance.
 LIMIT = 1.1
