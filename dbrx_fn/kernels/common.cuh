@@ -43,3 +43,18 @@ __device__ __forceinline__ float warp_max(float x) {
   for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
   return x;
 }
+
+// 2 to the power of x, as the special function unit has it.
+__device__ __forceinline__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Adds to sums `[16, 8]` the product of a `[16, 16]` and b `[8, 16]`, which a warp holds as PTX lays down for m16n8k16: rows
+// lane / 4 and 8 below it, of the inner axis 2 (lane % 4) and the next, and 8 further.
+__device__ __forceinline__ void multiply_accumulate(float *sums, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}

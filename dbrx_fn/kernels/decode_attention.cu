@@ -18,23 +18,11 @@
 
 constexpr int CHUNKS = HEAD_DIM / 32, HALVES = HEAD_DIM / 64, BLOCKS = (GROUP + 7) / 8;
 
-__device__ __forceinline__ void multiply_accumulate(float *sums, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 __device__ __forceinline__ u32 word_of(const uint4 &four, int i) {
   return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
 }
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000); }
-
-__device__ __forceinline__ float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // A tile's rows past the last position are that one's: they are masked, but must be numbers.
 __device__ __forceinline__ void load_keys(uint4 (*rows)[CHUNKS], const u16 *keys, int tile, int n) {

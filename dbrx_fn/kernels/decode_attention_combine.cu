@@ -6,12 +6,6 @@
 
 constexpr int THREADS = 256, LANES = HEAD_DIM / 4, SIDE_BY_SIDE = THREADS / LANES, ROUNDS = 64 / SIDE_BY_SIDE;
 
-__device__ __forceinline__ float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     decode_attention_combine(const float4 *parts, const float2 *stats, const int *offsets, u16 *out, int splits,
                              int capacity) {

@@ -16,12 +16,6 @@ constexpr int WARPS = WIDTH / 256, TILES = (EXPERTS + 15) / 16;
 constexpr int PITCH = WIDTH + 32;
 constexpr bool EARLY = TOKENS * TILES == 1;
 
-__device__ __forceinline__ void multiply_accumulate(float *sums, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // Sums over the block's threads, known to all of them.
 __device__ __forceinline__ void add_up(float *sums, float (*of_warps)[TOKENS]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -26,6 +26,8 @@ INNER = 128
 
 _DENSE = 0
 _QUANTIZED: dict[tuple[Mode, int], int] = {("affine", 4): 1, ("affine", 8): 2, ("mxfp4", 4): 3}
+# Warps of a block, blocks on a multiprocessor, and rows of a matrix for which there are enough blocks of twice the height.
+_SHORT_WARPS, _SHORT_BLOCKS, _TALL_FROM = 8, 3, 16384
 # Blocks of 64 and of 32 KiB in shared memory.
 _STAGES, _STAGE_BYTES, _OUTGOING_BYTES = 3, LONG_ROWS * 256, LONG_ROWS * 128
 
@@ -93,8 +95,12 @@ def short_segments(
     count = segments.count if segments else -(-x.shape[0] // rows)
     source = "dense" if segments is None else rows_are
     height = 8 if gated else 16
-    tall = 2 if outer % (2 * height) == 0 and outer * count >= _TALL_FROM else 1
-    defines = _format_defines(matrices[0], inner) | {
+    defines = _format_defines(matrices[0], inner)
+    # Of 4 bits, a warp that has twice as many rows on their way is 1 to 3% faster, if there are enough for all
+    # multiprocessors; wider entries leave it no registers for that (docs/performance.md, section 4).
+    four_bits = defines["FORMAT"] in (_QUANTIZED["affine", 4], _QUANTIZED["mxfp4", 4])
+    tall = 2 if four_bits and outer % (2 * height) == 0 and outer * count >= _TALL_FROM else 1
+    defines |= {
         "WARPS": _SHORT_WARPS,
         "TALL": tall,
         "TILES": rows // 8,
@@ -162,9 +168,6 @@ def long_segments(
         scalars=(segments.pairs if segments else tokens or slots, slots // LONG_ROWS, inner, outer),
         shared_memory=_STAGES * _STAGE_BYTES + (_OUTGOING_BYTES if gated else 0) + barriers,
     )[0]
-
-
-_SHORT_WARPS, _SHORT_BLOCKS, _TALL_FROM = 8, 3, 16384
 
 
 def _leaves(matrices: tuple[Linear, ...]) -> list[mx.array]:

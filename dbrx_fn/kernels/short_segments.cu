@@ -17,12 +17,6 @@
 
 constexpr int ROWS = 8 * TILES, HEIGHT = (GATED ? 8 : 16) * TALL;
 
-__device__ __forceinline__ void multiply_accumulate(float *sums, const u32 *a, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) short_segments(
     const u16 *x,
 #if GATED
@@ -89,11 +83,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) short_segments(
     for (int step = 0; step < 8; step++)
 #pragma unroll
       for (int tall = 0; tall < TALL; tall++) {
-        const u32 a[4] = {weights_of(above[tall], step, 0), weights_of(below[tall], step, 0),
-                          weights_of(above[tall], step, 1), weights_of(below[tall], step, 1)};
+        const u32 a0 = weights_of(above[tall], step, 0), a1 = weights_of(below[tall], step, 0);
+        const u32 a2 = weights_of(above[tall], step, 1), a3 = weights_of(below[tall], step, 1);
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
-          multiply_accumulate(sums[tile][tall], a, activations_of(entries[tile], step, 0),
+          multiply_accumulate(sums[tile][tall], a0, a1, a2, a3, activations_of(entries[tile], step, 0),
                               activations_of(entries[tile], step, 1));
       }
   }
