@@ -26,7 +26,7 @@ INNER = 128
 
 _DENSE = 0
 _QUANTIZED: dict[tuple[Mode, int], int] = {("affine", 4): 1, ("affine", 8): 2, ("mxfp4", 4): 3}
-# Warps of a block, blocks on a multiprocessor, and rows of a matrix for which there are enough blocks of twice the height.
+# Warps of a block, blocks on a multiprocessor, rows of a matrix that are enough blocks even of twice the height.
 _SHORT_WARPS, _SHORT_BLOCKS, _TALL_FROM = 8, 3, 16384
 # Blocks of 64 and of 32 KiB in shared memory.
 _STAGES, _STAGE_BYTES, _OUTGOING_BYTES = 3, LONG_ROWS * 256, LONG_ROWS * 128
