@@ -74,7 +74,11 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="checkpoint: folder, GGUF file, or Hugging Face repository; the small model that ships")
     add("--shape", help="random weights instead: dbrx, small, 1.3b, or the path of a config.json")
     add("--layers", type=int, help="only the first of the model's")
-    add("--dtype", choices=get_args(Dtype), help="of all floats; the model's own, and float32 on a CPU, if not given")
+    add(
+        "--dtype",
+        choices=get_args(Dtype),
+        help="of all floats; if not given the model's own, which become float32 on a CPU",
+    )
     add_quantize_options(inference)
     add("--prompt", type=int, nargs="+", default=[128, 1024], help="tokens of a prompt; 128 1024")
     add("--context", type=int, nargs="+", default=[256, 1024], help="tokens to decode after; 256 1024")
@@ -109,7 +113,7 @@ def _inference(chosen: argparse.Namespace) -> None:
     else:
         planned = plan_checkpoint(chosen.model or str(SMALL), layers, dtype, quantization)
     cases = Cases(tuple(chosen.prompt), tuple(chosen.context), tuple(chosen.batch_size), chosen.tokens, chosen.repeats)
-    check_cases(planned, cases)
+    check_cases(planned, cases, beside=chosen.peer is not None)
     if chosen.peer is not None:
         check_mlx_lm(planned.config)
     # While there is memory: of the largest models' weights little is left.
@@ -117,7 +121,7 @@ def _inference(chosen: argparse.Namespace) -> None:
     params, made = make_weights(planned)
     programs = [our_program(params, planned.config)]
     if chosen.peer is not None:
-        programs.append(mlx_lm_program(params, planned.config, planned.formats))
+        programs.append(mlx_lm_program(params, planned.stored, planned.formats))
     figures = [made, *measure_inference(programs, planned, cases, limits)]
     print(
         json.dumps(_described(planned, limits, figures), indent=2)
@@ -175,6 +179,7 @@ def _inference_text(planned: Planned, limits: MachineLimits, figures: Sequence[F
     blas = "" if limits.blas is None else f", matrix products by {limits.blas}"
     columns: dict[str, Callable[[Figure], str]] = {
         "program": lambda f: f.program,
+        "dtype": lambda f: f.dtype,
         "what": lambda f: f.what,
         "tokens": lambda f: f"{f.tokens:,}" if f.tokens else "",
         "batch": lambda f: str(f.batch_size) if f.what == "decode" else "",

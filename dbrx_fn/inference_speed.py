@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
 from dbrx_fn.backend import backend, memory_size
@@ -65,10 +65,15 @@ class Cases:
 
 @dataclass(frozen=True)
 class Planned:
-    """What is to be measured, before any weight is there; `checkpoint` is `None` for random weights."""
+    """What is to be measured, before any weight is there; `checkpoint` is `None` for random weights.
+
+    `config`: its dtype is what this package computes in.
+    `stored`: with the dtype that the checkpoint has, or would have, which is what others compute in.
+    """
 
     name: str
     config: Config
+    stored: Config
     formats: Formats
     checkpoint: Path | None = None
     quantization: Quantization | None = None
@@ -78,12 +83,14 @@ class Planned:
 class Program:
     """One that runs the weights.
 
+    `config`: the model's, in the dtype that it computes in.
     `prefill`: a prompt `[1 time]`; returns when its last logits and the cache are there.
     `first_token`: a prompt; returns when the first token is there, as a user gets it.
     `decoder`: for a context, a batch size and the steps to come, the decoding step after that context.
     """
 
     name: str
+    config: Config
     prefill: Callable[[mx.array], None]
     first_token: Callable[[list[int]], None]
     decoder: Callable[[int, int, int], Step]
@@ -93,6 +100,7 @@ class Program:
 class Figure:
     """One measurement. Times in seconds, memory in bytes.
 
+    `dtype`: of the program's floats.
     `tokens`: of the prompt, or of the context that is decoded after.
     `first`: the first time, with tracing and, on first use, the compilation of kernels.
     `seconds`, `fastest`, `slowest`: median and extremes after that; of decoding, of one step.
@@ -101,6 +109,7 @@ class Figure:
     """
 
     program: str
+    dtype: Dtype
     what: What
     tokens: int
     batch_size: int
@@ -122,14 +131,14 @@ class Figure:
 def plan_random(
     name: str, config: Config, layers: int | None, dtype: Dtype | None, quantization: Quantization | None
 ) -> Planned:
-    """Random weights of a config, in its dtype if none is given, and on a CPU in float32, in which it computes fastest.
+    """Random weights of a config, in its dtype if none is given; on a CPU they become float32 then, as a checkpoint's.
 
     Raises:
         InputError: if it has fewer layers than are asked for, or can't be quantized like this.
     """
-    usual: Dtype = "float32" if backend() == "cpu" else config.dtype
-    config = _cut(replace(config, dtype=dtype or usual), layers)
-    return Planned(name, config, {} if quantization is None else wanted_formats(config, quantization))
+    stored = _cut(replace(config, dtype=dtype or config.dtype), layers)
+    computed = stored if dtype or backend() != "cpu" else replace(stored, dtype="float32")
+    return Planned(name, computed, stored, {} if quantization is None else wanted_formats(stored, quantization))
 
 
 def plan_checkpoint(
@@ -143,17 +152,23 @@ def plan_checkpoint(
     """
     checkpoint = open_checkpoint(path_or_repo)
     require_fit(checkpoint, one_dtype=dtype is None)
-    dtype = dtype or computing_dtype(checkpoint.path)
-    config = _cut(replace(checkpoint.config, dtype=dtype or checkpoint.config.dtype), layers)
+    stored = _cut(replace(checkpoint.config, dtype=dtype or checkpoint.config.dtype), layers)
+    config = replace(stored, dtype=dtype or computing_dtype(checkpoint.path) or stored.dtype)
     kept = {path: form for path, form in checkpoint.formats.items() if _is_in(path, config)}
     wanted = {} if quantization is None else wanted_formats(config, quantization)
     for path in kept.keys() & wanted.keys():
         raise InputError(f"{path} of {checkpoint.path} is quantized already: measure it as it is.")
-    return Planned(str(path_or_repo), config, kept | wanted, checkpoint.path, quantization)
+    return Planned(str(path_or_repo), config, stored, kept | wanted, checkpoint.path, quantization)
 
 
-def check_cases(planned: Planned, cases: Cases) -> None:
-    """Raises `InputError` for what can't be measured with this model or on this machine."""
+def check_cases(planned: Planned, cases: Cases, *, beside: bool = False) -> None:
+    """Raises `InputError` for what can't be measured with this model or on this machine.
+
+    Args:
+        planned: the model.
+        cases: what to measure.
+        beside: whether another program is measured too, for which the weights are there as they are stored.
+    """
     config = planned.config
     for name, tokens in (
         *(("prompt", prompt) for prompt in cases.prompts),
@@ -166,6 +181,8 @@ def check_cases(planned: Planned, cases: Cases) -> None:
                 " fewer."
             )
     weights, cache = weight_bytes(config, planned.formats), _largest_cache(config, cases)
+    if beside and planned.stored != config:
+        weights += weight_bytes(planned.stored, planned.formats)
     if weights + cache > memory_size():
         raise InputError(
             f"The weights need {weights / 2**30:.1f} GiB and the largest cache {cache / 2**30:.1f} GiB and this machine"
@@ -190,6 +207,7 @@ def make_weights(planned: Planned) -> tuple[Params, Figure]:
     seconds = time.perf_counter() - start
     figure = Figure(
         OURS,
+        planned.config.dtype,
         "draw" if planned.checkpoint is None else "load",
         tokens=0,
         batch_size=1,
@@ -236,7 +254,7 @@ def our_program(params: Params, config: Config) -> Program:
 
         return step
 
-    return Program(OURS, prefill, first_token, decoder)
+    return Program(OURS, config, prefill, first_token, decoder)
 
 
 def measure_inference(
@@ -246,7 +264,7 @@ def measure_inference(
 
     Memory that runs out, or another program that can't run a case, makes a figure that says so.
     """
-    config, formats = planned.config, planned.formats
+    formats = planned.formats
     figures = []
     wanted: list[tuple[What, int, int]] = [
         *(("prefill", prompt, 1) for prompt in cases.prompts),
@@ -256,14 +274,15 @@ def measure_inference(
     for (what, tokens, batch_size), program in tqdm(
         list(product(wanted, programs)), desc=planned.name, unit="case", disable=None, leave=False
     ):
-        empty = Figure(program.name, what, tokens, batch_size)
+        config = program.config
+        empty = Figure(program.name, config.dtype, what, tokens, batch_size)
         if what == "decode":
             # In the middle of what is decoded.
             middle = tokens + cases.steps / 2
             work, made = decode_work(config, formats, middle, batch_size), batch_size
         else:
             work, made = prefill_work(config, formats, tokens), tokens
-        figures.append(_measured(empty, program, config, cases, work, made, limits))
+        figures.append(_measured(empty, program, cases, work, made, limits))
     return figures
 
 
@@ -289,18 +308,16 @@ def random_tokens(config: Config, batch_size: int, time: int) -> mx.array:
     return mx.random.randint(0, config.vocab_size, (batch_size, time), mx.int32, mx.random.key(2))
 
 
-def _measured(
-    empty: Figure, program: Program, config: Config, cases: Cases, work: Work, made: int, limits: MachineLimits
-) -> Figure:
+def _measured(empty: Figure, program: Program, cases: Cases, work: Work, made: int, limits: MachineLimits) -> Figure:
     mx.synchronize()
     mx.clear_cache()
     mx.reset_peak_memory()
     try:
         if empty.what == "decode":
             step = program.decoder(empty.tokens, empty.batch_size, cases.steps)
-            first, times = decoding_times(step, random_tokens(config, empty.batch_size, 1)[:, 0], cases)
+            first, times = decoding_times(step, random_tokens(program.config, empty.batch_size, 1)[:, 0], cases)
         else:
-            tokens = random_tokens(config, 1, empty.tokens)
+            tokens = random_tokens(program.config, 1, empty.tokens)
             first, times = _times(program, empty.what, tokens, cases.repeats)
     # Another program's errors are what there is to say of it; of ours only memory can run out.
     except Exception as error:
@@ -370,7 +387,12 @@ def decoding_times(step: Step, token: mx.array, cases: Cases) -> tuple[float, li
 
 
 def _drawn(planned: Planned) -> Params:
-    params = random_params(planned.config, planned.formats, mx.random.key(0))
+    float_type = getattr(mx, planned.config.dtype)
+    drawn = random_params(planned.stored, planned.formats, mx.random.key(0))
+    params: Params = tree_map(
+        lambda leaf: leaf.astype(float_type) if mx.issubdtype(leaf.dtype, mx.floating) else leaf, drawn
+    )
+    del drawn
     _evaluate_leaves(params)
     return params
 

@@ -1,6 +1,6 @@
 """mlx-lm's DBRX on weights of this package's, to be measured beside it; mlx-lm has to be installed.
 
-No weight is copied: its matrices are slices of the tree's.
+No weight is copied that it computes with as it is: its matrices are slices of the tree's.
 """
 
 from typing import Any
@@ -43,7 +43,7 @@ def mlx_lm_program(params: Params, config: Config, formats: Formats) -> Program:
 
     Args:
         params: the tree.
-        config: its config.
+        config: with the dtype to compute in, as mlx-lm does with a checkpoint that has it.
         formats: of its quantized matrices, by their paths.
 
     Raises:
@@ -76,7 +76,7 @@ def mlx_lm_program(params: Params, config: Config, formats: Formats) -> Program:
 
         return step
 
-    return Program(NAME, prefill, first_token, decoder)
+    return Program(NAME, config, prefill, first_token, decoder)
 
 
 def _model(params: Params, config: Config, formats: Formats) -> Any:
@@ -100,6 +100,8 @@ def _model(params: Params, config: Config, formats: Formats) -> Any:
     weights: list[tuple[str, mx.array]] = []
     for path, source in sources(config, "split", formats).items():
         whole = leaves[path]
+        if mx.issubdtype(whole.dtype, mx.floating):
+            whole = whole.astype(getattr(mx, config.dtype))
         weights += zip(source.names, whole if source.leaf.is_expert else [whole], strict=True)
     model.load_weights(weights)
     model.eval()

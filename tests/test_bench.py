@@ -160,7 +160,7 @@ def test_what_another_program_cannot_do_is_missing_and_said(capsys: pytest.Captu
 
     params = init_params(TINY, mx.random.key(0))
     cases = Cases((5,), (7,), (1,), 2, 1)
-    programs = [our_program(params, TINY), Program("other", refuse, refuse, refuse)]
+    programs = [our_program(params, TINY), Program("other", TINY, refuse, refuse, refuse)]
     made = measure_inference(programs, plan_random("tiny", TINY, None, None, None), cases, LIMITS)
     assert [figure.program for figure in made] == ["dbrx_fn", "other"] * 3
     assert {figure.missing for figure in made[::2]} == {None}
@@ -172,7 +172,7 @@ def test_memory_that_runs_out_is_a_missing_figure_and_any_other_error_is_raised(
         def fail(*_: object) -> Any:
             raise RuntimeError(message)
 
-        return Program("dbrx_fn", fail, fail, fail)
+        return Program("dbrx_fn", TINY, fail, fail, fail)
 
     planned, cases = plan_random("tiny", TINY, None, None, None), Cases((5,), (7,), (1,), 2, 1)
     made = measure_inference([failing("[malloc] Unable to allocate 8 bytes.")], planned, cases, LIMITS)

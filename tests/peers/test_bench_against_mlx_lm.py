@@ -14,6 +14,7 @@ from dbrx_fn.inference_speed import our_program
 from dbrx_fn.mlx_lm_peer import check_mlx_lm, mlx_lm_program
 from dbrx_fn.quantization import Quantization, wanted_formats
 from dbrx_fn.random_weights import random_params
+from dbrx_fn.saver import save
 
 CONFIG = Config(
     d_model=64,
@@ -51,6 +52,31 @@ def test_the_command_measures_both(tmp_path: Path, capsys: pytest.CaptureFixture
     figures = json.loads(capsys.readouterr().out)["figures"][1:]
     assert [figure["program"] for figure in figures] == ["dbrx_fn", "mlx-lm"] * 3
     assert all(figure["missing"] is None and figure["seconds"] > 0 for figure in figures)
+
+
+@pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="GPUs compute in what is stored")
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_each_computes_in_the_dtype_that_its_users_get(
+    dtype: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = replace(CONFIG, dtype="bfloat16")
+    save(tmp_path / "model", random_params(stored, {}, mx.random.key(2)), stored)
+    (tmp_path / "tiny.json").write_text(json.dumps(config_to_dict(stored)))
+    options = ["--prompt", "5", "--context", "7", "--batch-size", "2", "--tokens", "2", "--repeats", "1", "--json"]
+    if dtype is not None:
+        options += ["--dtype", dtype]
+    for model in (["--model", str(tmp_path / "model")], ["--shape", str(tmp_path / "tiny.json")]):
+        assert main(["inference", *model, "--peer", "mlx-lm", *options]) == 0
+        made, *figures = json.loads(capsys.readouterr().out)["figures"]
+        assert [figure["dtype"] for figure in (made, *figures)] == [dtype or "float32"] + [
+            dtype or "float32",
+            "bfloat16",
+        ] * 3
+        assert all(figure["missing"] is None for figure in figures)
+        # Each has the bounds of what it reads.
+        assert dtype or all(
+            ours["bytes"] == 2 * theirs["bytes"] for ours, theirs in zip(figures[::2], figures[1::2], strict=True)
+        )
 
 
 @pytest.mark.parametrize(
