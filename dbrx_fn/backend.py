@@ -1,11 +1,13 @@
 """What differs between MLX's back ends, and nothing else does: Metal, CUDA and the CPU."""
 
 import os
+import sys
 from typing import Literal
 
 import mlx.core as mx
 from jaxtyping import Float, Integer, Shaped, UInt32
 
+from dbrx_fn import cpu
 from dbrx_fn.blas import FAST_BLAS
 from dbrx_fn.compile import typed
 from dbrx_fn.params import Format
@@ -38,6 +40,48 @@ def cheap_chunk() -> int:
     return 64 if backend() == "cpu" else 512
 
 
+def slow_exp() -> bool:
+    """Whether `exp` is what `dbrx_fn.cpu` goes around: a Mac's CPU back end has a fast one."""
+    return backend() == "cpu" and sys.platform == "linux"
+
+
+def sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + e^-x)."""
+    return cpu.sigmoid(x) if slow_exp() else mx.sigmoid(x)
+
+
+def attended(held: int, capacity: int) -> int:
+    """How many positions of a cache attention looks at, if no row holds more than `held`.
+
+    Each is one more signature for which types are checked, so there should be few of them. On a GPU each would be
+    one more trace.
+    """
+    return min(capacity, -(-held // 128) * 128) if backend() == "cpu" else capacity
+
+
+def attention(
+    q: Float[mx.array, "batch heads time head_dim"],
+    k: Float[mx.array, "batch kv_heads seen head_dim"],
+    v: Float[mx.array, "batch kv_heads seen head_dim"],
+    mask: Float[mx.array, "batch 1 time seen"] | None,
+    *,
+    wraps: bool,
+) -> Float[mx.array, "batch heads time head_dim"]:
+    """Grouped-query attention, scores scaled by 1 / sqrt(head_dim).
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        mask: what is added to the scores; causal if not given.
+        wraps: whether queries stand past the last key. If not, query t sees none past `seen - time + t`.
+    """
+    scale = q.shape[-1] ** -0.5
+    if slow_exp():
+        return cpu.attention(q, k, v, scale, mask, wraps=wraps)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if mask is None else mask)
+
+
 def segment_rows(rows: int, experts: int, dtype: mx.Dtype) -> int:
     """How many rows one segment of the expert dispatch holds, for `rows` (token, choice) pairs over `experts`
     whose weights are of `dtype` (integers where they are quantized).
@@ -66,9 +110,9 @@ def segment_rows(rows: int, experts: int, dtype: mx.Dtype) -> int:
         return 16 if average <= 16 else 64
     if FAST_BLAS is None:
         return 1 if average < 64 else 8
-    if average < 128:
+    if average < 64:
         return 1 if average < 8 else 16
-    return 32 if average < 512 else 128
+    return 32 if average < 128 else 64
 
 
 @typed

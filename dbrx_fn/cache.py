@@ -29,7 +29,8 @@ class Window(TypedDict):
     `offsets`: int32 `[batch]`, position of each row's first new token.
     `slots`: int32 `[batch time]`, where each token's key and value go.
     `kept`: bool `[batch time]`, which of those slots must keep what they hold; `None` where none must.
-    `mask`: `[batch 1 time capacity]`, added to attention scores: a token sees what is at its own position or before.
+    `mask`: `[batch 1 time attended]`, added to attention scores: a token sees what is at its own position or before.
+        So many of the cache's positions are looked at.
     `near_offsets`: int32 `[batch + 3]`, `offsets` and zeros, for kernels. MLX keeps CUDA arrays of up to 8 bytes in the
         host's memory, where a kernel that reads them waits 10 to 20 us.
     All but the first are `None` for a cache of capacity 0.
@@ -137,6 +138,7 @@ def window(
     *,
     time: int,
     capacity: int,
+    attended: int,
     dtype: str,
     wraps: bool,
 ) -> Window:
@@ -150,7 +152,7 @@ def window(
         return {"offsets": offsets, "slots": None, "kept": None, "mask": None, "near_offsets": None}
     float_type = getattr(mx, dtype)
     positions = offsets[:, None] + mx.arange(time, dtype=mx.int32)
-    visible = mx.arange(capacity, dtype=mx.int32) <= positions[:, None, :, None]
+    visible = mx.arange(attended, dtype=mx.int32) <= positions[:, None, :, None]
     mask = mx.where(visible, mx.array(0, float_type), mx.array(mx.finfo(float_type).min, float_type))
     near_offsets = mx.pad(offsets, (0, 3))
     if not wraps:

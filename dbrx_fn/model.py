@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 from jaxtyping import Float, Int32
 
-from dbrx_fn.backend import cheap_chunk
+from dbrx_fn.backend import attended, cheap_chunk
 from dbrx_fn.cache import Cache, Window, init_cache, window
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
@@ -191,6 +191,7 @@ def _run_blocks(
         mx.array(lengths, mx.int32),
         time=time,
         capacity=capacity,
+        attended=attended(max(cache.lengths) + time, capacity),
         dtype=config.dtype,
         wraps=max(cache.lengths) + time > capacity,
     )

@@ -52,7 +52,7 @@ def nothing_cached(config: Config) -> tuple[mx.array, mx.array, Window]:
     """Keys, values and window of a cache of capacity 0."""
     cache = init_cache(config, 1, 0)
     zero = mx.zeros(1, mx.int32)
-    place = window(zero, zero, time=TIME, capacity=0, dtype=config.dtype, wraps=False)
+    place = window(zero, zero, time=TIME, capacity=0, attended=0, dtype=config.dtype, wraps=False)
     return cache.keys[0], cache.values[0], place
 
 
@@ -98,7 +98,7 @@ def test_attention_writes_clipped_and_rotated_keys() -> None:
     x = normal(0, 1, TIME, 36)
     cache = init_cache(config, 1, 16)
     start, lengths = mx.array([0], mx.int32), mx.array([TIME], mx.int32)
-    place = window(start, lengths, time=TIME, capacity=16, dtype="float32", wraps=False)
+    place = window(start, lengths, time=TIME, capacity=16, attended=16, dtype="float32", wraps=False)
     _, keys, values = attn(params, mx.array(x), cache.keys[0], cache.values[0], place, config=config)
 
     qkv = np.clip(x[0].astype(np.float64) @ as_float64(params["Wqkv"]["weight"]).T, -0.5, 0.5)

@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 from jaxtyping import Float
 
+from dbrx_fn.backend import attention
 from dbrx_fn.cache import Keys, Window, write
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
@@ -59,8 +60,10 @@ def attn(
         keys = write(keys, k, window["slots"], window["kept"])
         values = write(values, v, window["slots"], window["kept"])
         k, v = keys, values
-    mask = "causal" if window["mask"] is None else window["mask"]
-    mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=config.head_dim**-0.5, mask=mask)
+    mask = window["mask"]
+    if mask is not None:
+        k, v = (held[:, :, : mask.shape[-1]] for held in (k, v))
+    mixed = attention(q, k, v, mask, wraps=window["kept"] is not None)
     out = linear(params["out_proj"], mixed.swapaxes(1, 2).reshape(batch, time, -1))
     return out, keys, values
 

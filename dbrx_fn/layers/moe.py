@@ -28,7 +28,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float, Integer, UInt32
 
-from dbrx_fn.backend import segment_rows
+from dbrx_fn.backend import segment_rows, sigmoid
 from dbrx_fn.compile import compiled, typed
 from dbrx_fn.config import Activation, FFNConfig
 from dbrx_fn.kernels import experts
@@ -38,7 +38,7 @@ from dbrx_fn.layers.router import Routing, router
 
 
 def _silu(x: mx.array) -> mx.array:
-    return x * mx.sigmoid(x)
+    return x * sigmoid(x)
 
 
 ACTIVATIONS: dict[Activation, Callable[[mx.array], mx.array]] = {
@@ -49,7 +49,7 @@ ACTIVATIONS: dict[Activation, Callable[[mx.array], mx.array]] = {
     "gelu_pytorch_tanh": nn.gelu_approx,
     "quick_gelu": nn.gelu_fast_approx,
     "relu": nn.relu,
-    "sigmoid": mx.sigmoid,
+    "sigmoid": sigmoid,
     "tanh": mx.tanh,
     "mish": nn.mish,
 }
