@@ -82,9 +82,9 @@ def attention(
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if mask is None else mask)
 
 
-def segment_rows(rows: int, experts: int, dtype: mx.Dtype) -> int:
+def segment_rows(rows: int, experts: int, dtype: mx.Dtype, quantization: Format | None = None) -> int:
     """How many rows one segment of the expert dispatch holds, for `rows` (token, choice) pairs over `experts`
-    whose weights are of `dtype` (integers where they are quantized).
+    whose weights are of `dtype` (integers where they are quantized, as `quantization` says).
 
     A pure function of static facts. Long segments read an expert's weights less often; short ones pad less, since a
     half-empty segment costs as much as a full one and every expert can have one.
@@ -97,9 +97,12 @@ def segment_rows(rows: int, experts: int, dtype: mx.Dtype) -> int:
         float32, 128 rows take more shared memory than MLX's kernel may have ("invalid argument"; 64 fit exactly).
     CPU: the BLAS in MLX's wheel gains nothing from long segments, so padding is all loss until there is little of it
     (d_model 256, 16 experts, 4 of them; milliseconds for 32 tokens: 1 row 36, 16 rows 103; for 512: 611 and 620).
-    OpenBLAS does (2 busy cores, milliseconds by tokens and rows a segment):
-        64 tokens: 1 row 26, 16 rows 27;  1024: 1 row 510, 16 rows 98, 32 rows 91;  4096: 1 row 2382, 32 rows 714,
-        128 rows 480;  at d_model 1024: 16 tokens: 1 row 107, 16 rows 68;  64: 1 row 421, 16 rows 112.
+    OpenBLAS does (2 cores with AVX-512, 16 experts of 640 x 512; milliseconds for the three products and the gate,
+    by tokens and rows a segment):
+        16 tokens: 1 row 3.2, 16 rows 5.2;  32: 1 row 5.8, 16 rows 6.0;  128: 1 row 21, 16 rows 12.3, 32 rows 12.2;
+        256: 16 rows 20.5, 32 rows 18.3, 64 rows 18.5;  512: 32 rows 30, 64 rows 28, 128 rows 35;
+        2048: 32 rows 95, 64 rows 76, 128 rows 79;  with AVX2: 256: 19.7, 20.1, 23.5;  2048: 134, 115, 120.
+    Quantized products, which are row by row, gain nothing.
     """
     average = rows // experts
     if backend() == "metal" or average == 0:
@@ -110,6 +113,8 @@ def segment_rows(rows: int, experts: int, dtype: mx.Dtype) -> int:
         return 16 if average <= 16 else 64
     if FAST_BLAS is None:
         return 1 if average < 64 else 8
+    if quantization is not None and not _is_dequantized(average, quantization):
+        return 1
     if average < 64:
         return 1 if average < 8 else 16
     return 32 if average < 128 else 64
@@ -147,6 +152,8 @@ def quantized_matmul(
     quantization: Format,
 ) -> Float[mx.array, "*batch outer"]:
     """`x @ w.T`, with `w` `[outer inner]` what `mx.dequantize` makes of weight, scales and biases."""
+    if _is_dequantized(x.size // x.shape[-1], quantization):
+        return (x.astype(mx.float32) @ _dequantized(weight, scales, biases, quantization).T).astype(x.dtype)
     product = mx.quantized_matmul(
         *_as_computed(x, weight, scales, biases),
         transpose=True,
@@ -167,6 +174,8 @@ def grouped_quantized_matmul(
     quantization: Format,
 ) -> Float[mx.array, "segments rows outer"]:
     """`grouped_matmul` by quantized weights; experts must ascend."""
+    if _is_dequantized(x.shape[0] * x.shape[1] // weight.shape[0], quantization):
+        return grouped_matmul(x, _dequantized(weight, scales, biases, quantization), segment_experts)
     product = mx.gather_qmm(
         *_as_computed(x, weight, scales, biases),
         rhs_indices=segment_experts,
@@ -177,6 +186,45 @@ def grouped_quantized_matmul(
         sorted_indices=backend() != "cuda",
     )
     return product.astype(x.dtype)
+
+
+def _dequantized_from(quantization: Format) -> int | None:
+    """From how many rows a matrix a dense product with floats made of it is faster; `None`: never.
+
+    On a CPU with OpenBLAS it soon is, as MLX computes quantized products there row by row. 6 layers of d_model 512, 16
+    experts of 640, milliseconds for prompts of 16, 32 and 64 tokens (4, 8, 16 rows) by quantized products, and for 64
+    and 128 tokens by dense ones:
+        affine 4 bits: 288, 563, 1127 and 363, 393;  6 bits: 288, 565, 1233 and 1590, 1680;
+        mxfp4: 114, 223, 499 and 850, 885;  mxfp8: 579, 1141, 2288 and 273, 310.
+    All of a layer's experts are floats at once then, 4 bytes a weight, for as long as one product takes.
+    """
+    if backend() != "cpu" or FAST_BLAS is None:
+        return None
+    if quantization.mode in ("mxfp4", "nvfp4"):
+        return 32
+    if quantization.mode == "mxfp8":
+        return 3
+    return 24 if quantization.bits in (3, 5, 6) else 6
+
+
+def _is_dequantized(rows: int, quantization: Format) -> bool:
+    least = _dequantized_from(quantization)
+    return least is not None and rows >= least
+
+
+def _dequantized(weight: mx.array, scales: mx.array, biases: mx.array | None, quantization: Format) -> mx.array:
+    """float32, as the CPU's products are."""
+    if biases is not None:
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(
+        weight,
+        scales,
+        biases,
+        group_size=quantization.group_size,
+        bits=quantization.bits,
+        mode=quantization.mode,
+        dtype=mx.float32,
+    )
 
 
 def _as_computed(

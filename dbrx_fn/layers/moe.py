@@ -35,6 +35,7 @@ from dbrx_fn.kernels import experts
 from dbrx_fn.kernels.twin import with_gradients_of
 from dbrx_fn.layers.linear import expert_linear
 from dbrx_fn.layers.router import Routing, router
+from dbrx_fn.params import format_of
 
 
 def _silu(x: mx.array) -> mx.array:
@@ -126,7 +127,9 @@ def in_segments(
     config: FFNConfig,
 ) -> Float[mx.array, "tokens d_model"]:
     """`mix_experts` by stock operations."""
-    rows = segment_rows(top_experts.size, config.moe_num_experts, params["w1"]["weight"].dtype)
+    w1 = params["w1"]
+    quantization = format_of(w1, x.shape[-1]) if "scales" in w1 else None
+    rows = segment_rows(top_experts.size, config.moe_num_experts, w1["weight"].dtype, quantization)
     plan = dispatch(top_experts, experts=config.moe_num_experts, rows=rows)
     segments = gather_segments(x, plan)
     gate = ACTIVATIONS[config.ffn_act_fn](expert_linear(params["w1"], segments, plan.segment_experts))
