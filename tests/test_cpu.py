@@ -31,7 +31,7 @@ def test_sigmoid_keeps_the_dtype(dtype: mx.Dtype) -> None:
 
 
 @pytest.mark.parametrize("seen", ["causal", "cached", "wraps"])
-@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("time", [1, 2, 31, 32, 33, 100])
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 def test_attention_and_its_gradients_are_those_of_mlx(seen: str, time: int, kv_heads: int) -> None:
     """Two rows at different positions: one with the cache nearly empty, one where there is no more room behind."""
