@@ -92,7 +92,9 @@ def test_decode_attention(lengths: list[int], n_heads: int, kv_n_heads: int, hea
     known_keys, known_values = (mx.where(there, held, mx.nan) for held in (keys, values))
     ours = decode_attention.decode_attention(q, known_keys, known_values, offsets)
 
-    mask = window(offsets, mx.ones_like(offsets), time=1, capacity=capacity, dtype="bfloat16", wraps=False)["mask"]
+    mask = window(
+        offsets, mx.ones_like(offsets), time=1, capacity=capacity, attended=capacity, dtype="bfloat16", wraps=False
+    )["mask"]
     twin = mx.fast.scaled_dot_product_attention(q, keys, values, scale=head_dim**-0.5, mask=mask)
     expected = np.zeros((batch, n_heads, head_dim))
     q64, keys64, values64 = (as_float64(array) for array in (q, keys, values))
