@@ -186,6 +186,7 @@ def _inference_text(planned: Planned, limits: MachineLimits, figures: Sequence[F
         "first": lambda f: _time(f.first),
         "median": lambda f: _time(f.seconds),
         "spread": lambda f: f"{_time(f.fastest)} - {_time(f.slowest)}" if f.repeats > 1 else "",
+        "host": lambda f: _time(f.host),
         "tokens/s": lambda f: "" if f.tokens_per_second is None else f"{f.tokens_per_second:,.1f}",
         "operations": lambda f: "" if f.operations is None else _scaled(f.operations),
         "bytes": lambda f: "" if f.bytes is None else _scaled(f.bytes) + "B",

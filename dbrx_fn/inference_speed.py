@@ -104,6 +104,7 @@ class Figure:
     `tokens`: of the prompt, or of the context that is decoded after.
     `first`: the first time, with tracing and, on first use, the compilation of kernels.
     `seconds`, `fastest`, `slowest`: median and extremes after that; of decoding, of one step.
+    `host`: of decoding, what Python and MLX need to describe a step; steps are described ahead.
     `bound`: the least time, and `fraction_of_bound` is that over `seconds`.
     `missing`: why there is no measurement.
     """
@@ -117,6 +118,7 @@ class Figure:
     seconds: float | None = None
     fastest: float | None = None
     slowest: float | None = None
+    host: float | None = None
     repeats: int = 0
     tokens_per_second: float | None = None
     operations: int | None = None
@@ -315,10 +317,12 @@ def _measured(empty: Figure, program: Program, cases: Cases, work: Work, made: i
     try:
         if empty.what == "decode":
             step = program.decoder(empty.tokens, empty.batch_size, cases.steps)
-            first, times = decoding_times(step, random_tokens(program.config, empty.batch_size, 1)[:, 0], cases)
+            token = random_tokens(program.config, empty.batch_size, 1)[:, 0]
+            first, times, host = decoding_times(step, token, cases)
         else:
             tokens = random_tokens(program.config, 1, empty.tokens)
             first, times = _times(program, empty.what, tokens, cases.repeats)
+            host = None
     # Another program's errors are what there is to say of it; of ours only memory can run out.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
@@ -333,6 +337,7 @@ def _measured(empty: Figure, program: Program, cases: Cases, work: Work, made: i
         seconds=seconds,
         fastest=min(times),
         slowest=max(times),
+        host=host,
         repeats=len(times),
         tokens_per_second=made / seconds,
         operations=work.operations,
@@ -359,18 +364,21 @@ def _times(program: Program, what: What, tokens: mx.array, repeats: int) -> tupl
     return times[0], times[1:]
 
 
-def decoding_times(step: Step, token: mx.array, cases: Cases) -> tuple[float, list[float]]:
-    """Decodes: the seconds until the first token was there, and of a step in each repetition."""
+def decoding_times(step: Step, token: mx.array, cases: Cases) -> tuple[float, list[float], float]:
+    """Decodes: the seconds until the first token was there, of a step in each repetition, and to describe a step."""
     start = time.perf_counter()
     token = step(token)
     mx.async_eval(token)
+
+    described: list[float] = []
 
     def decode(count: int) -> float:
         nonlocal token
         begun = time.perf_counter()
         for _ in range(count):
-            current = token
+            current, before = token, time.perf_counter()
             token = step(current)
+            described.append(time.perf_counter() - before)
             mx.async_eval(token)
             current.tolist()
         return (time.perf_counter() - begun) / count
@@ -378,12 +386,13 @@ def decoding_times(step: Step, token: mx.array, cases: Cases) -> tuple[float, li
     decode(1)
     first = time.perf_counter() - start
     decode(WARM_STEPS - 1)
+    described.clear()
     begun = time.perf_counter()
     times: list[float] = []
     while len(times) < cases.repeats and not (times and time.perf_counter() - begun > _PATIENCE):
         times.append(decode(cases.tokens))
     mx.synchronize()
-    return first, times
+    return first, times, statistics.median(described)
 
 
 def _drawn(planned: Planned) -> Params:

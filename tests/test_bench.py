@@ -107,6 +107,8 @@ def test_every_case_of_inference_is_measured_against_its_bound(
         assert figure["fraction_of_bound"] == pytest.approx(figure["bound"] / figure["seconds"])
         assert figure["fastest"] <= figure["seconds"] <= figure["slowest"]
         assert figure["repeats"] == 2
+        assert (figure["host"] is not None) == (figure["what"] == "decode")
+        assert figure["host"] is None or 0 < figure["host"] <= figure["slowest"]
         assert figure["peak_memory"] >= model["weight_bytes"]
         assert figure["missing"] is None
 

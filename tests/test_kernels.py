@@ -1,5 +1,6 @@
 """The kernels for Hopper GPUs compute what the stock operations do, as exactly; these tests need such a GPU."""
 
+import logging
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -115,19 +116,34 @@ def test_gradients_are_the_twins(form: Format | None) -> None:
     assert error(found, np.broadcast_to(dense(one, D_MODEL).sum(axis=0), rows.shape)) <= 1e-2
 
 
+MODEL = Config(
+    d_model=256,
+    n_heads=4,
+    n_layers=2,
+    vocab_size=128,
+    attn=AttnConfig(kv_n_heads=2, clip_qkv=2.0),
+    ffn=FFNConfig(ffn_hidden_size=256, moe_num_experts=4, moe_top_k=4),
+    dtype="bfloat16",
+    initializer_range=0.1,
+)
+
+
+def test_nothing_is_traced_per_token(caplog: pytest.LogCaptureFixture) -> None:
+    params = quantize(init_params(MODEL, mx.random.key(0)), MODEL)
+    cache = init_cache(MODEL, 1, 256)
+    with caplog.at_level(logging.DEBUG, logger="dbrx_fn.compile"):
+        for length in (9, 1):
+            _, cache = forward(params, mx.ones((1, length), mx.int32), cache)
+        caplog.clear()
+        for _ in range(20):
+            _, cache = forward(params, mx.ones((1, 1), mx.int32), cache)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("form", [None, Format(4, 64), Format(8, 64), Format(4, 32, "mxfp4")], ids=str)
 def test_the_model_is_as_exact_as_on_the_cpu(form: Format | None, measured: Any) -> None:
     """A prompt, then tokens one at a time, for sequences of different lengths."""
-    config = Config(
-        d_model=256,
-        n_heads=4,
-        n_layers=2,
-        vocab_size=128,
-        attn=AttnConfig(kv_n_heads=2, clip_qkv=2.0),
-        ffn=FFNConfig(ffn_hidden_size=256, moe_num_experts=4, moe_top_k=4),
-        dtype="bfloat16",
-        initializer_range=0.1,
-    )
+    config = MODEL
     params = init_params(config, mx.random.key(0))
     if form is not None:
         params = quantize(params, config, Quantization(*[form] * 4))
