@@ -18,17 +18,8 @@ from dbrx_fn.bounds import weight_bytes
 from dbrx_fn.config import DBRX, Config, Dtype, config_to_dict, read_config, read_config_file
 from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.hub import SMALL
-from dbrx_fn.inference_speed import (
-    Cases,
-    Figure,
-    Planned,
-    check_cases,
-    make_weights,
-    measure_inference,
-    our_program,
-    plan_checkpoint,
-    plan_random,
-)
+from dbrx_fn.inference_plan import Cases, Planned, check_cases, plan_checkpoint, plan_random
+from dbrx_fn.inference_speed import Figure, make_weights, measure_inference, our_program
 from dbrx_fn.machine_limits import MachineLimits, measure_limits
 from dbrx_fn.mlx_lm_peer import check_mlx_lm, mlx_lm_program
 from dbrx_fn.params import param_count

@@ -12,7 +12,8 @@ from mlx.utils import tree_flatten
 from dbrx_fn.bounds import Formats
 from dbrx_fn.config import Config, config_to_dict
 from dbrx_fn.errors import InputError
-from dbrx_fn.inference_speed import ANSWER, Program, Step, random_cache
+from dbrx_fn.inference_plan import ANSWER
+from dbrx_fn.inference_speed import Program, Step, random_cache
 from dbrx_fn.layouts import sources
 from dbrx_fn.params import Params
 

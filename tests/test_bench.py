@@ -14,14 +14,8 @@ from dbrx_fn.bench import main
 from dbrx_fn.bounds import decode_work, prefill_work, weight_bytes
 from dbrx_fn.config import DBRX, AttnConfig, Config, FFNConfig, config_to_dict
 from dbrx_fn.generation import stream_tokens
-from dbrx_fn.inference_speed import (
-    Cases,
-    Program,
-    measure_inference,
-    our_program,
-    plan_checkpoint,
-    plan_random,
-)
+from dbrx_fn.inference_plan import Cases, plan_checkpoint, plan_random
+from dbrx_fn.inference_speed import Program, measure_inference, our_program
 from dbrx_fn.machine_limits import MachineLimits, copy_bandwidth, read_seconds
 from dbrx_fn.params import Format, init_params, param_count
 from dbrx_fn.quantization import Quantization, quantize
@@ -228,7 +222,7 @@ def test_a_model_that_is_too_large(
     assert "GiB to be trained" in err
     assert err.count("\n") == 1
     # All of DBRX in 4 bits fits a GPU of 80 GB, and not with a batch of long contexts.
-    monkeypatch.setattr("dbrx_fn.inference_speed.memory_size", lambda: 80 * 10**9)
+    monkeypatch.setattr("dbrx_fn.inference_plan.memory_size", lambda: 80 * 10**9)
     monkeypatch.setattr("dbrx_fn.bench.make_weights", lambda planned: pytest.fail("weights were made"))
     long = ["--context", "8192", "--batch-size", "8"]
     assert main(["inference", "--shape", "dbrx", "--dtype", "bfloat16", "--quantize", "4", *long]) == 2
