@@ -11,6 +11,7 @@ from dbrx_fn import cpu
 from dbrx_fn.blas import FAST_BLAS
 from dbrx_fn.compile import typed
 from dbrx_fn.params import Format
+from dbrx_fn.quantization import dequantize_matrix
 
 Backend = Literal["metal", "cuda", "cpu"]
 
@@ -214,17 +215,9 @@ def _is_dequantized(rows: int, quantization: Format) -> bool:
 
 def _dequantized(weight: mx.array, scales: mx.array, biases: mx.array | None, quantization: Format) -> mx.array:
     """float32, as the CPU's products are."""
-    if biases is not None:
-        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return mx.dequantize(
-        weight,
-        scales,
-        biases,
-        group_size=quantization.group_size,
-        bits=quantization.bits,
-        mode=quantization.mode,
-        dtype=mx.float32,
-    )
+    if biases is None:
+        return dequantize_matrix([weight, scales], quantization, mx.float32)
+    return dequantize_matrix([weight, scales.astype(mx.float32), biases.astype(mx.float32)], quantization, mx.float32)
 
 
 def _as_computed(
