@@ -59,7 +59,8 @@ class Figure:
     `tokens`: of the prompt, or of the context that is decoded after.
     `first`: the first time, with tracing and, on first use, the compilation of kernels.
     `seconds`, `fastest`, `slowest`: median and extremes after that; of decoding, of one step.
-    `host`: of decoding, what Python and MLX need to describe a step; steps are described ahead.
+    `host`: of decoding, until a step is described and handed to the device, which computes the one before meanwhile. It
+        is the whole step where the host computes, and where the device's queue is full.
     `bound`: the least time, and `fraction_of_bound` is that over `seconds`.
     `missing`: why there is no measurement.
     """
@@ -257,12 +258,13 @@ def _times(program: Program, what: What, tokens: mx.array, repeats: int) -> tupl
 
 
 def decoding_times(step: Step, token: mx.array, cases: Cases) -> tuple[float, list[float], float]:
-    """Decodes: the seconds until the first token was there, of a step in each repetition, and to describe a step."""
+    """Decodes: the seconds until the first token was there, of a step in each repetition, and of the host's
+    part in a step."""
     start = time.perf_counter()
     token = step(token)
     mx.async_eval(token)
 
-    described: list[float] = []
+    handed_over: list[float] = []
 
     def decode(count: int) -> float:
         nonlocal token
@@ -270,21 +272,21 @@ def decoding_times(step: Step, token: mx.array, cases: Cases) -> tuple[float, li
         for _ in range(count):
             current, before = token, time.perf_counter()
             token = step(current)
-            described.append(time.perf_counter() - before)
             mx.async_eval(token)
+            handed_over.append(time.perf_counter() - before)
             current.tolist()
         return (time.perf_counter() - begun) / count
 
     decode(1)
     first = time.perf_counter() - start
     decode(WARM_STEPS - 1)
-    described.clear()
+    handed_over.clear()
     begun = time.perf_counter()
     times: list[float] = []
     while len(times) < cases.repeats and not (times and time.perf_counter() - begun > _PATIENCE):
         times.append(decode(cases.tokens))
     mx.synchronize()
-    return first, times, statistics.median(described)
+    return first, times, statistics.median(handed_over)
 
 
 def _is_memory(reason: str) -> bool:

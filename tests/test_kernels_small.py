@@ -11,7 +11,7 @@ from dbrx_fn.cache import window
 from dbrx_fn.kernels import combine, decode_attention, norm_router, rotate_qkv
 from dbrx_fn.kernels import layer_norm as layer_norm_kernel
 from dbrx_fn.kernels.cuda_module import on_hopper
-from dbrx_fn.layers.norm import EPS, layer_norm
+from dbrx_fn.layers.norm import EPS
 from tests.trees import as_float64, relative_error
 
 pytestmark = pytest.mark.skipif(not on_hopper(), reason="the kernels are for Hopper GPUs")
@@ -120,7 +120,7 @@ def test_norm_router(tokens: int, d_model: int, experts: int, top_k: int, order:
     x64, weight64, matrix64 = (as_float64(array) for array in (x, weight, matrix))
     centered = x64 - x64.mean(axis=1, keepdims=True)
     expected = centered / np.sqrt((centered**2).mean(axis=1, keepdims=True) + EPS) * weight64
-    twin = layer_norm({"weight": weight}, x)
+    twin = mx.fast.layer_norm(x, weight, None, EPS)
     assert_no_worse(normed, twin, expected)
     assert_no_worse(logits, twin @ matrix.T, expected @ matrix64.T)
     assert relative_error(logits, as_float64(normed) @ matrix64.T) < 2e-6
@@ -133,7 +133,7 @@ def test_norm_router(tokens: int, d_model: int, experts: int, top_k: int, order:
     shares = np.take_along_axis(odds / odds.sum(axis=1, keepdims=True), chosen, axis=1)
     if order is not None:
         shares = shares / np.linalg.norm(shares, ord=order, axis=1, keepdims=True)
-    np.testing.assert_allclose(as_float64(expert_weights), shares, rtol=2**-8)
+    np.testing.assert_allclose(as_float64(expert_weights)[:tokens], shares, rtol=2**-8)
 
 
 def test_equal_logits_choose_the_first() -> None:
@@ -142,7 +142,7 @@ def test_equal_logits_choose_the_first() -> None:
         x, mx.ones(512, mx.bfloat16), mx.broadcast_to(row, (16, 512)), top_k=4, order=1.0
     )
     assert top_experts.tolist() == [[0, 1, 2, 3]] * 2
-    assert expert_weights.tolist() == [[0.25] * 4] * 2
+    assert expert_weights[:2].tolist() == [[0.25] * 4] * 2
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from dbrx_fn.backend import segment_rows
 from dbrx_fn.blas import FAST_BLAS
 from dbrx_fn.config import Activation, FFNConfig
+from dbrx_fn.layers.dispatch import dispatch
 from dbrx_fn.layers.linear import expert_linear, linear
-from dbrx_fn.layers.moe import ACTIVATIONS, combine, dispatch, gather_segments, mix_experts, moe
+from dbrx_fn.layers.moe import ACTIVATIONS, combine, gather_segments, mix_experts, moe
 from tests import oracle
 from tests.trees import relative_error
 

@@ -21,7 +21,7 @@ def fits(*, d_model: int, top_k: int, dtype: mx.Dtype) -> bool:
 def combine(
     down: BFloat16[mx.array, "slots d_model"],
     pair_slots: Int32[mx.array, "tokens top_k"],
-    expert_weights: BFloat16[mx.array, "tokens top_k"],
+    expert_weights: BFloat16[mx.array, "tokens_or_more top_k"],
     residual: BFloat16[mx.array, "tokens d_model"] | None = None,
 ) -> BFloat16[mx.array, "tokens d_model"]:
     """`sum_k expert_weights[t, k] * down[pair_slots[t, k]]`, plus `residual[t]` if given, `[tokens d_model]`.
@@ -29,7 +29,7 @@ def combine(
     Args:
         down: what experts say, in slots.
         pair_slots: the slot of each of a token's choices.
-        expert_weights: of the choices.
+        expert_weights: of the choices, and perhaps more rows behind.
         residual: the stream to add to.
     """
     tokens, top_k = pair_slots.shape

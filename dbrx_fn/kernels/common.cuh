@@ -22,7 +22,9 @@ __device__ __forceinline__ u16 float_to_bf16(float x) { return u16(pack_bf16(x, 
 // 16 bytes through the read-only path.
 __device__ __forceinline__ uint4 load16(const void* address) {
   uint4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
   return v;
 }
 
@@ -51,8 +53,8 @@ __device__ __forceinline__ float exp2_of(float x) {
   return y;
 }
 
-// Adds to sums `[16, 8]` the product of a `[16, 16]` and b `[8, 16]`, which a warp holds as PTX lays down for m16n8k16: rows
-// lane / 4 and 8 below it, of the inner axis 2 (lane % 4) and the next, and 8 further.
+// Adds to sums `[16, 8]` the product of a `[16, 16]` and b `[8, 16]`, which a warp holds as PTX lays down for m16n8k16:
+// rows lane / 4 and 8 below it, of the inner axis 2 (lane % 4) and the next, and 8 further.
 __device__ __forceinline__ void multiply_accumulate(float *sums, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])

@@ -4,7 +4,6 @@ One for gate, up and their product; one for down; one that weighs and adds. Long
 tokens out for tensor cores.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -14,9 +13,7 @@ from dbrx_fn.config import FFNConfig
 from dbrx_fn.kernels import combine
 from dbrx_fn.kernels.cuda_module import on_hopper
 from dbrx_fn.kernels.segments import INNER, LONG_ROWS, Segments, kernel_format, long_segments, pack_rows, short_segments
-
-Dispatcher = Callable[..., tuple[mx.array, mx.array, mx.array]]
-"""`dbrx_fn.layers.moe.dispatch`."""
+from dbrx_fn.layers.dispatch import Dispatch, dispatch
 
 
 def fits(params: dict[str, Any], dtype: mx.Dtype, config: FFNConfig) -> bool:
@@ -49,18 +46,14 @@ def mix_experts(
     x: mx.array,
     expert_weights: mx.array,
     top_experts: mx.array,
-    dispatch: Dispatcher,
     residual: mx.array | None = None,
 ) -> mx.array:
     """`dbrx_fn.layers.moe.mix_experts`, plus `residual` if there is one."""
     tokens, top_k = top_experts.shape
     pairs, experts = top_experts.size, params["w1"]["weight"].shape[0]
     rows = segment_rows(tokens, pairs, experts)
-    if tokens == 1:
-        slot_pairs, segment_experts, pair_slots = _one_token(top_experts, rows)
-    else:
-        slot_pairs, segment_experts, pair_slots = dispatch(top_experts, experts=experts, rows=rows)
-    segments = Segments(slot_pairs.reshape(-1), segment_experts, rows, pairs, top_k)
+    plan = _one_token(top_experts, rows) if tokens == 1 else dispatch(top_experts, experts=experts, rows=rows)
+    segments = Segments(plan.slot_pairs.reshape(-1), plan.segment_experts, rows, pairs, top_k)
     gate, up, down = params["w1"], params["v1"], params["w2"]
     if rows == LONG_ROWS:
         hidden = long_segments(pack_rows(x, gate, segments), gate, up, segments=segments)
@@ -68,13 +61,13 @@ def mix_experts(
     else:
         hidden = short_segments(x, gate, up, segments=segments, rows_are="tokens")
         said = short_segments(hidden, down, segments=segments)
-    return combine.combine(said, pair_slots, expert_weights, residual)
+    return combine.combine(said, plan.pair_slots, expert_weights, residual)
 
 
-def _one_token(top_experts: mx.array, rows: int) -> tuple[mx.array, mx.array, mx.array]:
+def _one_token(top_experts: mx.array, rows: int) -> Dispatch:
     """Each choice is a segment of one row and padding, so nothing has to be sorted."""
     choices = top_experts.size
     slot_pairs = np.full((choices, rows), choices, np.int32)
     slot_pairs[:, 0] = np.arange(choices)
     pair_slots = np.arange(choices, dtype=np.int32)[None] * rows
-    return mx.array(slot_pairs), top_experts.reshape(-1), mx.array(pair_slots)
+    return Dispatch(mx.array(slot_pairs), top_experts.reshape(-1).astype(mx.uint32), mx.array(pair_slots))

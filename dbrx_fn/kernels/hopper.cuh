@@ -1,13 +1,13 @@
-// Hopper's tensor cores and its engine for bulk copies, under readable names (PTX ISA 8: wgmma, mbarrier, cp.async.bulk).
+// Hopper's tensor cores and its engine for bulk copies, under readable names (PTX: wgmma, mbarrier, cp.async.bulk).
 #pragma once
 #include "common.cuh"
 
 #define SUMS4(s, i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
 #define SUMS(s, i) SUMS4(s, i), SUMS4(s, i + 4), SUMS4(s, i + 8), SUMS4(s, i + 12)
 
-// Adds to sums `[64, COLUMNS]` the product of `a` `[64, 16]`, in the registers of four warps, and `b` `[COLUMNS, 16]`, in
-// shared memory. Warp w has rows 16w and on; a lane's sums 4i to 4i + 3 are (lane / 4, 8i + 2 (lane % 4) and the next),
-// and the same 8 rows below.
+// Adds to sums `[64, COLUMNS]` the product of `a` `[64, 16]`, in the registers of four warps, and `b` `[COLUMNS, 16]`,
+// in shared memory. Warp w has rows 16w and on; a lane's sums 4i to 4i + 3 are (lane / 4, 8i + 2 (lane % 4) and the
+// next), and the same 8 rows below.
 template <int COLUMNS>
 __device__ __forceinline__ void multiply_accumulate(float *sums, const u32 *a, u64 b);
 
@@ -57,7 +57,8 @@ __device__ __forceinline__ void multiply_accumulate<256>(float *sums, const u32 
       "%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,"
       "%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}, "
       "{%128, %129, %130, %131}, %132, 1, 1, 1, 0;"
-      : SUMS(sums, 0), SUMS(sums, 16), SUMS(sums, 32), SUMS(sums, 48), SUMS(sums, 64), SUMS(sums, 80), SUMS(sums, 96), SUMS(sums, 112)
+      : SUMS(sums, 0), SUMS(sums, 16), SUMS(sums, 32), SUMS(sums, 48), SUMS(sums, 64), SUMS(sums, 80), SUMS(sums, 96),
+        SUMS(sums, 112)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
@@ -109,7 +110,8 @@ __device__ __forceinline__ void copy_to_shared(u32 to, const void *from, u32 byt
 }
 // Shared memory that was written by ordinary stores goes out; returns when it is read.
 __device__ __forceinline__ void copy_to_global(void *to, u32 from, u32 bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+               : "memory");
   asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" ::: "memory");
 }
 __device__ __forceinline__ void publish_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

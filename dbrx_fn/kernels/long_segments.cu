@@ -2,11 +2,11 @@
 //
 // Weights are tensor cores' operand A, which may come from registers: they are read from memory in the order that those
 // want them in and become bfloat16 there, while the tensor cores multiply by those before. The rows of a segment are
-// operand B, of up to 256 columns, so that a weight is unpacked once for many rows. B lies in shared memory; a ninth warp
-// has it copied there from what pack_rows.cu laid out, a block of 128 entries at a time, a few blocks ahead.
+// operand B, of up to 256 columns, so that a weight is unpacked once for many rows. B lies in shared memory; a ninth
+// warp has it copied there from what pack_rows.cu laid out, a block of 128 entries at a time, a few blocks ahead.
 //
-// A block of threads computes 128 rows of the matrix, 64 by each group of four warps, for one segment, and no more columns
-// than there are rows in it, in steps of 64.
+// A block of threads computes 128 rows of the matrix, 64 by each group of four warps, for one segment, and no more
+// columns than there are rows in it, in steps of 64.
 //
 // GATED: each warp takes 8 rows of the gate's matrix and the same 8 of up's, so that silu(gate x) * (up x) is in one
 // lane's registers. The result is laid out as pack_rows.cu does, for the product with w2.
@@ -18,7 +18,7 @@
 constexpr int ROWS = 256;                    // of a segment
 constexpr int HALF_BYTES = ROWS * 64 * 2;    // of 64 entries of a segment's rows
 constexpr int BLOCK_BYTES = 2 * HALF_BYTES;  // of 128 of them
-constexpr int NEIGHBOURS = 4;                // segments whose blocks of threads run side by side, to share weights in L2
+constexpr int NEIGHBOURS = 4;                // segments whose blocks run side by side, to share weights in L2
 
 struct Task {
   const u8 *x;  // the segment's packed rows
@@ -159,7 +159,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) long_segments(
     }
     const u32 pair = transposed(pack_bf16(values[0], values[1]));
     const int chunk = (4 * part + quarter) ^ (slot % 8);
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(outgoing + slot * 128 + chunk * 16 + of_quarter * 4), "r"(pair) : "memory");
+    const u32 to = outgoing + slot * 128 + chunk * 16 + of_quarter * 4;
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(pair) : "memory");
 #else
     const u32 pair = transposed(pack_bf16(sums[4 * i], sums[4 * i + 1]));
     const u32 below = transposed(pack_bf16(sums[4 * i + 2], sums[4 * i + 3]));

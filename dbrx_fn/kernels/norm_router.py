@@ -29,7 +29,7 @@ def norm_router(
     order: float | None,
 ) -> tuple[
     BFloat16[mx.array, "tokens d_model"],
-    BFloat16[mx.array, "tokens {top_k}"],
+    BFloat16[mx.array, "tokens_and_one {top_k}"],
     Float32[mx.array, "tokens expert"],
     UInt32[mx.array, "tokens {top_k}"],
 ]:
@@ -44,7 +44,8 @@ def norm_router(
 
     Returns:
         normed: `[tokens d_model]`.
-        expert_weights: `[tokens top_k]`.
+        expert_weights: `[tokens + 1, top_k]`; the last row is anything, and is there because of arrays of up to 8 bytes
+            (`dbrx_fn.cache.Window`).
         logits: float32 `[tokens expert]`.
         top_experts: uint32 `[tokens top_k]`, ascending.
     """
@@ -64,7 +65,7 @@ def norm_router(
         [x, weight, router],
         [
             ((tokens, d_model), mx.bfloat16),
-            ((tokens, top_k), mx.bfloat16),
+            ((tokens + 1, top_k), mx.bfloat16),
             ((tokens, experts), mx.float32),
             ((tokens, top_k), mx.uint32),
         ],

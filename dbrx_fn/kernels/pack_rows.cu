@@ -1,5 +1,6 @@
-// Rows in the order in which long_segments.cu has them copied: for each segment of 256 rows and each block of 128 entries,
-// two halves of 256 x 64 bfloat16 numbers, permuted as weights.cuh says and swizzled as tensor cores read shared memory.
+// Rows in the order in which long_segments.cu has them copied: for each segment of 256 rows and each block of 128
+// entries, two halves of 256 x 64 bfloat16 numbers, permuted as weights.cuh says and swizzled as tensor cores read
+// shared memory.
 //
 // Macros: those of weights.cuh, of the weights to come; DENSE: 1 if a segment's rows are just the next of x.
 #include "weights.cuh"
@@ -23,20 +24,20 @@ extern "C" __global__ void __launch_bounds__(256) pack_rows(
   const u64 source = pair / top_k;
 #endif
   for (int index = threadIdx.x; index < inner / 32; index += 256) {
-    const int block = index / 4, eighth = index % 4;
+    const int block = index / 4, eight = index % 4;
     uint4 quarters[4];
 #pragma unroll
     for (int quarter = 0; quarter < 4; quarter++)
-      quarters[quarter] = load16(x + source * inner + block * 128 + 32 * quarter + 8 * eighth);
+      quarters[quarter] = load16(x + source * inner + block * 128 + 32 * quarter + 8 * eight);
     const int segment = slot / ROWS, row = slot % ROWS;
-    u8 *to = packed + ((u64(segment) * (inner / 128) + block) * 2 + eighth / 2) * (ROWS * 128) + row * 128;
+    u8 *to = packed + ((u64(segment) * (inner / 128) + block) * 2 + eight / 2) * (ROWS * 128) + row * 128;
 #pragma unroll
     for (int step = 0; step < 2; step++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const uint4 chunk = {activations_of(&quarters[0], step, half), activations_of(&quarters[1], step, half),
                              activations_of(&quarters[2], step, half), activations_of(&quarters[3], step, half)};
-        const int place = (4 * eighth + 2 * step + half) % 8;
+        const int place = (4 * eight + 2 * step + half) % 8;
         *reinterpret_cast<uint4 *>(to + ((place ^ (row % 8)) * 16)) = chunk;
       }
   }

@@ -28,7 +28,7 @@ _DENSE = 0
 _QUANTIZED: dict[tuple[Mode, int], int] = {("affine", 4): 1, ("affine", 8): 2, ("mxfp4", 4): 3}
 # Warps of a block, blocks on a multiprocessor, rows of a matrix that are enough blocks even of twice the height.
 _SHORT_WARPS, _SHORT_BLOCKS, _TALL_FROM = 8, 3, 16384
-# Blocks of 64 and of 32 KiB in shared memory.
+# Shared memory: blocks of rows on their way, and the gated products of half a block on theirs out.
 _STAGES, _STAGE_BYTES, _OUTGOING_BYTES = 3, LONG_ROWS * 256, LONG_ROWS * 128
 
 

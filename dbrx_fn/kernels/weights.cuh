@@ -74,7 +74,8 @@ struct Row {
 #elif FORMAT == MXFP4
   const u8 *scales;
   __device__ Row(const u8 *matrix, const u8 *scales, u64 row, int inner, int quarter)
-      : weight(matrix + row * (inner / 2) + 16 * quarter), scales(scales + row * (inner / GROUP) + 32 * quarter / GROUP) {}
+      : weight(matrix + row * (inner / 2) + 16 * quarter),
+        scales(scales + row * (inner / GROUP) + 32 * quarter / GROUP) {}
 #else
   const u16 *scales, *biases;
   __device__ Row(const u8 *matrix, const u16 *scales, const u16 *biases, u64 row, int inner, int quarter)

@@ -22,7 +22,7 @@ capacity factor, no dropped token. Its vocabulary is used here: `top_experts`, `
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,6 +33,7 @@ from dbrx_fn.compile import compiled, typed
 from dbrx_fn.config import Activation, FFNConfig
 from dbrx_fn.kernels import experts
 from dbrx_fn.kernels.twin import with_gradients_of
+from dbrx_fn.layers.dispatch import Dispatch, dispatch
 from dbrx_fn.layers.linear import expert_linear
 from dbrx_fn.layers.router import Routing, router
 from dbrx_fn.params import format_of
@@ -104,13 +105,14 @@ def mix_experts(
     """
 
     def by_kernels(params: dict[str, Any], x: mx.array, expert_weights: mx.array) -> mx.array:
-        return experts.mix_experts(params, x, expert_weights, top_experts, dispatch)
+        return experts.mix_experts(params, x, expert_weights, top_experts)
 
     def stock(params: dict[str, Any], x: mx.array, expert_weights: mx.array) -> mx.array:
         return in_segments(params, x, expert_weights, top_experts, config=config)
 
     quantized = "scales" in params["w1"]
-    if not (quantized or cached) or not experts.fits(params, x.dtype, config):
+    fits = expert_weights.dtype == x.dtype and experts.fits(params, x.dtype, config)
+    if not (quantized or cached) or not fits:
         return stock(params, x, expert_weights)
     if quantized:
         return with_gradients_of(partial(stock, params), partial(by_kernels, params), x, expert_weights)
@@ -136,49 +138,6 @@ def in_segments(
     up = expert_linear(params["v1"], segments, plan.segment_experts)
     down = expert_linear(params["w2"], gate * up, plan.segment_experts)
     return combine(down, expert_weights, plan)
-
-
-class Dispatch(NamedTuple):
-    """Where each row of work goes. Pairs are counted through all tokens, slots through all segments.
-
-    `slot_pairs`: int `[segments rows]`, the (token, choice) pair in each slot; in padding, the number of pairs.
-    `segment_experts`: int `[segments]`, ascending.
-    `pair_slots`: int `[tokens top_k]`, the slot of each pair.
-    """
-
-    slot_pairs: mx.array
-    segment_experts: mx.array
-    pair_slots: mx.array
-
-
-@typed
-def dispatch(top_experts: Integer[mx.array, "tokens top_k"], *, experts: int, rows: int) -> Dispatch:
-    """Plans segments of `rows` rows that each belong to one of `experts` experts."""
-    pairs = top_experts.size
-    segments = min(pairs, pairs // rows + experts)
-
-    expert_of_pair = top_experts.reshape(-1).astype(mx.int32)
-    order = mx.argsort(expert_of_pair).astype(mx.int32)
-    if rows == 1:
-        # Nothing is padded, so slots are sorted pairs; decoding is bound by the number of operations, and this is few.
-        pair_slots = mx.argsort(order).astype(mx.int32)
-        return Dispatch(order[:, None], expert_of_pair[order], pair_slots.reshape(top_experts.shape))
-
-    # Compared and not added up by address: 16,384 pairs of one expert would wait for one another, 16 ms on an H100.
-    tokens_per_expert = (expert_of_pair[:, None] == mx.arange(experts, dtype=mx.int32)).sum(axis=0)
-    segments_per_expert = (tokens_per_expert + (rows - 1)) // rows
-    last_segments = mx.cumsum(segments_per_expert)
-
-    first_rows = mx.cumsum(tokens_per_expert) - tokens_per_expert
-    first_slots = (last_segments - segments_per_expert) * rows
-    slots = mx.arange(pairs, dtype=mx.int32) + (first_slots - first_rows)[expert_of_pair[order]]
-
-    slot_pairs = mx.put_along_axis(mx.full(segments * rows, pairs, mx.int32), slots, order, axis=0)
-    pair_slots = mx.put_along_axis(mx.zeros(pairs, mx.int32), order, slots, axis=0)
-    # Segments past the last one are the last expert's.
-    segment_experts = (mx.arange(segments, dtype=mx.int32)[:, None] >= last_segments).sum(axis=1)
-    segment_experts = mx.minimum(segment_experts, experts - 1)
-    return Dispatch(slot_pairs.reshape(segments, rows), segment_experts, pair_slots.reshape(top_experts.shape))
 
 
 @typed
