@@ -258,8 +258,7 @@ def _times(program: Program, what: What, tokens: mx.array, repeats: int) -> tupl
 
 
 def decoding_times(step: Step, token: mx.array, cases: Cases) -> tuple[float, list[float], float]:
-    """Decodes: the seconds until the first token was there, of a step in each repetition, and of the host's
-    part in a step."""
+    """Decodes; returns seconds: until the first token was there, of a step in each repetition, of the host's part."""
     start = time.perf_counter()
     token = step(token)
     mx.async_eval(token)

@@ -31,6 +31,8 @@ from dbrx_fn.config import Config
 from dbrx_fn.errors import CheckpointError, InputError
 
 Params = dict[str, Any]
+Linear = dict[str, mx.array]
+"""One matrix: `weight`, and where it is quantized `scales` and perhaps `biases`."""
 
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 MODES: tuple[Mode, ...] = get_args(Mode)

@@ -14,9 +14,9 @@ from dbrx_fn.cache import init_cache
 from dbrx_fn.config import Config
 from dbrx_fn.errors import CheckpointError, InputError
 from dbrx_fn.layers.embedding import embedding
-from dbrx_fn.layers.linear import Linear, expert_linear, linear
+from dbrx_fn.layers.linear import expert_linear, linear
 from dbrx_fn.model import forward
-from dbrx_fn.params import Format, Params, check_params, nest, param_count, param_spec
+from dbrx_fn.params import Format, Linear, Params, check_params, nest, param_count, param_spec
 from dbrx_fn.quantization import Quantization, dequantize, quantize, tree_formats
 from tests.checkpoints import QUANTIZABLE
 from tests.trees import as_float64, case_of, relative_error

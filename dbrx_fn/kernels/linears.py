@@ -3,7 +3,8 @@
 import mlx.core as mx
 
 from dbrx_fn.kernels.cuda_module import on_hopper
-from dbrx_fn.kernels.segments import INNER, MATRIX_ROWS, Linear, kernel_format, long_segments, pack_rows, short_segments
+from dbrx_fn.kernels.segments import INNER, MATRIX_ROWS, kernel_format, long_segments, pack_rows, short_segments
+from dbrx_fn.params import Linear
 
 FEW_ROWS = 32
 """Up to which rows are few: the weights' bytes are the bound then."""

@@ -13,9 +13,7 @@ from typing import Literal
 import mlx.core as mx
 
 from dbrx_fn.kernels.cuda_module import Kernel, launch
-from dbrx_fn.params import Mode, format_of
-
-Linear = dict[str, mx.array]
+from dbrx_fn.params import Linear, Mode, format_of
 
 LONG_ROWS = 256
 """Rows of a long segment. Short ones have 8 or 16."""

@@ -11,9 +11,7 @@ from dbrx_fn.backend import grouped_matmul, grouped_quantized_matmul, quantized_
 from dbrx_fn.compile import typed
 from dbrx_fn.kernels import linears
 from dbrx_fn.kernels.twin import with_gradients_of
-from dbrx_fn.params import format_of
-
-Linear = dict[str, mx.array]
+from dbrx_fn.params import Linear, format_of
 
 
 def linear(params: Linear, x: mx.array) -> mx.array:

@@ -13,8 +13,8 @@ segment is one matrix product with one expert's weights:
 
 There are at most `rows // segment_rows + experts` segments, or as many as rows if that is fewer, and that is how many
 are computed. With one row a segment this is the gather that decoding a single token wants; with long ones it is the
-batched product that long prompts and training want. It is one path: nothing knows whether it trains or infers, and
-gradients flow through all of it (the choice of experts aside, which has none).
+batched product that long prompts and training want. It is one plan for all of them, and gradients flow through it (the
+choice of experts aside, which has none). On GPUs that `dbrx_fn.kernels` has kernels for, those carry it out.
 
 This is dropless routing as in MegaBlocks (https://arxiv.org/abs/2211.15841), the library that DBRX was trained with: no
 capacity factor, no dropped token. Its vocabulary is used here: `top_experts`, `expert_weights`, `tokens_per_expert`.
@@ -100,8 +100,8 @@ def mix_experts(
     """`moe` after its router: for any choice of experts, also one that names an expert twice.
 
     Where there are kernels for these experts, they compute it, and a gradient is that of the stock operations, which
-    then have to be run first. So plain weights, which are what is trained, only take them with a cache behind
-    (`cached`): a training step would take a tenth more.
+    then have to be run as well. So plain weights, which are what is trained, take kernels only with a cache behind
+    (`cached`).
     """
 
     def by_kernels(params: dict[str, Any], x: mx.array, expert_weights: mx.array) -> mx.array:
