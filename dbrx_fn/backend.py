@@ -51,13 +51,16 @@ def sigmoid(x: mx.array) -> mx.array:
     return cpu.sigmoid(x) if slow_exp() else mx.sigmoid(x)
 
 
-def attended(held: int, capacity: int) -> int:
-    """How many positions of a cache attention looks at, if no row holds more than `held`.
+def attended(time: int, held: int, capacity: int) -> int:
+    """How many positions of a cache attention looks at from `time` tokens, if no row then holds more than `held`.
 
-    Each is one more signature for which types are checked, so there should be few of them. On a GPU each would be
-    one more trace.
+    On a CPU each number is one more signature for which types are checked, on a GPU one more trace, so there should
+    be few of them: the next 128, and for a GPU the next power of two. Single tokens see the whole capacity on a GPU,
+    lest one of them has to wait for a trace.
     """
-    return min(capacity, -(-held // 128) * 128) if backend() == "cpu" else capacity
+    if backend() == "cpu":
+        return min(capacity, -(-held // 128) * 128)
+    return capacity if time == 1 else min(capacity, 1 << (held - 1).bit_length())
 
 
 def attention(

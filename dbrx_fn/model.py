@@ -191,7 +191,7 @@ def _run_blocks(
         mx.array(lengths, mx.int32),
         time=time,
         capacity=capacity,
-        attended=attended(max(cache.lengths) + time, capacity),
+        attended=attended(time, max(cache.lengths) + time, capacity),
         dtype=config.dtype,
         wraps=max(cache.lengths) + time > capacity,
     )
