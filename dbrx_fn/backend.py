@@ -156,7 +156,8 @@ def quantized_matmul(
     quantization: Format,
 ) -> Float[mx.array, "*batch outer"]:
     """`x @ w.T`, with `w` `[outer inner]` what `mx.dequantize` makes of weight, scales and biases."""
-    if _is_dequantized(x.size // x.shape[-1], quantization):
+    rows = x.size // x.shape[-1]
+    if _is_dequantized(rows, quantization) or _has_no_kernel(rows, x.dtype, quantization):
         return (x.astype(mx.float32) @ _dequantized(weight, scales, biases, quantization).T).astype(x.dtype)
     product = mx.quantized_matmul(
         *_as_computed(x, weight, scales, biases),
@@ -178,7 +179,8 @@ def grouped_quantized_matmul(
     quantization: Format,
 ) -> Float[mx.array, "segments rows outer"]:
     """`grouped_matmul` by quantized weights; experts must ascend."""
-    if _is_dequantized(x.shape[0] * x.shape[1] // weight.shape[0], quantization):
+    average = x.shape[0] * x.shape[1] // weight.shape[0]
+    if _is_dequantized(average, quantization) or _has_no_kernel(x.shape[0] * x.shape[1], x.dtype, quantization):
         return grouped_matmul(x, _dequantized(weight, scales, biases, quantization), segment_experts)
     product = mx.gather_qmm(
         *_as_computed(x, weight, scales, biases),
@@ -214,6 +216,16 @@ def _dequantized_from(quantization: Format) -> int | None:
 def _is_dequantized(rows: int, quantization: Format) -> bool:
     least = _dequantized_from(quantization)
     return least is not None and rows >= least
+
+
+def _has_no_kernel(rows: int, dtype: mx.Dtype, quantization: Format) -> bool:
+    """Whether MLX's CUDA kernels for several rows can't be used, because they fail.
+
+    MLX 0.32.4 on an H100, groups of 128 in float32: of any bits, from 33 rows on they ask for more shared memory than
+    they may have ("invalid argument"); with 4 and 8 bits, a model of width 128 said anything for fewer rows too, where
+    single products of width 256 were right (why isn't known). Up to 7 rows are another kernel's.
+    """
+    return backend() == "cuda" and dtype == mx.float32 and quantization.group_size == 128 and rows >= 8
 
 
 def _dequantized(weight: mx.array, scales: mx.array, biases: mx.array | None, quantization: Format) -> mx.array:

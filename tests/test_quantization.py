@@ -159,6 +159,18 @@ def test_gradients_of_the_model_are_those_of_the_dequantized_tree(form: Format, 
         assert measured("gradients, quantized to dequantized, float32", error) <= 1e-5, path
 
 
+@pytest.mark.parametrize("form", [Format(3, 128), Format(4, 128), Format(8, 128)], ids=str)
+def test_many_rows_of_large_groups(form: Format) -> None:
+    """More rows than MLX's CUDA kernel has shared memory for in float32."""
+    parts = packed(normal(0, 2, 24, 256), form)
+    weights = as_float64(unpacked(parts, form))
+    x = normal(1, 3, 40, 256)
+    one = {name: leaf[0] for name, leaf in parts.items()}
+    assert relative_error(linear(one, x), as_float64(x) @ weights[0].T) <= BAR
+    expected = as_float64(x) @ weights[[0, 1, 1]].swapaxes(1, 2)
+    assert relative_error(expert_linear(parts, x, mx.array([0, 1, 1])), expected) <= BAR
+
+
 def test_long_segments() -> None:
     """As many tokens as make segments of several rows."""
     tokens = mx.random.randint(0, 40, (1, 160), key=mx.random.key(0))
