@@ -20,7 +20,8 @@ def measured(record_property: Callable[[str, object], None]) -> Callable[[str, f
     """Notes a figure under a name, for the table at the end, and gives it back to be compared."""
 
     def note(name: str, value: float) -> float:
-        record_property(_MEASURED + name, value)
+        # Processes can't send NumPy's floats to one another.
+        record_property(_MEASURED + name, float(value))
         return value
 
     return note
