@@ -151,10 +151,10 @@ def window(
     if capacity == 0:
         return {"offsets": offsets, "slots": None, "kept": None, "mask": None, "near_offsets": None}
     float_type = getattr(mx, dtype)
-    positions = offsets[:, None] + mx.arange(time, dtype=mx.int32)
+    near_offsets = mx.pad(offsets, (0, 3))
+    positions = (near_offsets[:, None] + mx.arange(time, dtype=mx.int32))[: offsets.size]
     visible = mx.arange(attended, dtype=mx.int32) <= positions[:, None, :, None]
     mask = mx.where(visible, mx.array(0, float_type), mx.array(mx.finfo(float_type).min, float_type))
-    near_offsets = mx.pad(offsets, (0, 3))
     if not wraps:
         return {"offsets": offsets, "slots": positions, "kept": None, "mask": mask, "near_offsets": near_offsets}
     kept = mx.arange(time, dtype=mx.int32) >= lengths[:, None]

@@ -104,6 +104,22 @@ def test_mixed_experts(form: Format | None, tokens: int, measured: Any) -> None:
     assert measured("kernels' error over their twin's, experts", found / twin) <= LIMIT
 
 
+@every_format
+@pytest.mark.parametrize("ffn_hidden", [384, 512])
+def test_one_token_s_experts_and_the_stream(form: Format | None, ffn_hidden: int, measured: Any) -> None:
+    shapes = {"w1": (6, ffn_hidden, D_MODEL), "v1": (6, ffn_hidden, D_MODEL), "w2": (6, D_MODEL, ffn_hidden)}
+    params = {name: matrix(form, seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    x, residual, weights = normal(7, 1, D_MODEL), normal(8, 1, D_MODEL), normal(9, 1, 3)
+    top_experts = mx.array([[5, 0, 2]], mx.uint32)
+    w1, v1, w2 = (dense(params[name], shape[-1]) for name, shape in shapes.items())
+    said = oracle.moe(as_float64(x), as_float64(weights), np.array(top_experts), w1, v1, w2, oracle.ACTIVATIONS["silu"])
+    expected = as_float64(residual) + said
+    config = replace(CONFIG, ffn_hidden_size=ffn_hidden, moe_top_k=3)
+    found = error(experts.mix_experts(params, x, weights, top_experts, residual), expected)
+    twin = error(residual + in_segments(params, x, weights, top_experts, config=config), expected)
+    assert measured("kernels' error over their twin's, experts", found / twin) <= LIMIT
+
+
 @pytest.mark.parametrize("form", [None, Format(4, 64)], ids=str)
 def test_gradients_are_the_twins(form: Format | None) -> None:
     shapes = {"w1": (6, 384, D_MODEL), "v1": (6, 384, D_MODEL), "w2": (6, D_MODEL, 384)}
@@ -152,11 +168,12 @@ def test_nothing_is_traced_per_token(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
+@pytest.mark.parametrize("lengths", [[50, 33, 41], [50]], ids=str)
 @pytest.mark.parametrize("form", [None, Format(4, 64), Format(8, 64), Format(4, 32, "mxfp4")], ids=str)
 def test_the_model_is_as_exact_as_on_the_cpu(
-    form: Format | None, monkeypatch: pytest.MonkeyPatch, measured: Any
+    form: Format | None, lengths: list[int], monkeypatch: pytest.MonkeyPatch, measured: Any
 ) -> None:
-    """A prompt, then tokens one at a time, for sequences of different lengths."""
+    """A prompt, then tokens one at a time, for sequences of different lengths, and for one."""
     taken: list[bool] = []
     fits = decode_block.fits
 
@@ -169,11 +186,12 @@ def test_the_model_is_as_exact_as_on_the_cpu(
     params = init_params(config, mx.random.key(0))
     if form is not None:
         params = quantize(params, config, Quantization(*[form] * 4))
-    tokens = mx.random.randint(0, 128, (3, 60), key=mx.random.key(1))
+    batch = len(lengths)
+    tokens = mx.random.randint(0, 128, (batch, 60), key=mx.random.key(1))
 
     def logits(params: Any, config: Config) -> NDArray[np.float64]:
-        some, cache = forward(params, tokens[:, :50], init_cache(config, 3, 256), lengths=[50, 33, 41])
-        pieces = [as_float64(some)[:, :33]]
+        some, cache = forward(params, tokens[:, :50], init_cache(config, batch, 256), lengths=lengths)
+        pieces = [as_float64(some)[:, : min(lengths)]]
         for n in range(50, 60):
             one, cache = forward(params, tokens[:, n : n + 1], cache)
             pieces.append(as_float64(one))

@@ -13,7 +13,7 @@ from dbrx_fn.config import FFNConfig
 from dbrx_fn.kernels import combine
 from dbrx_fn.kernels.cuda_module import on_hopper
 from dbrx_fn.kernels.segments import INNER, LONG_ROWS, Segments, kernel_format, long_segments, pack_rows, short_segments
-from dbrx_fn.layers.dispatch import Dispatch, dispatch
+from dbrx_fn.layers.dispatch import dispatch
 
 
 def fits(params: dict[str, Any], dtype: mx.Dtype, config: FFNConfig) -> bool:
@@ -33,10 +33,10 @@ def fits(params: dict[str, Any], dtype: mx.Dtype, config: FFNConfig) -> bool:
     return len(formats) == 1 and None not in formats
 
 
-def segment_rows(tokens: int, pairs: int, experts: int) -> int:
-    """How many rows a segment has; a choice of a single token is one by itself."""
+def segment_rows(pairs: int, experts: int) -> int:
+    """How many rows a segment has, of more than one token."""
     average = pairs / experts
-    if tokens == 1 or average <= 3:
+    if average <= 3:
         return 8
     return 16 if average <= 12 else LONG_ROWS
 
@@ -51,10 +51,14 @@ def mix_experts(
     """`dbrx_fn.layers.moe.mix_experts`, plus `residual` if there is one."""
     tokens, top_k = top_experts.shape
     pairs, experts = top_experts.size, params["w1"]["weight"].shape[0]
-    rows = segment_rows(tokens, pairs, experts)
-    plan = _one_token(top_experts, rows) if tokens == 1 else dispatch(top_experts, experts=experts, rows=rows)
-    segments = Segments(plan.slot_pairs.reshape(-1), plan.segment_experts, rows, pairs, top_k)
     gate, up, down = params["w1"], params["v1"], params["w2"]
+    if tokens == 1:
+        segments = _one_token(top_experts)
+        hidden = short_segments(x, gate, up, segments=segments, rows_are="tokens")
+        return short_segments(hidden, down, segments=segments, expert_weights=expert_weights, residual=residual)
+    rows = segment_rows(pairs, experts)
+    plan = dispatch(top_experts, experts=experts, rows=rows)
+    segments = Segments(plan.slot_pairs.reshape(-1), plan.segment_experts, rows, pairs, top_k)
     if rows == LONG_ROWS:
         hidden = long_segments(pack_rows(x, gate, segments), gate, up, segments=segments)
         said = long_segments(hidden, down, segments=segments)
@@ -64,10 +68,9 @@ def mix_experts(
     return combine.combine(said, plan.pair_slots, expert_weights, residual)
 
 
-def _one_token(top_experts: mx.array, rows: int) -> Dispatch:
+def _one_token(top_experts: mx.array) -> Segments:
     """Each choice is a segment of one row and padding, so nothing has to be sorted."""
-    choices = top_experts.size
+    choices, rows = top_experts.size, 8
     slot_pairs = np.full((choices, rows), choices, np.int32)
     slot_pairs[:, 0] = np.arange(choices)
-    pair_slots = np.arange(choices, dtype=np.int32)[None] * rows
-    return Dispatch(mx.array(slot_pairs), top_experts.reshape(-1).astype(mx.uint32), mx.array(pair_slots))
+    return Segments(mx.array(slot_pairs.reshape(-1)), top_experts.reshape(-1), rows, choices, choices)

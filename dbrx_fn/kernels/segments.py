@@ -77,41 +77,50 @@ def short_segments(
     *matrices: Linear,
     segments: Segments | None = None,
     rows_are: Literal["tokens", "slots"] = "slots",
+    expert_weights: mx.array | None = None,
     residual: mx.array | None = None,
 ) -> mx.array:
-    """Rows of `x` times their matrix: bfloat16 `[slots outer]`.
+    """Rows of `x` times their matrix: bfloat16 `[slots outer]`, or `[1 outer]` of mixed experts.
 
     Args:
         x: bfloat16 `[tokens inner]` or `[slots inner]`.
         matrices: one, or gate and up: then it is `silu(gate x) * (up x)`.
         segments: which row goes to which expert; none for a plain matrix.
         rows_are: what the rows of `x` are, where there are segments.
-        residual: `[slots outer]`, which is added.
+        expert_weights: of the choices of a single token, of which each has a segment: what their experts say is weighed
+            and added up.
+        residual: `[slots outer]` or `[1 outer]`, which is added.
     """
     inner, outer, gated = x.shape[-1], matrices[0]["weight"].shape[-2], len(matrices) == 2
     rows = segments.rows if segments else 8 if x.shape[0] <= 8 else 16
     count = segments.count if segments else -(-x.shape[0] // rows)
     source = "dense" if segments is None else rows_are
+    mixed = segments.count if segments and expert_weights is not None else 0
     height = 8 if gated else 16
     defines = _format_defines(matrices[0], inner)
     # Of 4 bits, a warp that has twice as many rows on their way is 1 to 3% faster, if there are enough for all
     # multiprocessors; wider entries leave it no registers for that (docs/performance.md, section 4).
     four_bits = defines["FORMAT"] in (_QUANTIZED["affine", 4], _QUANTIZED["mxfp4", 4])
-    tall = 2 if four_bits and outer % (2 * height) == 0 and outer * count >= _TALL_FROM else 1
+    tall = 2 if four_bits and outer % (2 * height) == 0 and not mixed and outer * count >= _TALL_FROM else 1
+    # Mixed experts' blocks are too few for that, so there a warp has twice as long rows on their way: 56 us for 61.
+    depth = 2 if four_bits and mixed and inner % (2 * INNER) == 0 else 1
     defines |= {
         "WARPS": _SHORT_WARPS,
         "TALL": tall,
+        "DEPTH": depth,
         "TILES": rows // 8,
         "BLOCKS": _SHORT_BLOCKS,
         "GATED": int(gated),
         "SOURCE": ("dense", "tokens", "slots").index(source),
+        "MIXED": mixed,
         "RESIDUAL": int(residual is not None),
     }
+    optional = [array for array in (expert_weights, residual) if array is not None]
     return launch(
         Kernel("short_segments", tuple(defines.items())),
-        [x, *_leaves(matrices), *(segments.arrays if segments else ()), *([] if residual is None else [residual])],
-        [((count * rows if segments else x.shape[0], outer), mx.bfloat16)],
-        blocks=(outer // (height * tall), count, 1),
+        [x, *_leaves(matrices), *(segments.arrays if segments else ()), *optional],
+        [((1 if mixed else count * rows if segments else x.shape[0], outer), mx.bfloat16)],
+        blocks=(outer // (height * tall), 1 if mixed else count, 1),
         threads=32 * _SHORT_WARPS,
         scalars=(segments.pairs if segments else x.shape[0], segments.top_k if segments else 1, inner, outer),
     )[0]

@@ -65,6 +65,18 @@ struct Stored {
 #endif
 };
 
+// A scale, of which the next blocks' are near: they are fetched along.
+__device__ __forceinline__ u16 load_scale(const u16 *address) {
+  u16 scale;
+  asm volatile("ld.global.nc.L2::256B.u16 %0, [%1];" : "=h"(scale) : "l"(address));
+  return scale;
+}
+__device__ __forceinline__ u16 load_scale(const u8 *address) {
+  u16 scale;
+  asm volatile("ld.global.nc.L2::256B.u8 %0, [%1];" : "=h"(scale) : "l"(address));
+  return scale;
+}
+
 // Where a lane reads one row of the matrix.
 struct Row {
   const u8 *weight;
@@ -84,19 +96,30 @@ struct Row {
         biases(biases + row * (inner / GROUP) + 32 * quarter / GROUP) {}
 #endif
 
+  // Goes on by so many blocks.
+  __device__ __forceinline__ void advance(int blocks) {
+    weight += blocks * BYTES_OF_BLOCK;
+#if FORMAT != BFLOAT16
+    scales += blocks * (128 / GROUP);
+#endif
+#if FORMAT == AFFINE4 || FORMAT == AFFINE8
+    biases += blocks * (128 / GROUP);
+#endif
+  }
+
   // A block of this row, or of one so many below.
   __device__ __forceinline__ Stored load(int block, int below = 0, int inner = 0) const {
     Stored stored;
-    const u64 at = u64(block) * BYTES_OF_BLOCK + u64(below) * (inner / 128) * BYTES_OF_BLOCK;
+    const u32 at = (block + below * (inner / 128)) * BYTES_OF_BLOCK;
 #pragma unroll
     for (int i = 0; i < BYTES_OF_BLOCK / 64; i++) stored.words[i] = stream16(weight + at + 16 * i);
 #if FORMAT != BFLOAT16
     // Groups of 128 and less divide a block, and 32 divides a group.
-    const int group = block * (128 / GROUP) + below * (inner / GROUP);
-    stored.scale = __ldg(scales + group);
+    const u32 group = block * (128 / GROUP) + below * (inner / GROUP);
+    stored.scale = load_scale(scales + group);
 #endif
 #if FORMAT == AFFINE4 || FORMAT == AFFINE8
-    stored.bias = __ldg(biases + group);
+    stored.bias = load_scale(biases + group);
 #endif
     return stored;
   }
