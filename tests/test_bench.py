@@ -128,7 +128,7 @@ def test_a_checkpoint_is_loaded_cut_and_quantized(tmp_path: Path, capsys: pytest
 def test_the_small_model_is_what_is_measured_if_nothing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inference", *SHORT]) == 0
     model, machine, header, load, *rows = capsys.readouterr().out.splitlines()
-    assert "6 layers, 6.8M parameters, 3.2M active, 9.09 bits a weight, float32" in model
+    assert "5 layers, 6.9M parameters, 3.9M active, 9.08 bits a weight, float32" in model
     assert "copies 1.0 GB/s, multiplies 1.000 TFLOP/s" in machine
     assert "of bound" in header
     assert re.search(r"load .* files ", load)
@@ -196,7 +196,7 @@ def test_a_picture_shows_every_case(config_file: Path, tmp_path: Path, capsys: p
         (["inference", "--batch-size", "-1"], "--batch-size is -1"),
         (["inference", "--prompt", "4000"], "--prompt comes to 4000 tokens and the model's context holds 2048"),
         (["inference", "--context", "2048"], "--context comes to 2213 tokens, the 165 of decoding included,"),
-        (["inference", "--layers", "7"], "--layers is 7 where 1 to 6"),
+        (["inference", "--layers", "7"], "--layers is 7 where 1 to 5"),
         (["inference", "--shape", "small", "--quantize", "7"], "--quantize is 7"),
         (["inference", "--shape", "small", "--quantize", "4:128"], "group_size is 128 where a divisor of 64"),
         (["inference", "--picture", "roof.pdf"], "roof.pdf is no name of a picture"),

@@ -411,12 +411,12 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = capsys.readouterr()
     for line in (
         "layout        split (mlx-lm's: a matrix for each expert)",
-        "parameters    6,778,112",
-        "active        3,239,168 to a token",
-        "              3.0 MiB for 1 x 1,000 tokens (room for 1,024)",
+        "parameters    6,871,808",
+        "active        3,922,688 to a token",
+        "              2.5 MiB for 1 x 1,000 tokens (room for 1,024)",
     ):
         assert line in out.splitlines()
-    assert re.search(r"\nexperts +4,718,592 +5\.1 MiB +9\.00  affine 8:64\n", out)
+    assert re.search(r"\nexperts +3,932,160 +4\.2 MiB +9\.00  affine 8:64\n", out)
     assert max(map(len, out.splitlines())) <= 100
     assert "\nfits          yes, " in out
 

@@ -52,7 +52,7 @@ TRAINING = {
     "--warmup": 100,
     "--learning-rate": 2e-3,
     "--final-share": 0.05,
-    "--weight-decay": 2.0,
+    "--weight-decay": 3.0,
     "--eval-every": 190,
     "--save-every": 190,
     "--keep": 2,
@@ -61,11 +61,11 @@ PACKED = Format(bits=8, group_size=64)
 ARCHITECTURE = Config(
     d_model=256,
     n_heads=8,
-    n_layers=6,
+    n_layers=5,
     max_seq_len=2048,
-    vocab_size=2048,
+    vocab_size=4096,
     attn=AttnConfig(clip_qkv=8.0, kv_n_heads=2, rope_theta=10_000.0),
-    ffn=FFNConfig(ffn_hidden_size=64, moe_num_experts=16, moe_top_k=4, moe_jitter_eps=0.01, moe_loss_weight=0.05),
+    ffn=FFNConfig(ffn_hidden_size=64, moe_num_experts=16, moe_top_k=4, moe_jitter_eps=0.01, moe_loss_weight=0.1),
     dtype="float32",
 )
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
