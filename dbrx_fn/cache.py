@@ -152,6 +152,7 @@ def window(
         return {"offsets": offsets, "slots": None, "kept": None, "mask": None, "near_offsets": None}
     float_type = getattr(mx, dtype)
     near_offsets = mx.pad(offsets, (0, 3))
+    # Of the longer array, so that one token's slot too lies in the GPU's memory.
     positions = (near_offsets[:, None] + mx.arange(time, dtype=mx.int32))[: offsets.size]
     visible = mx.arange(attended, dtype=mx.int32) <= positions[:, None, :, None]
     mask = mx.where(visible, mx.array(0, float_type), mx.array(mx.finfo(float_type).min, float_type))

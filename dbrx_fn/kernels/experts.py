@@ -1,7 +1,7 @@
-"""The experts of some tokens on Hopper GPUs: three launches from tokens to tokens, whatever the weights' format.
+"""The experts of some tokens on Hopper GPUs: few launches from tokens to tokens, whatever the weights' format.
 
-One for gate, up and their product; one for down; one that weighs and adds. Long segments take one more, which lays the
-tokens out for tensor cores.
+One for gate, up and their product; one for down, which for a single token also weighs and adds; for several tokens
+another that does. Long segments take one more, which lays the tokens out for tensor cores.
 """
 
 from typing import Any
