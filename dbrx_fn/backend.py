@@ -157,7 +157,7 @@ def quantized_matmul(
 ) -> Float[mx.array, "*batch outer"]:
     """`x @ w.T`, with `w` `[outer inner]` what `mx.dequantize` makes of weight, scales and biases."""
     rows = x.size // x.shape[-1]
-    if _is_dequantized(rows, quantization) or _has_no_kernel(rows, x.dtype, quantization):
+    if _is_dequantized(rows, quantization) or _has_no_kernel(rows, x.shape[-1], x.dtype, quantization):
         return (x.astype(mx.float32) @ _dequantized(weight, scales, biases, quantization).T).astype(x.dtype)
     product = mx.quantized_matmul(
         *_as_computed(x, weight, scales, biases),
@@ -180,7 +180,7 @@ def grouped_quantized_matmul(
 ) -> Float[mx.array, "segments rows outer"]:
     """`grouped_matmul` by quantized weights; experts must ascend."""
     average = x.shape[0] * x.shape[1] // weight.shape[0]
-    if _is_dequantized(average, quantization) or _has_no_kernel(x.shape[0] * x.shape[1], x.dtype, quantization):
+    if _is_dequantized(average, quantization) or _has_no_kernel(x.shape[1], x.shape[2], x.dtype, quantization):
         return grouped_matmul(x, _dequantized(weight, scales, biases, quantization), segment_experts)
     product = mx.gather_qmm(
         *_as_computed(x, weight, scales, biases),
@@ -218,14 +218,17 @@ def _is_dequantized(rows: int, quantization: Format) -> bool:
     return least is not None and rows >= least
 
 
-def _has_no_kernel(rows: int, dtype: mx.Dtype, quantization: Format) -> bool:
-    """Whether MLX's CUDA kernels for several rows can't be used, because they fail.
+def _has_no_kernel(rows: int, inner: int, dtype: mx.Dtype, quantization: Format) -> bool:
+    """Whether MLX's CUDA kernels fail for so many rows in float32 (MLX 0.32.4, H100).
 
-    MLX 0.32.4 on an H100, groups of 128 in float32: of any bits, from 33 rows on they ask for more shared memory than
-    they may have ("invalid argument"); with 4 and 8 bits, a model of width 128 said anything for fewer rows too, where
-    single products of width 256 were right (why isn't known). Up to 7 rows are another kernel's.
+    Groups of 128, from 33 rows on: the kernel asks for more shared memory than it may have ("invalid argument").
+    Affine 4 and 8 bits where a row of the matrix is one group: a kernel for Hopper GPUs takes those
+    (`supports_qmm_sm90`), and what it writes in float32 is anything.
     """
-    return backend() == "cuda" and dtype == mx.float32 and quantization.group_size == 128 and rows >= 8
+    if backend() != "cuda" or dtype != mx.float32:
+        return False
+    one_group = quantization.mode == "affine" and quantization.bits in (4, 8) and inner <= quantization.group_size
+    return one_group or (quantization.group_size == 128 and rows > 32)
 
 
 def _dequantized(weight: mx.array, scales: mx.array, biases: mx.array | None, quantization: Format) -> mx.array:

@@ -171,6 +171,16 @@ def test_many_rows_of_large_groups(form: Format) -> None:
     assert relative_error(expert_linear(parts, x, mx.array([0, 1, 1])), expected) <= BAR
 
 
+@pytest.mark.parametrize("form", [Format(4, 128), Format(8, 64), Format(3, 128)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_rows_of_one_group(form: Format, rows: int) -> None:
+    """MLX has a CUDA kernel of its own for those, which is wrong in float32."""
+    parts = packed(normal(0, 1, 128, form.group_size), form)
+    x = normal(1, 2, rows, form.group_size)
+    expected = as_float64(x) @ as_float64(unpacked(parts, form))[0].T
+    assert relative_error(linear({name: leaf[0] for name, leaf in parts.items()}, x), expected) <= BAR
+
+
 def test_long_segments() -> None:
     """As many tokens as make segments of several rows."""
     tokens = mx.random.randint(0, 40, (1, 160), key=mx.random.key(0))
