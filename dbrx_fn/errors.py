@@ -27,3 +27,11 @@ class CacheError(DbrxError):
 
 class TrainingError(DbrxError):
     """A training run that can't go on: its numbers are no longer finite."""
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether MLX or Python raised it because an array can't be allocated; MLX has no class of its own for that."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in said for word in ("memory", "allocat"))
+    )

@@ -9,13 +9,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from textwrap import shorten
 
 import mlx.core as mx
 from tqdm import tqdm
 
 from dbrx_fn.chat import render_chat
 from dbrx_fn.config import Config, Dtype
-from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.errors import DbrxError, InputError, lacks_memory
 from dbrx_fn.generation import check_limits, stream_text, token_budget, warm_up
 from dbrx_fn.generation_config import read_sampling
 from dbrx_fn.hub import SMALL, checkpoint_folder
@@ -75,6 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         close_standard_output()
         return 0
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        print(
+            f"error: the text can't be computed ({shorten(str(error), 200, placeholder='…')}): take a shorter prompt,"
+            " smaller --max-tokens or --prefill-step-size, or quantize the model (python -m dbrx_fn.convert).",
+            file=sys.stderr,
+        )
+        return 2
     except OSError as error:
         close_standard_output()
         where = f"{error.filename}: " if error.filename else "the text can't be written, or a file read: "

@@ -18,6 +18,7 @@ from dbrx_fn.bounds import Work, decode_work, prefill_work, weight_bytes
 from dbrx_fn.cache import Cache, capacity_bucket, grow_cache, init_cache
 from dbrx_fn.checkpoint import open_checkpoint
 from dbrx_fn.config import Config, Dtype
+from dbrx_fn.errors import lacks_memory
 from dbrx_fn.generation import GREEDY, stream_tokens
 from dbrx_fn.inference_plan import ANSWER, WARM_STEPS, Cases, Planned, drawn_weights, loaded_weights
 from dbrx_fn.machine_limits import MachineLimits, read_seconds
@@ -219,7 +220,7 @@ def _measured(empty: Figure, program: Program, cases: Cases, work: Work, made: i
     # Another program's errors are what there is to say of it; of ours only memory can run out.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        if program.name == OURS and not (isinstance(error, (RuntimeError, MemoryError)) and _is_memory(reason)):
+        if program.name == OURS and not lacks_memory(error):
             raise
         return replace(empty, missing=f"{type(error).__name__}: {reason}")
     seconds = statistics.median(times)
@@ -286,7 +287,3 @@ def decoding_times(step: Step, token: mx.array, cases: Cases) -> tuple[float, li
         times.append(decode(cases.tokens))
     mx.synchronize()
     return first, times, statistics.median(handed_over)
-
-
-def _is_memory(reason: str) -> bool:
-    return any(word in reason.lower() for word in ("memory", "allocat"))

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +340,21 @@ def test_full_disk(folder: Path) -> None:
 
 
 # What users can get wrong: the checkpoint
+
+
+def test_memory_that_runs_out(folder: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU says it; on a CPU, MLX ends the process where memory does."""
+
+    def failing(*_: object, **__: object) -> Iterator[None]:
+        raise RuntimeError(said)
+        yield
+
+    monkeypatch.setattr("dbrx_fn.generate.stream_text", failing)
+    said = "cudaMallocAsync(&data, size, stream) failed: out of memory"
+    refused(["--model", folder, "--prompt", "x"], f"({said})", "--prefill-step-size")
+    said = "another reason"
+    with pytest.raises(RuntimeError, match=said):
+        main(["--model", str(folder), "--prompt", "x"])
 
 
 def test_no_such_folder(tmp_path: Path, refused: Refused) -> None:
