@@ -33,5 +33,5 @@ def lacks_memory(error: Exception) -> bool:
     """Whether MLX or Python raised it because an array can't be allocated; MLX has no class of its own for that."""
     said = str(error).lower()
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in said for word in ("memory", "allocat"))
+        isinstance(error, RuntimeError) and any(words in said for words in ("out of memory", "allocat"))
     )

@@ -80,8 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not lacks_memory(error):
             raise
         print(
-            f"error: the text can't be computed ({shorten(str(error), 200, placeholder='…')}): take a shorter prompt,"
-            " smaller --max-tokens or --prefill-step-size, or quantize the model (python -m dbrx_fn.convert).",
+            f"error: the text can't be computed ({shorten(str(error) or 'out of memory', 200, placeholder='…')}):"
+            " take a shorter prompt, smaller --max-tokens or --prefill-step-size, or quantize the model"
+            " (python -m dbrx_fn.convert).",
             file=sys.stderr,
         )
         return 2

@@ -10,10 +10,11 @@ from typing import Literal, cast
 
 import mlx.core as mx
 
+from dbrx_fn.backend import attended, backend
 from dbrx_fn.cache import capacity_bucket, grow_cache, init_cache
 from dbrx_fn.config import Config
 from dbrx_fn.errors import InputError
-from dbrx_fn.model import CHUNK_SIZE, chunk_widths, forward
+from dbrx_fn.model import CHUNK_SIZE, chunk_widths, forward, time_bucket
 from dbrx_fn.params import Params
 from dbrx_fn.sampling import Sampling, init_history, sample
 from dbrx_fn.tokenizer import Tokenizer
@@ -199,10 +200,25 @@ def warm_up(
     empty = init_cache(replace(config, n_layers=1), 1, _first_capacity(prompt_length, max_tokens))
     history = init_history([[0]], config.vocab_size) if sampling.uses_history else None
     key = mx.random.key(0)
-    for width in {*chunk_widths(prompt_length, min(chunk_size, empty.capacity)), 1}:
-        tokens = mx.zeros((1, width), mx.int32)
-        logits, _ = forward(shallow, tokens, empty, last_only=width > 1, chunk_size=width)
+    for width, start in _first_of_each_trace(prompt_length, chunk_size, empty.capacity):
+        tokens, cache = mx.zeros((1, width), mx.int32), replace(empty, lengths=(start,))
+        logits, _ = forward(shallow, tokens, cache, last_only=width > 1, chunk_size=width)
         mx.eval(sample(logits[:, 0], key, history, sampling=sampling)[0])
+
+
+def _first_of_each_trace(prompt_length: int, chunk_size: int, capacity: int) -> list[tuple[int, int]]:
+    """Widths and starts of a single token and of those chunks of a prompt that are traced, each kind once.
+
+    A CPU traces nothing, and one chunk of each width is enough there.
+    """
+    starts = {(1, 0): 0}
+    start = 0
+    for width in chunk_widths(prompt_length, min(chunk_size, capacity)):
+        time = time_bucket(width, capacity)
+        seen = 0 if backend() == "cpu" or width == 1 else attended(time, start + time, capacity)
+        starts.setdefault((width, seen), start)
+        start += width
+    return [(width, start) for (width, _), start in starts.items()]
 
 
 def _first_capacity(prompt_length: int, max_tokens: int) -> int:

@@ -190,9 +190,16 @@ def test_nothing_is_computed_past_the_last_token(monkeypatch: pytest.MonkeyPatch
     assert widths == [len(PROMPT), 1, 1, 1, 1, 1]
 
 
-def test_warm_up_leaves_no_trace_to_be_made(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("machine", ["cpu", "cuda"])
+def test_warm_up_leaves_no_trace_to_be_made(
+    machine: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All but the few operations that carry the last token's activations from one chunk to the next."""
     sampling = Sampling(temperature=0.5, top_k=11, top_p=0.8)
+    # Each of a GPU's chunks looks at twice as much of the cache as the one before.
+    for module in ("backend", "generation"):
+        monkeypatch.setattr(f"dbrx_fn.{module}.backend", lambda: machine)
+    monkeypatch.setattr("dbrx_fn.cache.memory_size", lambda: 1 << 40)
     warm_up(PARAMS, CONFIG, 40, max_tokens=3, sampling=sampling, chunk_size=16)
     with caplog.at_level("DEBUG", logger="dbrx_fn.compile"):
         made([1] * 40, max_tokens=3, sampling=sampling, chunk_size=16)

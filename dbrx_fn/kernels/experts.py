@@ -73,4 +73,5 @@ def _one_token(top_experts: mx.array) -> Segments:
     choices, rows = top_experts.size, 8
     slot_pairs = np.full((choices, rows), choices, np.int32)
     slot_pairs[:, 0] = np.arange(choices)
-    return Segments(mx.array(slot_pairs.reshape(-1)), top_experts.reshape(-1), rows, choices, choices)
+    experts = top_experts.reshape(-1).astype(mx.uint32)
+    return Segments(mx.array(slot_pairs.reshape(-1)), experts, rows, choices, choices)

@@ -96,6 +96,7 @@ def short_segments(
     count = segments.count if segments else -(-x.shape[0] // rows)
     source = "dense" if segments is None else rows_are
     mixed = segments.count if segments and expert_weights is not None else 0
+    assert not (mixed and gated)
     height = 8 if gated else 16
     defines = _format_defines(matrices[0], inner)
     # Of 4 bits, a warp that has twice as many rows on their way is 1 to 3% faster, if there are enough for all
