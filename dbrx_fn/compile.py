@@ -113,7 +113,7 @@ def _once(first: Callable[P, R], again: Callable[P, R]) -> Callable[P, R]:
     """Calls `first` for arguments of a new signature, until that succeeds, and `again` for those that had one.
 
     What a function calls depends on its signature alone. So within a call of a known one all the others are known too,
-    and their signatures aren't made: on the CPU the small model decodes 202 tokens a second for 182.
+    and their signatures aren't made: on the CPU 6 layers of width 256 decode 202 tokens a second for 182.
     """
     known: set[object] = set()
 

@@ -157,7 +157,7 @@ def combine(
 
 # Of a gather MLX makes a scatter that adds, where rows wait for each other. But a pair knows its slot and a slot its
 # pair, so the gradient can be gathered as well: a training step of 1.3B parameters takes 4% less time on an H100, of
-# the small model 16%. Nor do sums depend on who comes first.
+# 4 layers of width 256 16%. Nor do sums depend on who comes first.
 
 
 @mx.custom_function
