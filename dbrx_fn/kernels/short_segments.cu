@@ -9,10 +9,9 @@
 // weighed and added up before it leaves the registers. The residual is the token's.
 //
 // Macros: those of weights.cuh; WARPS; TALL; DEPTH, which divides the inner axis' blocks; TILES, of 8 rows, in a
-// segment; BLOCKS, on a multiprocessor;
-// GATED: 1 for silu(gate x) * (up x); SOURCE: whose rows of x a segment's slots are: DENSE (their own number),
-// TOKENS (slot_pairs / top_k) or SLOTS (their own, where slot_pairs says that they aren't padding);
-// MIXED: how many choices, or 0; RESIDUAL: 1 to add one.
+// segment; BLOCKS, on a multiprocessor; GATED: 1 for silu(gate x) * (up x); SOURCE: whose rows of x a segment's slots
+// are: DENSE (their own number), TOKENS (slot_pairs / top_k) or SLOTS (their own, where slot_pairs says that they aren't
+// padding); MIXED: how many choices, or 0; RESIDUAL: 1 to add one.
 #include "weights.cuh"
 
 #define DENSE 0
