@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from dbrx_fn.backend import quantized_matmul
 from dbrx_fn.cache import window
-from dbrx_fn.kernels import combine, decode_attention, norm_router, rotate_qkv
+from dbrx_fn.kernels import combine, decode_attention, norm_router, project_qkv
 from dbrx_fn.kernels import layer_norm as layer_norm_kernel
 from dbrx_fn.kernels.cuda_module import on_hopper
 from dbrx_fn.layers.norm import EPS
+from dbrx_fn.params import Format
+from dbrx_fn.quantization import dequantize_matrix, quantize_matrix
 from tests.trees import as_float64, relative_error
 
 pytestmark = pytest.mark.skipif(not on_hopper(), reason="the kernels are for Hopper GPUs")
@@ -43,29 +46,61 @@ def test_layer_norm(rows: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("clip", [None, 8.0, 1.0])
+@pytest.mark.parametrize("form", [None, Format(4, 64), Format(4, 128), Format(8, 32), Format(4, 32, "mxfp4")], ids=str)
 @pytest.mark.parametrize(
-    ("batch", "time", "n_heads", "kv_n_heads", "head_dim"),
-    [(1, 1, 48, 8, 128), (3, 1, 48, 8, 128), (32, 1, 6, 2, 64), (2, 37, 5, 5, 128), (1, 300, 4, 1, 32)],
+    ("batch", "n_heads", "kv_n_heads", "head_dim", "d_model"),
+    [(1, 48, 8, 128, 6144), (1, 5, 5, 128, 640), (1, 4, 1, 32, 2304), (3, 12, 2, 128, 512), (32, 6, 2, 64, 256)],
 )
-def test_rotate_qkv(batch: int, time: int, n_heads: int, kv_n_heads: int, head_dim: int, clip: float | None) -> None:
+def test_project_qkv(
+    batch: int,
+    n_heads: int,
+    kv_n_heads: int,
+    head_dim: int,
+    d_model: int,
+    form: Format | None,
+    clip: float | None,
+    measured: Any,
+) -> None:
     theta, all_heads = 5e5, n_heads + 2 * kv_n_heads
-    qkv = normal(0, batch, time, all_heads * head_dim, scale=3)
-    offsets = integers(1, 32_000, batch)
-    q, k, v = rotate_qkv.rotate_qkv(qkv, offsets, kv_n_heads=kv_n_heads, head_dim=head_dim, clip=clip, theta=theta)
+    x, weight = normal(0, batch, 1, d_model, scale=2) + 3, normal(1, d_model, scale=0.2) + 1
+    matrix = {"weight": normal(2, all_heads * head_dim, d_model, scale=3 * d_model**-0.5)}
+    if form is not None:
+        quantized = quantize_matrix(matrix["weight"], form)
+        matrix = dict(zip(("weight", "scales", "biases"), quantized, strict=False))
+    offsets = integers(3, 32_000, batch)
+    q, k, v = project_qkv.project_qkv(
+        {"weight": weight}, matrix, x, offsets, kv_n_heads=kv_n_heads, head_dim=head_dim, clip=clip, theta=theta
+    )
 
-    clamped = qkv if clip is None else mx.clip(qkv, -clip, clip)
-    stock = clamped.reshape(batch, time, all_heads, head_dim).swapaxes(1, 2)
+    normed = mx.fast.layer_norm(x, weight, None, EPS)
+    if form is None:
+        qkv, exact = normed @ matrix["weight"].T, as_float64(matrix["weight"])
+    else:
+        qkv = quantized_matmul(normed, matrix["weight"], matrix["scales"], matrix.get("biases"), form)
+        precise = [leaf.astype(mx.float32) if leaf.dtype == mx.bfloat16 else leaf for leaf in matrix.values()]
+        exact = as_float64(dequantize_matrix(precise, form, mx.float32))
+    if clip is not None:
+        qkv = mx.clip(qkv, -clip, clip)
+    stock = qkv.reshape(batch, 1, all_heads, head_dim).swapaxes(1, 2)
     turned = mx.fast.rope(stock, head_dim, traditional=False, base=theta, scale=1.0, offset=offsets)
-    heads = as_float64(stock)
-    first, second = np.split(heads, 2, axis=-1)
+
+    expected = as_float64(x) - as_float64(x).mean(axis=-1, keepdims=True)
+    expected = expected / np.sqrt((expected**2).mean(axis=-1, keepdims=True) + EPS) * as_float64(weight)
+    expected = (expected @ exact.T).reshape(batch, all_heads, 1, head_dim)
+    if clip is not None:
+        expected = np.clip(expected, -clip, clip)
+    first, second = np.split(expected, 2, axis=-1)
     frequencies = theta ** (-np.arange(head_dim // 2) / (head_dim // 2))
-    positions = np.array(offsets)[:, None, None, None] + np.arange(time)[:, None]
-    cosines, sines = np.cos(positions * frequencies), np.sin(positions * frequencies)
-    expected = np.concatenate([first * cosines - second * sines, first * sines + second * cosines], axis=-1)
+    angles = np.array(offsets)[:, None, None, None] * frequencies
+    cosines, sines = np.cos(angles), np.sin(angles)
+    rotated = np.concatenate([first * cosines - second * sines, first * sines + second * cosines], axis=-1)
     here = n_heads + kv_n_heads
-    assert_no_worse(q, turned[:, :n_heads], expected[:, :n_heads])
-    assert_no_worse(k, turned[:, n_heads:here], expected[:, n_heads:here])
-    np.testing.assert_array_equal(as_float64(v), heads[:, here:])
+    exactly = np.concatenate([rotated[:, :here], expected[:, here:]], axis=1)
+    twin = mx.concatenate([turned[:, :here], stock[:, here:]], axis=1)
+    found = mx.concatenate([q, k, v], axis=1)
+    assert found.shape == exactly.shape
+    errors = [np.linalg.norm(as_float64(array) - exactly) for array in (found, twin)]
+    assert measured("kernel's error over stock operations', queries, keys and values", errors[0] / errors[1]) <= 1.1
 
 
 @pytest.mark.parametrize(
@@ -133,7 +168,7 @@ def test_norm_router(tokens: int, d_model: int, experts: int, top_k: int, order:
     shares = np.take_along_axis(odds / odds.sum(axis=1, keepdims=True), chosen, axis=1)
     if order is not None:
         shares = shares / np.linalg.norm(shares, ord=order, axis=1, keepdims=True)
-    np.testing.assert_allclose(as_float64(expert_weights)[:tokens], shares, rtol=2**-8)
+    np.testing.assert_allclose(as_float64(expert_weights[:tokens]), shares, rtol=2**-8)
 
 
 def test_equal_logits_choose_the_first() -> None:

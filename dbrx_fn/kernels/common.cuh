@@ -46,6 +46,16 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
+// Over a block of so many warps; `parts`, of 32, must not be in use.
+template <int warps>
+__device__ __forceinline__ float block_sum(float x, float *parts) {
+  x = warp_sum(x);
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  return warp_sum(lane < warps ? parts[lane] : 0);
+}
+
 // 2 to the power of x, as the special function unit has it.
 __device__ __forceinline__ float exp2_of(float x) {
   float y;

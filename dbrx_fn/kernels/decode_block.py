@@ -11,8 +11,7 @@ import mlx.core as mx
 
 from dbrx_fn.cache import Window, write
 from dbrx_fn.config import Config
-from dbrx_fn.kernels import combine, decode_attention, experts, linears, norm_router, rotate_qkv
-from dbrx_fn.layers.norm import layer_norm
+from dbrx_fn.kernels import combine, decode_attention, experts, linears, norm_router, project_qkv
 from dbrx_fn.layers.router import Routing
 
 
@@ -28,7 +27,7 @@ def fits(params: dict[str, Any], x: mx.array, window: Window, jitter_key: mx.arr
         and all(linears.fits(attn[name], x) for name in ("Wqkv", "out_proj"))
         and experts.fits(ffn["experts"]["mlp"], x.dtype, config.ffn)
         and "scales" not in ffn["router"]["layer"]
-        and rotate_qkv.fits(head_dim=config.head_dim, dtype=x.dtype)
+        and project_qkv.fits(head_dim=config.head_dim, dtype=x.dtype)
         and decode_attention.fits(head_dim=config.head_dim, dtype=x.dtype)
         and norm_router.fits(d_model=config.d_model, experts=config.ffn.moe_num_experts, dtype=x.dtype)
         and combine.fits(d_model=config.d_model, top_k=config.ffn.moe_top_k, dtype=x.dtype)
@@ -43,9 +42,10 @@ def decode_block(
     offsets, slots = window["near_offsets"], window["slots"]
     assert offsets is not None
     assert slots is not None
-    qkv = linears.linear(first["attn"]["Wqkv"], layer_norm(first["norm_1"], x))
-    q, k, v = rotate_qkv.rotate_qkv(
-        qkv,
+    q, k, v = project_qkv.project_qkv(
+        first["norm_1"],
+        first["attn"]["Wqkv"],
+        x,
         offsets,
         kv_n_heads=config.attn.kv_n_heads,
         head_dim=config.head_dim,

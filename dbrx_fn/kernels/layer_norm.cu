@@ -5,15 +5,6 @@
 
 constexpr int THREADS = WIDTH / 8, WARPS = THREADS / 32;
 
-// Over the block; `parts` must not be in use.
-__device__ __forceinline__ float block_sum(float x, float *parts) {
-  x = warp_sum(x);
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
-  __syncthreads();
-  const int lane = threadIdx.x % 32;
-  return warp_sum(lane < WARPS ? parts[lane] : 0);
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS) layer_norm(const u16 *x, const u16 *weight, u16 *y, float eps) {
   __shared__ float parts[2][32];
   const u64 at = u64(blockIdx.x) * WIDTH + 8 * threadIdx.x;
@@ -25,10 +16,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) layer_norm(const u16 *x, c
   for (int i = 0; i < 4; i++) values[2 * i] = low_to_float(words[i]), values[2 * i + 1] = high_to_float(words[i]);
 #pragma unroll
   for (int i = 0; i < 8; i++) sum += values[i];
-  const float mean = block_sum(sum, parts[0]) / WIDTH;
+  const float mean = block_sum<WARPS>(sum, parts[0]) / WIDTH;
 #pragma unroll
   for (int i = 0; i < 8; i++) values[i] -= mean, squares += values[i] * values[i];
-  const float scale = rsqrtf(block_sum(squares, parts[1]) / WIDTH + eps);
+  const float scale = rsqrtf(block_sum<WARPS>(squares, parts[1]) / WIDTH + eps);
   u32 out[4];
 #pragma unroll
   for (int i = 0; i < 4; i++)

@@ -98,7 +98,7 @@ def short_segments(
     mixed = segments.count if segments and expert_weights is not None else 0
     assert not (mixed and gated)
     height = 8 if gated else 16
-    defines = _format_defines(matrices[0], inner)
+    defines = format_defines(matrices[0], inner)
     # Of 4 bits, a warp that has twice as many rows on their way is 1 to 3% faster, if there are enough for all
     # multiprocessors; wider entries leave it no registers for that (docs/performance.md, section 4).
     four_bits = defines["FORMAT"] in (_QUANTIZED["affine", 4], _QUANTIZED["mxfp4", 4])
@@ -119,7 +119,7 @@ def short_segments(
     optional = [array for array in (expert_weights, residual) if array is not None]
     return launch(
         Kernel("short_segments", tuple(defines.items())),
-        [x, *_leaves(matrices), *(segments.arrays if segments else ()), *optional],
+        [x, *leaves(*matrices), *(segments.arrays if segments else ()), *optional],
         [((1 if mixed else count * rows if segments else x.shape[0], outer), mx.bfloat16)],
         blocks=(outer // (height * tall), 1 if mixed else count, 1),
         threads=32 * _SHORT_WARPS,
@@ -136,7 +136,7 @@ def pack_rows(x: mx.array, matrix: Linear, segments: Segments | None = None) -> 
         segments: which row goes to which expert; none for a plain matrix.
     """
     tokens, inner = x.shape
-    defines = _format_defines(matrix, inner) | {"DENSE": int(segments is None)}
+    defines = format_defines(matrix, inner) | {"DENSE": int(segments is None)}
     slots = LONG_ROWS * (segments.count if segments else -(-tokens // LONG_ROWS))
     return launch(
         Kernel("pack_rows", tuple(defines.items())),
@@ -161,7 +161,7 @@ def long_segments(
     """
     slots, inner = packed.shape
     outer, gated = matrices[0]["weight"].shape[-2], len(matrices) == 2
-    defines = _format_defines(matrices[0], inner) | {
+    defines = format_defines(matrices[0], inner) | {
         "GATED": int(gated),
         "DENSE": int(segments is None),
         "STAGES": _STAGES,
@@ -169,7 +169,7 @@ def long_segments(
     barriers = 16 * _STAGES
     return launch(
         Kernel("long_segments", tuple(defines.items())),
-        [packed, *_leaves(matrices), *(segments.arrays if segments else ())],
+        [packed, *leaves(*matrices), *(segments.arrays if segments else ())],
         [((slots if tokens is None else tokens, outer), mx.bfloat16)],
         blocks=(slots // LONG_ROWS * (outer // (64 if gated else 128)), 1, 1),
         threads=384,
@@ -178,11 +178,13 @@ def long_segments(
     )[0]
 
 
-def _leaves(matrices: tuple[Linear, ...]) -> list[mx.array]:
+def leaves(*matrices: Linear) -> list[mx.array]:
+    """Arrays of matrices, in the order of weights.cuh's MATRIX."""
     return [matrix[name] for matrix in matrices for name in ("weight", "scales", "biases") if name in matrix]
 
 
-def _format_defines(matrix: Linear, inner: int) -> dict[str, int]:
+def format_defines(matrix: Linear, inner: int) -> dict[str, int]:
+    """The macros of weights.cuh, for a matrix that has a kernel."""
     known = kernel_format(matrix, inner)
     assert known is not None
     return dict(zip(("FORMAT", "GROUP"), known, strict=True))

@@ -1,0 +1,137 @@
+// Attention's first steps, for one token of each of a few sequences: norm, projection, clamp, RoPE, heads apart.
+//
+// A block computes 8 pairs of entries, i and i + HEAD_DIM / 2 of a head, which turn together: they are the upper and
+// the lower rows of a product. Where there is a single token, each block normalizes it again for itself.
+//
+// Macros: those of products.cuh, of which TALL and DEPTH are 1; BLOCKS, on a multiprocessor; HEAD_DIM; NORM: d_model,
+// if the rows of x have to be normalized, of which there may be one then, or 0.
+#include "products.cuh"
+
+constexpr int HALF = HEAD_DIM / 2, PARTS = HALF / 8;
+
+struct PairedRows {
+  Row row;
+  int inner;
+  __device__ __forceinline__ Stored load(int next, int tall, int half) const {
+    return row.load(next, HALF * half, inner);
+  }
+  __device__ __forceinline__ void advance(int blocks) { row.advance(blocks); }
+};
+
+#if NORM
+constexpr int CHUNKS = (NORM / 8 + 32 * WARPS - 1) / (32 * WARPS);
+
+struct NormedRow {
+  const u16 *row;
+  __device__ __forceinline__ uint4 load(int tile, int at) const { return *(const uint4 *)(row + at); }
+  __device__ __forceinline__ void advance(int blocks) { row += 128 * blocks; }
+};
+
+// As layer_norm.cu, with several runs of 8 entries a thread.
+__device__ __forceinline__ void normalize(const u16 *x, const u16 *weight, u16 *normed, float eps) {
+  __shared__ float parts[2][32];
+  uint4 entries[CHUNKS], factors[CHUNKS];
+#pragma unroll
+  for (int chunk = 0; chunk < CHUNKS; chunk++) {
+    const int at = 8 * (32 * WARPS * chunk + threadIdx.x);
+    entries[chunk] = at < NORM ? load16(x + at) : make_uint4(0, 0, 0, 0);
+    factors[chunk] = at < NORM ? load16(weight + at) : make_uint4(0, 0, 0, 0);
+  }
+  float sum = 0, squares = 0;
+#pragma unroll
+  for (int chunk = 0; chunk < CHUNKS; chunk++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const u32 pair = word_of(&entries[chunk], i);
+      sum += low_to_float(pair) + high_to_float(pair);
+    }
+  const float mean = block_sum<WARPS>(sum, parts[0]) / NORM;
+#pragma unroll
+  for (int chunk = 0; chunk < CHUNKS; chunk++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const u32 pair = word_of(&entries[chunk], i);
+      const float low = low_to_float(pair) - mean, high = high_to_float(pair) - mean;
+      if (8 * (32 * WARPS * chunk + threadIdx.x) < NORM) squares += low * low + high * high;
+    }
+  const float scale = rsqrtf(block_sum<WARPS>(squares, parts[1]) / NORM + eps);
+#pragma unroll
+  for (int chunk = 0; chunk < CHUNKS; chunk++) {
+    const int at = 8 * (32 * WARPS * chunk + threadIdx.x);
+    u32 words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const u32 pair = word_of(&entries[chunk], i), factor = word_of(&factors[chunk], i);
+      words[i] = pack_bf16((low_to_float(pair) - mean) * scale * low_to_float(factor),
+                           (high_to_float(pair) - mean) * scale * high_to_float(factor));
+    }
+    if (at < NORM) *(uint4 *)(normed + at) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+  __syncthreads();
+}
+#endif
+
+// Not fminf and fmaxf, which would make a number of what is none.
+__device__ __forceinline__ float clamp(float x, float clip) { return x > clip ? clip : x < -clip ? -clip : x; }
+
+// Less full turns, whose length is taken in three parts. From -pi to pi the fast sine and cosine are right to 5e-7.
+// sincosf, which is ready for any angle, would be four times as long, with branches; up to angles of 1e5 the remainder
+// here is as good as there.
+__device__ __forceinline__ float within_turn(float angle) {
+  const float turns = rintf(angle * 0.15915494f);
+  angle = fmaf(turns, -6.2831850051879884f, angle);
+  angle = fmaf(turns, -3.0199157663446386e-7f, angle);
+  return fmaf(turns, -2.1561211813896954e-14f, angle);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) project_qkv(
+    const u16 *x,
+#if NORM
+    const u16 *norm,
+#endif
+    MATRIX(matrix), const int *offsets, u16 *q, u16 *k, u16 *v, int tokens, int inner, int n_heads, int kv_n_heads,
+    float clip, float log2_theta, float eps) {
+  __shared__ Partial partial;
+  __shared__ float positions[8 * TILES];
+  const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
+  const int first_token = blockIdx.y * 8 * TILES, head = blockIdx.x / PARTS, pair = 8 * (blockIdx.x % PARTS);
+  PairedRows rows{ROW(matrix, head * HEAD_DIM + pair + group, inner, quarter), inner};
+  rows.advance(warp);
+
+  if (threadIdx.x < 8 * TILES) positions[threadIdx.x] = offsets[min(first_token + int(threadIdx.x), tokens - 1)];
+#if NORM
+  __shared__ __align__(16) u16 normed[NORM];
+  normalize(x, norm, normed, eps);
+  NormedRow activations{normed + 32 * quarter};
+#else
+  Rows activations;
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+    activations.rows[tile] = x + u64(min(first_token + 8 * tile + group, tokens - 1)) * inner + 32 * quarter;
+#endif
+  activations.advance(warp);
+  float sums[TILES][TALL][4] = {};
+  add_products(sums, rows, activations, warp, inner / 128);
+  partial.put(sums);
+  __syncthreads();
+
+  for (int index = threadIdx.x; index < TILES * 64; index += 32 * WARPS) {
+    const int of = index % 32, entry = index / 32 % 2, tile = index / 64;
+    const int token = first_token + 8 * tile + 2 * (of % 4) + entry, i = pair + of / 4;
+    if (token >= tokens) continue;
+    float first = clamp(partial.total(tile, 0, entry, of), clip);
+    float second = clamp(partial.total(tile, 0, entry + 2, of), clip);
+    const bool turned = head < n_heads + kv_n_heads;
+    if (turned) {
+      // As MLX has it, in float32 and in this order: at a position of 30,000 half a bit of the frequency turns by 2e-3.
+      const float angle = within_turn(positions[token - first_token] * exp2f(-(float(i) / HALF) * log2_theta));
+      const float cosine = __cosf(angle), sine = __sinf(angle), before = first;
+      first = before * cosine - second * sine, second = before * sine + second * cosine;
+    }
+    u16 *target = head < n_heads ? q : turned ? k : v;
+    const int heads = head < n_heads ? n_heads : kv_n_heads;
+    const int within = head < n_heads ? head : turned ? head - n_heads : head - n_heads - kv_n_heads;
+    target += (token * heads + within) * HEAD_DIM + i;
+    target[0] = float_to_bf16(first), target[HALF] = float_to_bf16(second);
+  }
+}
