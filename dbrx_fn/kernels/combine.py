@@ -22,9 +22,9 @@ def combine(
     down: BFloat16[mx.array, "slots d_model"],
     pair_slots: Int32[mx.array, "tokens top_k"],
     expert_weights: BFloat16[mx.array, "tokens_or_more top_k"],
-    residual: BFloat16[mx.array, "tokens d_model"] | None = None,
-) -> BFloat16[mx.array, "tokens d_model"]:
-    """`sum_k expert_weights[t, k] * down[pair_slots[t, k]]`, plus `residual[t]` if given, `[tokens d_model]`.
+    residual: BFloat16[mx.array, "*batch d_model"] | None = None,
+) -> BFloat16[mx.array, "... d_model"]:
+    """`sum_k expert_weights[t, k] * down[pair_slots[t, k]]`, `[tokens d_model]`, or plus `residual` in its shape.
 
     Args:
         down: what experts say, in slots.
@@ -38,7 +38,7 @@ def combine(
     (out,) = launch(
         Kernel("combine", tuple(defines.items())),
         [down, pair_slots, expert_weights, *([] if residual is None else [residual])],
-        [((tokens, d_model), mx.bfloat16)],
+        [((tokens, d_model) if residual is None else residual.shape, mx.bfloat16)],
         blocks=(-(-tokens * (d_model // 8) // _THREADS), 1, 1),
         threads=_THREADS,
         scalars=(tokens, d_model),

@@ -1,8 +1,9 @@
 """The block for one token of each sequence on Hopper GPUs: a dozen launches where stock operations take eighty.
 
 What they compute is `dbrx_fn.layers.block`; that, by stock operations, is what runs everywhere else and what this is
-tested against. Reading the weights is the bound, so all else has to be short: the host needs some 9 us for each
-operation and the GPU 2 to 5 for each small one, forty layers deep.
+tested against. Reading the weights is the bound, so all else has to be short: the host needs some 10 us for each
+launch, 2 for an operation without one (kernels therefore take and make any shape), and the GPU 2 to 5 for each small
+kernel, forty layers deep.
 """
 
 from typing import Any
@@ -54,7 +55,7 @@ def decode_block(
     )
     keys, values = write(keys, k, slots, None), write(values, v, slots, None)
     attended = decode_attention.decode_attention(q, keys, values, offsets)
-    residual = linears.linear(first["attn"]["out_proj"], attended, residual=x).reshape(x.shape[0], -1)
+    residual = linears.linear(first["attn"]["out_proj"], attended, residual=x)
     normed, expert_weights, logits, top_experts = norm_router.norm_router(
         residual,
         first["norm_2"]["weight"],
@@ -63,4 +64,4 @@ def decode_block(
         order=config.ffn.moe_normalize_expert_weights,
     )
     x = experts.mix_experts(ffn["experts"]["mlp"], normed, expert_weights, top_experts, residual)
-    return x.reshape(-1, 1, x.shape[-1]), keys, values, Routing(logits, top_experts)
+    return x, keys, values, Routing(logits, top_experts)

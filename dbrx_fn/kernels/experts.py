@@ -48,7 +48,7 @@ def mix_experts(
     top_experts: mx.array,
     residual: mx.array | None = None,
 ) -> mx.array:
-    """`dbrx_fn.layers.moe.mix_experts`, plus `residual` if there is one."""
+    """`dbrx_fn.layers.moe.mix_experts`, plus `residual` if there is one, in its shape then."""
     tokens, top_k = top_experts.shape
     pairs, experts = top_experts.size, params["w1"]["weight"].shape[0]
     gate, up, down = params["w1"], params["v1"], params["w2"]
@@ -73,5 +73,4 @@ def _one_token(top_experts: mx.array) -> Segments:
     choices, rows = top_experts.size, 8
     slot_pairs = np.full((choices, rows), choices, np.int32)
     slot_pairs[:, 0] = np.arange(choices)
-    experts = top_experts.reshape(-1).astype(mx.uint32)
-    return Segments(mx.array(slot_pairs.reshape(-1)), experts, rows, choices, choices)
+    return Segments(mx.array(slot_pairs.reshape(-1)), top_experts.astype(mx.uint32), rows, choices, choices)

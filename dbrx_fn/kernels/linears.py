@@ -21,10 +21,9 @@ def fits(params: Linear, x: mx.array) -> bool:
 
 def linear(params: Linear, x: mx.array, residual: mx.array | None = None) -> mx.array:
     """`x` `[... inner]` by a matrix `[outer inner]`, plus, of few rows, `residual` `[... outer]` if there is one."""
-    rows = x.reshape(-1, x.shape[-1])
-    tokens = rows.shape[0]
+    tokens = x.size // x.shape[-1]
     if tokens <= FEW_ROWS:
-        added = None if residual is None else residual.reshape(tokens, -1)
-        return short_segments(rows, params, residual=added).reshape(*x.shape[:-1], -1)
+        return short_segments(x, params, residual=residual)
     assert residual is None
-    return long_segments(pack_rows(rows, params), params, tokens=tokens).reshape(*x.shape[:-1], -1)
+    rows = pack_rows(x.reshape(tokens, -1), params)
+    return long_segments(rows, params, tokens=tokens).reshape(*x.shape[:-1], -1)

@@ -8,8 +8,14 @@
 // Where it is one token, half of the router's rows (all that registers can hold) are on their way to the multiprocessor
 // before the norm is known and the others to the second cache: the 200 KB take it 2 us to read, the norm takes 1.
 //
-// Macros: WIDTH; EXPERTS, at most 32; TOP_K; TOKENS, at most 8; NORMALIZE: whether weights are divided by their norm.
+// Macros: WIDTH; EXPERTS, at most 32; TOP_K; TOKENS, at most 8; NORM, by what the chosen experts' weights are divided:
+// NONE, if all experts' add up to 1, the chosen ones' SUM, or their norm of any ORDER, whose powers are a fifth of the
+// code, which MLX hashes at each launch.
 #include "common.cuh"
+
+#define NONE 0
+#define SUM 1
+#define ORDER 2
 
 constexpr int WARPS = WIDTH / 256, TILES = (EXPERTS + 15) / 16;
 // Two tokens' rows start in different banks.
@@ -146,11 +152,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     const bool chosen = lane < EXPERTS && before < TOP_K;
 
     const float odds = expf(logit - warp_max(logit));
-#if NORMALIZE
-    const float total = warp_sum(!chosen ? 0 : order == 1 ? odds : powf(odds, order));
-    const float norm = order == 1 ? total : powf(total, 1 / order);
-#else
+#if NORM == NONE
     const float norm = warp_sum(odds);
+#elif NORM == SUM
+    const float norm = warp_sum(chosen ? odds : 0);
+#else
+    const float norm = powf(warp_sum(chosen ? powf(odds, order) : 0), 1 / order);
 #endif
     const int place = __popc(__ballot_sync(~0u, chosen) & ((1u << lane) - 1));
     // There are more than TOP_K where a logit is no number.

@@ -21,7 +21,7 @@ def fits(*, d_model: int, experts: int, dtype: mx.Dtype) -> bool:
 
 @typed
 def norm_router(
-    x: BFloat16[mx.array, "tokens d_model"],
+    x: BFloat16[mx.array, "*batch d_model"],
     weight: BFloat16[mx.array, " d_model"],
     router: BFloat16[mx.array, "expert d_model"],
     *,
@@ -36,7 +36,7 @@ def norm_router(
     """`layer_norm`, then `router` of its result.
 
     Args:
-        x: the residual stream, `[tokens d_model]`.
+        x: the residual stream, `[... d_model]`; each row is a token.
         weight: of the norm.
         router: `[expert d_model]`.
         top_k: how many experts to choose.
@@ -49,7 +49,8 @@ def norm_router(
         logits: float32 `[tokens expert]`.
         top_experts: uint32 `[tokens top_k]`, ascending.
     """
-    tokens, d_model = x.shape
+    d_model = x.shape[-1]
+    tokens = x.size // d_model
     experts = router.shape[0]
     # Two of them share a block's reading of the router as soon as there are blocks for all multiprocessors.
     together = 1 if tokens <= _MULTIPROCESSORS else 2
@@ -58,7 +59,7 @@ def norm_router(
         "EXPERTS": experts,
         "TOP_K": top_k,
         "TOKENS": together,
-        "NORMALIZE": int(order is not None),
+        "NORM": 0 if order is None else 1 if order == 1 else 2,
     }
     normed, expert_weights, logits, top_experts = launch(
         Kernel("norm_router", tuple(defines.items())),

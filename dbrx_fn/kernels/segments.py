@@ -35,7 +35,7 @@ class Segments:
     """What is where.
 
     `slot_pairs`: int32 `[segments * rows]`, the (token, choice) pair in each slot; from `pairs` on it is padding.
-    `experts`: int32 or uint32 `[segments]`.
+    `experts`: int32 or uint32, as many as there are segments.
     `rows`: of a segment.
     `pairs`: how many pairs there are, `top_k` for each token.
     """
@@ -80,20 +80,21 @@ def short_segments(
     expert_weights: mx.array | None = None,
     residual: mx.array | None = None,
 ) -> mx.array:
-    """Rows of `x` times their matrix: bfloat16 `[slots outer]`, or `[1 outer]` of mixed experts.
+    """Rows of `x` times their matrix: bfloat16 `[... outer]`, `[slots outer]` of segments, `[1 outer]` of a mix.
 
     Args:
-        x: bfloat16 `[tokens inner]` or `[slots inner]`.
+        x: bfloat16 `[... inner]`, `[tokens inner]` or `[slots inner]`.
         matrices: one, or gate and up: then it is `silu(gate x) * (up x)`.
         segments: which row goes to which expert; none for a plain matrix.
         rows_are: what the rows of `x` are, where there are segments.
         expert_weights: of the choices of a single token, of which each has a segment: what their experts say is weighed
             and added up.
-        residual: `[slots outer]` or `[1 outer]`, which is added.
+        residual: which is added, as many numbers as are returned, in its shape.
     """
     inner, outer, gated = x.shape[-1], matrices[0]["weight"].shape[-2], len(matrices) == 2
-    rows = segments.rows if segments else 8 if x.shape[0] <= 8 else 16
-    count = segments.count if segments else -(-x.shape[0] // rows)
+    tokens = x.size // inner
+    rows = segments.rows if segments else 8 if tokens <= 8 else 16
+    count = segments.count if segments else -(-tokens // rows)
     source = "dense" if segments is None else rows_are
     mixed = segments.count if segments and expert_weights is not None else 0
     assert not (mixed and gated)
@@ -117,13 +118,19 @@ def short_segments(
         "RESIDUAL": int(residual is not None),
     }
     optional = [array for array in (expert_weights, residual) if array is not None]
+    if residual is not None:
+        shape = residual.shape
+    elif segments is None:
+        shape = (*x.shape[:-1], outer)
+    else:
+        shape = (1 if mixed else count * rows, outer)
     return launch(
         Kernel("short_segments", tuple(defines.items())),
         [x, *leaves(*matrices), *(segments.arrays if segments else ()), *optional],
-        [((1 if mixed else count * rows if segments else x.shape[0], outer), mx.bfloat16)],
+        [(shape, mx.bfloat16)],
         blocks=(outer // (height * tall), 1 if mixed else count, 1),
         threads=32 * _SHORT_WARPS,
-        scalars=(segments.pairs if segments else x.shape[0], segments.top_k if segments else 1, inner, outer),
+        scalars=(segments.pairs if segments else tokens, segments.top_k if segments else 1, inner, outer),
     )[0]
 
 
