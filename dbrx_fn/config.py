@@ -9,7 +9,8 @@ Defaults of absent fields are the reference's
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -140,7 +141,19 @@ class Config:
         """Width of one attention head."""
         return self.d_model // self.n_heads
 
-    @property
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, each.name) for each in fields(self)))
+
+    def __hash__(self) -> int:
+        """As of any frozen dataclass, but made once: each layer of each token asks for it."""
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process hashes strings to other numbers.
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    @cached_property
     def layer(self) -> "Config":
         """What one layer's numbers depend on: the same for models that differ in depth or context only.
 

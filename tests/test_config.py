@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import pickle
+import subprocess
+import sys
 import warnings
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
@@ -262,6 +266,20 @@ def test_configs_are_values() -> None:
     assert first != config_from_dict(released(attn_config__clip_qkv=None))
     with pytest.raises(FrozenInstanceError):
         first.d_model = 1  # type: ignore[misc]
+
+
+def test_configs_are_the_same_values_in_another_process() -> None:
+    config = config_from_dict(RELEASED)
+    found = {config.layer: 1}
+    program = (
+        "import pickle, sys; from dbrx_fn.config import Config;"
+        "config, found = pickle.load(sys.stdin.buffer); fields = Config.__dataclass_fields__;"
+        "same = Config(**{name: getattr(config, name) for name in fields});"
+        "assert config == same and hash(config) == hash(same) and found[same.layer] == 1"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    done = subprocess.run([sys.executable, "-c", program], input=pickle.dumps((config, found)), env=environment)
+    assert done.returncode == 0
 
 
 def test_configs_made_by_hand_are_checked_too() -> None:
