@@ -98,9 +98,12 @@ def init_cache(config: Config, batch_size: int = 1, capacity: int = 512) -> Cach
 def capacity_bucket(length: int) -> int:
     """The capacity to give a cache that must hold `length` tokens: a power of two, at least 256.
 
-    Each capacity is one more trace of the decoding step, so there should be few of them.
+    Each capacity is one more trace of the decoding step, so there should be few of them. Beyond 8,192 there are four
+    to each doubling: twice 16,384 tokens of DBRX would be 2.5 GiB for nothing.
     """
-    return max(256, 1 << (length - 1).bit_length())
+    power = max(256, 1 << (length - 1).bit_length())
+    step = power if power <= 8192 else power // 8
+    return -(-length // step) * step
 
 
 def grow_cache(cache: Cache, length: int) -> Cache:

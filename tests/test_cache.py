@@ -105,7 +105,19 @@ def test_another_batch_size_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "capacity"), [(1, 256), (255, 256), (256, 256), (257, 512), (1000, 1024), (32_768, 32_768)]
+    ("length", "capacity"),
+    [
+        (1, 256),
+        (255, 256),
+        (256, 256),
+        (257, 512),
+        (1000, 1024),
+        (8192, 8192),
+        (8193, 10_240),
+        (16_384, 16_384),
+        (16_640, 20_480),
+        (32_768, 32_768),
+    ],
 )
 def test_capacities_come_in_buckets(length: int, capacity: int) -> None:
     assert capacity_bucket(length) == capacity
