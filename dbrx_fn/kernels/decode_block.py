@@ -1,4 +1,4 @@
-"""The block for one token of each sequence on Hopper GPUs: a dozen launches where stock operations take eighty.
+"""The block for one token of each sequence on Hopper GPUs: nine launches where stock operations take eighty.
 
 What they compute is `dbrx_fn.layers.block`; that, by stock operations, is what runs everywhere else and what this is
 tested against. Reading the weights is the bound, so all else has to be short: the host needs some 10 us for each
