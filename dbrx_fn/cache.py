@@ -96,12 +96,14 @@ def init_cache(config: Config, batch_size: int = 1, capacity: int = 512) -> Cach
 
 
 def capacity_bucket(length: int) -> int:
-    """The capacity to give a cache that must hold `length` tokens: a power of two, at least 256.
+    """The capacity to give a cache that must hold `length` tokens: a power of two from 256 to 8,192, then four steps to
+    each doubling.
 
-    Each capacity is one more trace of the decoding step, so there should be few of them. Beyond 8,192 there are four
-    to each doubling: twice 16,384 tokens of DBRX would be 2.5 GiB for nothing.
+    Each capacity is one more trace of the decoding step, so there should be few of them. But to make room for twice
+    16,384 tokens of DBRX when there is one more would be 2.5 GiB for nothing.
     """
-    power = max(256, 1 << (length - 1).bit_length())
+    length = max(length, 256)
+    power = 1 << (length - 1).bit_length()
     step = power if power <= 8192 else power // 8
     return -(-length // step) * step
 

@@ -49,7 +49,15 @@ def test_layer_norm(rows: int, width: int) -> None:
 @pytest.mark.parametrize("form", [None, Format(4, 64), Format(4, 128), Format(8, 32), Format(4, 32, "mxfp4")], ids=str)
 @pytest.mark.parametrize(
     ("batch", "n_heads", "kv_n_heads", "head_dim", "d_model"),
-    [(1, 48, 8, 128, 6144), (1, 5, 5, 128, 640), (1, 4, 1, 32, 2304), (3, 12, 2, 128, 512), (32, 6, 2, 64, 256)],
+    [
+        (1, 48, 8, 128, 6144),
+        (1, 5, 5, 128, 640),
+        (1, 4, 1, 32, 2304),
+        (3, 12, 2, 128, 512),
+        (9, 6, 2, 64, 256),
+        (17, 6, 2, 64, 256),
+        (32, 6, 2, 64, 256),
+    ],
 )
 def test_project_qkv(
     batch: int,
@@ -69,7 +77,7 @@ def test_project_qkv(
         matrix = dict(zip(("weight", "scales", "biases"), quantized, strict=False))
     offsets = integers(3, 32_000, batch)
     q, k, v = project_qkv.project_qkv(
-        {"weight": weight}, matrix, x, offsets, kv_n_heads=kv_n_heads, head_dim=head_dim, clip=clip, theta=theta
+        weight, matrix, x, offsets, kv_n_heads=kv_n_heads, head_dim=head_dim, clip=clip, theta=theta
     )
 
     normed = mx.fast.layer_norm(x, weight, None, EPS)

@@ -1,4 +1,4 @@
-"""The block for one token of each sequence on Hopper GPUs: nine launches where stock operations take eighty.
+"""The block for one token of each sequence on Hopper GPUs: of one sequence nine launches, of stock operations eighty.
 
 What they compute is `dbrx_fn.layers.block`; that, by stock operations, is what runs everywhere else and what this is
 tested against. Reading the weights is the bound, so all else has to be short: the host needs some 10 us for each
@@ -44,7 +44,7 @@ def decode_block(
     assert offsets is not None
     assert slots is not None
     q, k, v = project_qkv.project_qkv(
-        first["norm_1"],
+        first["norm_1"]["weight"],
         first["attn"]["Wqkv"],
         x,
         offsets,

@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     const float norm = warp_sum(odds);
 #elif NORM == SUM
     const float norm = warp_sum(chosen ? odds : 0);
-#else
+#elif NORM == ORDER
     const float norm = powf(warp_sum(chosen ? powf(odds, order) : 0), 1 / order);
 #endif
     const int place = __popc(__ballot_sync(~0u, chosen) & ((1u << lane) - 1));

@@ -3,8 +3,10 @@
 // A block computes 8 pairs of entries, i and i + HEAD_DIM / 2 of a head, which turn together: they are the upper and
 // the lower rows of a product. Where there is a single token, each block normalizes it again for itself.
 //
-// Macros: those of products.cuh, of which TALL and DEPTH are 1; BLOCKS, on a multiprocessor; HEAD_DIM; NORM: d_model,
-// if the rows of x have to be normalized, of which there may be one then, or 0.
+// Macros: those of products.cuh, but TALL and DEPTH; BLOCKS, on a multiprocessor; HEAD_DIM; NORM_WIDTH: 0, or d_model,
+// and then x is a single row, which is normalized first.
+#define TALL 1
+#define DEPTH 1
 #include "products.cuh"
 
 constexpr int HALF = HEAD_DIM / 2, PARTS = HALF / 8;
@@ -18,8 +20,8 @@ struct PairedRows {
   __device__ __forceinline__ void advance(int blocks) { row.advance(blocks); }
 };
 
-#if NORM
-constexpr int CHUNKS = (NORM / 8 + 32 * WARPS - 1) / (32 * WARPS);
+#if NORM_WIDTH
+constexpr int CHUNKS = (NORM_WIDTH / 8 + 32 * WARPS - 1) / (32 * WARPS);
 
 struct NormedRow {
   const u16 *row;
@@ -34,8 +36,8 @@ __device__ __forceinline__ void normalize(const u16 *x, const u16 *weight, u16 *
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; chunk++) {
     const int at = 8 * (32 * WARPS * chunk + threadIdx.x);
-    entries[chunk] = at < NORM ? load16(x + at) : make_uint4(0, 0, 0, 0);
-    factors[chunk] = at < NORM ? load16(weight + at) : make_uint4(0, 0, 0, 0);
+    entries[chunk] = at < NORM_WIDTH ? load16(x + at) : make_uint4(0, 0, 0, 0);
+    factors[chunk] = at < NORM_WIDTH ? load16(weight + at) : make_uint4(0, 0, 0, 0);
   }
   float sum = 0, squares = 0;
 #pragma unroll
@@ -45,16 +47,16 @@ __device__ __forceinline__ void normalize(const u16 *x, const u16 *weight, u16 *
       const u32 pair = word_of(&entries[chunk], i);
       sum += low_to_float(pair) + high_to_float(pair);
     }
-  const float mean = block_sum<WARPS>(sum, parts[0]) / NORM;
+  const float mean = block_sum<WARPS>(sum, parts[0]) / NORM_WIDTH;
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; chunk++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const u32 pair = word_of(&entries[chunk], i);
       const float low = low_to_float(pair) - mean, high = high_to_float(pair) - mean;
-      if (8 * (32 * WARPS * chunk + threadIdx.x) < NORM) squares += low * low + high * high;
+      if (8 * (32 * WARPS * chunk + threadIdx.x) < NORM_WIDTH) squares += low * low + high * high;
     }
-  const float scale = rsqrtf(block_sum<WARPS>(squares, parts[1]) / NORM + eps);
+  const float scale = rsqrtf(block_sum<WARPS>(squares, parts[1]) / NORM_WIDTH + eps);
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; chunk++) {
     const int at = 8 * (32 * WARPS * chunk + threadIdx.x);
@@ -65,7 +67,7 @@ __device__ __forceinline__ void normalize(const u16 *x, const u16 *weight, u16 *
       words[i] = pack_bf16((low_to_float(pair) - mean) * scale * low_to_float(factor),
                            (high_to_float(pair) - mean) * scale * high_to_float(factor));
     }
-    if (at < NORM) *(uint4 *)(normed + at) = make_uint4(words[0], words[1], words[2], words[3]);
+    if (at < NORM_WIDTH) *(uint4 *)(normed + at) = make_uint4(words[0], words[1], words[2], words[3]);
   }
   __syncthreads();
 }
@@ -86,7 +88,7 @@ __device__ __forceinline__ float within_turn(float angle) {
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) project_qkv(
     const u16 *x,
-#if NORM
+#if NORM_WIDTH
     const u16 *norm,
 #endif
     MATRIX(matrix), const int *offsets, u16 *q, u16 *k, u16 *v, int tokens, int inner, int n_heads, int kv_n_heads,
@@ -99,8 +101,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) project_qkv(
   rows.advance(warp);
 
   if (threadIdx.x < 8 * TILES) positions[threadIdx.x] = offsets[min(first_token + int(threadIdx.x), tokens - 1)];
-#if NORM
-  __shared__ __align__(16) u16 normed[NORM];
+#if NORM_WIDTH
+  __shared__ __align__(16) u16 normed[NORM_WIDTH];
   normalize(x, norm, normed, eps);
   NormedRow activations{normed + 32 * quarter};
 #else

@@ -1,6 +1,6 @@
 """A token's queries, keys and values in one kernel: norm, projection, clamp, rotary embedding and the split into heads.
 
-Stock operations take nine launches for it, and the projection's own time is not much longer than theirs.
+Stock operations take a launch for each of these and more, and the projection is not much longer than all of them.
 """
 
 import math
@@ -10,8 +10,9 @@ from jaxtyping import BFloat16, Int32
 
 from dbrx_fn.compile import typed
 from dbrx_fn.kernels.cuda_module import Kernel, launch
+from dbrx_fn.kernels.layer_norm import layer_norm
 from dbrx_fn.kernels.segments import format_defines, leaves
-from dbrx_fn.layers.norm import EPS, layer_norm
+from dbrx_fn.layers.norm import EPS
 from dbrx_fn.params import Linear
 
 _WARPS = 8
@@ -24,7 +25,7 @@ def fits(*, head_dim: int, dtype: mx.Dtype) -> bool:
 
 @typed
 def project_qkv(
-    norm: dict[str, mx.array],
+    weight: BFloat16[mx.array, " d_model"],
     matrix: Linear,
     x: BFloat16[mx.array, "batch 1 d_model"],
     offsets: Int32[mx.array, " batch_or_more"],
@@ -41,9 +42,9 @@ def project_qkv(
     """Queries, keys and values of each row's new token, clamped to ± `clip`, the first two turned.
 
     Args:
-        norm: `weight` `[d_model]`.
+        weight: of the norm.
         matrix: `Wqkv`: all heads of the queries, then of the keys, then of the values.
-        x: the residual stream, of at most 32 rows.
+        x: the residual stream, of few rows.
         offsets: the token's position, of each row, and perhaps more numbers behind.
         kv_n_heads: heads of keys, and of values; the others are queries'.
         head_dim: entries of a head.
@@ -53,22 +54,20 @@ def project_qkv(
     batch, _, d_model = x.shape
     all_heads = matrix["weight"].shape[0] // head_dim
     n_heads = all_heads - 2 * kv_n_heads
-    # Of several rows each block would read more of x than of the matrix.
+    # Several rows are normalized once, by a launch of their own: here each block would do it for all of them.
     alone = batch == 1
     rows = 8 if batch <= 8 else 16
     defines = format_defines(matrix, d_model) | {
         "WARPS": _WARPS,
         # All at once, where there are registers for that.
         "BLOCKS": 4 if alone else 3,
-        "TALL": 1,
-        "DEPTH": 1,
         "TILES": rows // 8,
         "HEAD_DIM": head_dim,
-        "NORM": d_model if alone else 0,
+        "NORM_WIDTH": d_model if alone else 0,
     }
     q, k, v = launch(
         Kernel("project_qkv", tuple(defines.items())),
-        [*([x, norm["weight"]] if alone else [layer_norm(norm, x)]), *leaves(matrix), offsets],
+        [*([x, weight] if alone else [layer_norm(weight, x, eps=EPS)]), *leaves(matrix), offsets],
         [((batch, heads, 1, head_dim), mx.bfloat16) for heads in (n_heads, kv_n_heads, kv_n_heads)],
         blocks=(all_heads * head_dim // 16, -(-batch // rows), 1),
         threads=32 * _WARPS,

@@ -89,7 +89,7 @@ def short_segments(
         rows_are: what the rows of `x` are, where there are segments.
         expert_weights: of the choices of a single token, of which each has a segment: what their experts say is weighed
             and added up.
-        residual: which is added, as many numbers as are returned, in its shape.
+        residual: added to the product with a plain matrix or to the mix, which then has its shape.
     """
     inner, outer, gated = x.shape[-1], matrices[0]["weight"].shape[-2], len(matrices) == 2
     tokens = x.size // inner
@@ -97,13 +97,15 @@ def short_segments(
     count = segments.count if segments else -(-tokens // rows)
     source = "dense" if segments is None else rows_are
     mixed = segments.count if segments and expert_weights is not None else 0
-    assert not (mixed and gated)
+    assert not (gated and (mixed or residual is not None))
+    assert residual is None or segments is None or mixed
     height = 8 if gated else 16
     defines = format_defines(matrices[0], inner)
     # Of 4 bits, a warp that has twice as many rows on their way is 1 to 3% faster, if there are enough for all
-    # multiprocessors; wider entries leave it no registers for that (docs/performance.md, section 4).
+    # multiprocessors; wider entries or 16 rows of x leave it no registers for that (docs/performance.md, section 4).
     four_bits = defines["FORMAT"] in (_QUANTIZED["affine", 4], _QUANTIZED["mxfp4", 4])
-    tall = 2 if four_bits and outer % (2 * height) == 0 and not mixed and outer * count >= _TALL_FROM else 1
+    enough = outer % (2 * height) == 0 and outer * count >= _TALL_FROM
+    tall = 2 if four_bits and enough and rows == 8 and not mixed else 1
     # Mixed experts' blocks are too few for that, so there a warp has twice as long rows on their way: 56 us for 61.
     depth = 2 if four_bits and mixed and inner % (2 * INNER) == 0 else 1
     defines |= {
