@@ -14,16 +14,12 @@ from dbrx_fn.kernels import layer_norm as layer_norm_kernel
 from dbrx_fn.kernels.cuda_module import on_hopper
 from dbrx_fn.layers.norm import EPS
 from dbrx_fn.params import Format
-from dbrx_fn.quantization import dequantize_matrix, quantize_matrix
+from tests.kernel_operands import dense, error, matrix, normal
 from tests.trees import as_float64, relative_error
 
 pytestmark = pytest.mark.skipif(not on_hopper(), reason="the kernels are for Hopper GPUs")
 
 Array = NDArray[np.float64]
-
-
-def normal(seed: int, *shape: int, scale: float = 1.0) -> mx.array:
-    return (mx.random.normal(shape, key=mx.random.key(seed)) * scale).astype(mx.bfloat16)
 
 
 def integers(seed: int, below: int, *shape: int) -> mx.array:
@@ -71,22 +67,17 @@ def test_project_qkv(
 ) -> None:
     theta, all_heads = 5e5, n_heads + 2 * kv_n_heads
     x, weight = normal(0, batch, 1, d_model, scale=2) + 3, normal(1, d_model, scale=0.2) + 1
-    matrix = {"weight": normal(2, all_heads * head_dim, d_model, scale=3 * d_model**-0.5)}
-    if form is not None:
-        quantized = quantize_matrix(matrix["weight"], form)
-        matrix = dict(zip(("weight", "scales", "biases"), quantized, strict=False))
+    wqkv = matrix(form, 2, all_heads * head_dim, d_model, scale=3 * d_model**-0.5)
     offsets = integers(3, 32_000, batch)
     q, k, v = project_qkv.project_qkv(
-        weight, matrix, x, offsets, kv_n_heads=kv_n_heads, head_dim=head_dim, clip=clip, theta=theta
+        weight, wqkv, x, offsets, kv_n_heads=kv_n_heads, head_dim=head_dim, clip=clip, theta=theta
     )
 
     normed = mx.fast.layer_norm(x, weight, None, EPS)
     if form is None:
-        qkv, exact = normed @ matrix["weight"].T, as_float64(matrix["weight"])
+        qkv = normed @ wqkv["weight"].T
     else:
-        qkv = quantized_matmul(normed, matrix["weight"], matrix["scales"], matrix.get("biases"), form)
-        precise = [leaf.astype(mx.float32) if leaf.dtype == mx.bfloat16 else leaf for leaf in matrix.values()]
-        exact = as_float64(dequantize_matrix(precise, form, mx.float32))
+        qkv = quantized_matmul(normed, wqkv["weight"], wqkv["scales"], wqkv.get("biases"), form)
     if clip is not None:
         qkv = mx.clip(qkv, -clip, clip)
     stock = qkv.reshape(batch, 1, all_heads, head_dim).swapaxes(1, 2)
@@ -94,7 +85,7 @@ def test_project_qkv(
 
     expected = as_float64(x) - as_float64(x).mean(axis=-1, keepdims=True)
     expected = expected / np.sqrt((expected**2).mean(axis=-1, keepdims=True) + EPS) * as_float64(weight)
-    expected = (expected @ exact.T).reshape(batch, all_heads, 1, head_dim)
+    expected = (expected @ dense(wqkv, d_model).T).reshape(batch, all_heads, 1, head_dim)
     if clip is not None:
         expected = np.clip(expected, -clip, clip)
     first, second = np.split(expected, 2, axis=-1)
@@ -107,8 +98,8 @@ def test_project_qkv(
     twin = mx.concatenate([turned[:, :here], stock[:, here:]], axis=1)
     found = mx.concatenate([q, k, v], axis=1)
     assert found.shape == exactly.shape
-    errors = [np.linalg.norm(as_float64(array) - exactly) for array in (found, twin)]
-    assert measured("kernel's error over stock operations', queries, keys and values", errors[0] / errors[1]) <= 1.1
+    ratio = error(found, exactly) / error(twin, exactly)
+    assert measured("kernel's error over stock operations', queries, keys and values", ratio) <= 1.1
 
 
 @pytest.mark.parametrize(
@@ -157,16 +148,16 @@ def test_decode_attention(lengths: list[int], n_heads: int, kv_n_heads: int, hea
 def test_norm_router(tokens: int, d_model: int, experts: int, top_k: int, order: float | None) -> None:
     x = normal(0, tokens, d_model, scale=2) + 1
     weight = normal(1, d_model, scale=0.2) + 1
-    matrix = normal(2, experts, d_model, scale=2 * d_model**-0.5)
-    normed, expert_weights, logits, top_experts = norm_router.norm_router(x, weight, matrix, top_k=top_k, order=order)
+    router = normal(2, experts, d_model, scale=2 * d_model**-0.5)
+    normed, expert_weights, logits, top_experts = norm_router.norm_router(x, weight, router, top_k=top_k, order=order)
 
-    x64, weight64, matrix64 = (as_float64(array) for array in (x, weight, matrix))
+    x64, weight64, router64 = (as_float64(array) for array in (x, weight, router))
     centered = x64 - x64.mean(axis=1, keepdims=True)
     expected = centered / np.sqrt((centered**2).mean(axis=1, keepdims=True) + EPS) * weight64
     twin = mx.fast.layer_norm(x, weight, None, EPS)
     assert_no_worse(normed, twin, expected)
-    assert_no_worse(logits, twin @ matrix.T, expected @ matrix64.T)
-    assert relative_error(logits, as_float64(normed) @ matrix64.T) < 2e-6
+    assert_no_worse(logits, twin @ router.T, expected @ router64.T)
+    assert relative_error(logits, as_float64(normed) @ router64.T) < 2e-6
 
     # Other logits can choose others, so that the rest is by its own.
     own = as_float64(logits)

@@ -11,6 +11,7 @@
 
 constexpr int HALF = HEAD_DIM / 2, PARTS = HALF / 8;
 
+// Where a lane's rows of the matrix are, 8 of a head's first half and their partners.
 struct PairedRows {
   Row row;
   int inner;
@@ -23,6 +24,7 @@ struct PairedRows {
 #if NORM_WIDTH
 constexpr int CHUNKS = (NORM_WIDTH / 8 + 32 * WARPS - 1) / (32 * WARPS);
 
+// The token, in shared memory, at the lane's entries of a block.
 struct NormedRow {
   const u16 *row;
   __device__ __forceinline__ uint4 load(int tile, int at) const { return *(const uint4 *)(row + at); }

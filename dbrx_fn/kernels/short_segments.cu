@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) short_segments(
   __shared__ Partial partial;
   const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
 
-  // A segment's products, added to sums.
+  // Adds a segment's products to sums; takes and returns a block as add_products does.
   const auto add_segment = [&](float (*sums)[TALL][4], int segment, int block) {
     // What stands in for a row of padding is any other one: a column of the product is a matter of its row alone.
     Rows rows;
@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) short_segments(
 
   float sums[TILES][TALL][4] = {};
 #if RESIDUAL
-  // Here nothing waits for it.
+  // Loaded here, it comes along with the weights; at the end everything would wait for it.
   if (warp == 0)
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
