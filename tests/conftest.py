@@ -1,5 +1,6 @@
 """Settings that all tests share, and a table of what they measured."""
 
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +8,9 @@ from hypothesis import settings
 
 # Before the tests import MLX, so that they run with the BLAS that users get.
 import dbrx_fn.blas  # noqa: F401
+
+# A shell has what it starts in the background ignore Ctrl-C, and so would the commands that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The first example of each shape waits for MLX to compile its kernels, which no deadline should count.
 settings.register_profile("dbrx_fn", deadline=None)
