@@ -15,6 +15,7 @@ import tokenizers
 from dbrx_fn.chat import ChatFormat
 from dbrx_fn.errors import TokenizerError
 from dbrx_fn.json_file import LARGEST_VOCABULARY, read_bounded, shown
+from dbrx_fn.literal_text import LiteralEncoder, Ranges, any_of, checked_ranges, matches
 
 _TIKTOKEN_CLASS = "TiktokenTokenizerWrapper"
 # What transformers hands to a chat template as variables.
@@ -50,14 +51,17 @@ class Tokenizer:
         stop_tokens: the tokens that end a generated text.
         end_of_text: the token between two documents: `<|endoftext|>`, or what the settings name as `eos_token`; None
             where the vocabulary has neither.
+        control_tokens: texts and ids of the added tokens that steer the model: those marked as special, and those that
+            stop generation. Added tokens that are neither, such as `<think>`, are words of the vocabulary.
         chat_format: how the checkpoint writes a conversation, for `dbrx_fn.chat.render_chat`.
     """
 
     vocab_size: int
     stop_tokens: frozenset[int]
     end_of_text: int | None
+    control_tokens: Mapping[str, int]
     chat_format: ChatFormat
-    _encode: Callable[[str], list[int]] = field(repr=False)
+    _encode: Callable[[str, Ranges], list[int]] = field(repr=False)
     _prefix: tuple[int, ...] = field(repr=False)
     _ordinary: Mapping[int, bytes] = field(repr=False)
     _special: Mapping[int, bytes] = field(repr=False)
@@ -67,8 +71,8 @@ class Tokenizer:
         """Returns a SHA-256, in hexadecimal, of all that a text's tokens depend on."""
         return hashlib.sha256(self._definition()).hexdigest()
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Returns the tokens of a text; the text of a special token, such as `<|im_start|>`, becomes that token.
+    def encode(self, text: str, *, add_special_tokens: bool = True, literal: Ranges = ()) -> list[int]:
+        """Returns the tokens of a text; the text of an added token, such as `<|im_start|>`, becomes that token.
 
         Lone surrogates, which no UTF-8 text can hold, are encoded as U+FFFD.
 
@@ -76,9 +80,19 @@ class Tokenizer:
             text: what to encode.
             add_special_tokens: whether a tokenizer whose settings say `add_bos_token` puts that token first (DBRX's
                 don't); a rendered conversation is encoded without, as transformers' `apply_chat_template` does.
+            literal: ranges of characters, as (start, end), in which no control token is recognized: its text there is
+                encoded as ordinary text, even where only a part of it lies in a range. `[(0, len(text))]` recognizes
+                none at all. Where the ranges hold no control token's text, the tokens are those without ranges.
+
+        Raises:
+            InputError: a literal range isn't inside of the text.
         """
-        valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        tokens = self._encode(valid)
+        ranges = checked_ranges(text, literal)
+        valid = _valid(text)
+        if len(valid) != len(text):
+            # Two surrogates have become one character.
+            ranges = [(len(_valid(text[: start + 1])) - 1, len(_valid(text[:end]))) for start, end in ranges]
+        tokens = self._encode(valid, ranges)
         return [*self._prefix, *tokens] if add_special_tokens else tokens
 
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -127,12 +141,19 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             f"{folder} has no tokenizer.json, and no tokenizer_config.json whose tokenizer_class is {_TIKTOKEN_CLASS}; "
             "copy the checkpoint's tokenizer files there."
         )
+    stop_tokens = _read_stop_tokens(folder, settings, vocabulary)
+    control_tokens = {
+        content: number
+        for content, number in vocabulary.added.items()
+        if number in vocabulary.special or number in stop_tokens
+    }
     return Tokenizer(
         vocab_size=1 + max((*vocabulary.ordinary, *vocabulary.special)),
-        stop_tokens=_read_stop_tokens(folder, settings, vocabulary),
+        stop_tokens=stop_tokens,
         end_of_text=_read_end_of_text(settings, vocabulary),
+        control_tokens=control_tokens,
         chat_format=_read_chat_format(folder, settings),
-        _encode=vocabulary.encode,
+        _encode=vocabulary.encoder(control_tokens),
         _prefix=(vocabulary.token("bos_token", settings),) if settings.flag("add_bos_token", False) else (),
         _ordinary=vocabulary.ordinary,
         _special=vocabulary.special,
@@ -204,9 +225,10 @@ class _AddedToken:
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    encode: Callable[[str], list[int]]
+    encoder: Callable[[Mapping[str, int]], Callable[[str, Ranges], list[int]]]
     ordinary: Mapping[int, bytes]
     special: Mapping[int, bytes]
+    added: Mapping[str, int]
     definition: Callable[[], bytes]
 
     def token(self, key: str, settings: _Settings) -> int:
@@ -228,6 +250,10 @@ class _Vocabulary:
                 if piece == content.encode():
                     return token
         return None
+
+
+def _valid(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _is_token_id(value: object) -> bool:
@@ -291,12 +317,12 @@ def _read_tokenizer_json(path: Path, settings: _Settings) -> _Vocabulary:
     backend.no_padding()
 
     known = backend.get_added_tokens_decoder()
-    for number, token in sorted(_read_added_tokens(path.parent, settings).items()):
+    for number, listed in sorted(_read_added_tokens(path.parent, settings).items()):
         if number not in known:
-            backend.add_tokens([tokenizers.AddedToken(token.content, special=token.special, normalized=False)])
-        if backend.token_to_id(token.content) != number:
+            backend.add_tokens([tokenizers.AddedToken(listed.content, special=listed.special, normalized=False)])
+        if backend.token_to_id(listed.content) != number:
             raise TokenizerError(
-                f"{path} has no token {shown(token.content)} with the id {number}, which {settings.path.name} or "
+                f"{path} has no token {shown(listed.content)} with the id {number}, which {settings.path.name} or "
                 "added_tokens.json lists; take all these files from the same checkpoint."
             )
 
@@ -308,15 +334,19 @@ def _read_tokenizer_json(path: Path, settings: _Settings) -> _Vocabulary:
         for token, number in backend.get_vocab(with_added_tokens=False).items()
     }
     special: dict[int, bytes] = {}
-    for number, added in backend.get_added_tokens_decoder().items():
-        (special if added.special else ordinary)[number] = added.content.encode()
+    added = backend.get_added_tokens_decoder()
+    for number, token in added.items():
+        (special if token.special else ordinary)[number] = token.content.encode()
     if not ordinary and not special:
         raise TokenizerError(f"{path} has an empty vocabulary; copy the file from the checkpoint again.")
 
-    def encode(text: str) -> list[int]:
-        return backend.encode(text, add_special_tokens=False).ids
-
-    return _Vocabulary(encode, ordinary, special, lambda: backend.to_str().encode())
+    return _Vocabulary(
+        lambda control: LiteralEncoder(backend, control).encode,
+        ordinary,
+        special,
+        {token.content: number for number, token in added.items()},
+        lambda: backend.to_str().encode(),
+    )
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -350,13 +380,27 @@ def _read_tiktoken(folder: Path, settings: _Settings) -> _Vocabulary:
         special_tokens=names,
     )
 
-    def encode(text: str) -> list[int]:
-        return backend.encode(text, allowed_special="all")
+    def encoder(control: Mapping[str, int]) -> Callable[[str, Ranges], list[int]]:
+        others = names.keys() - control.keys()
+        pattern = any_of(control)
+
+        def encode(text: str, literal: Ranges) -> list[int]:
+            if not literal or pattern is None:
+                return backend.encode(text, allowed_special="all")
+            tokens: list[int] = []
+            place = 0
+            for found in matches(text, pattern, literal):
+                tokens += backend.encode(text[place : found.start()], allowed_special=others, disallowed_special=())
+                tokens.append(names[found[0]])
+                place = found.end()
+            return tokens + backend.encode(text[place:], allowed_special=others, disallowed_special=())
+
+        return encode
 
     def definition() -> bytes:
         return repr((backend._pat_str, sorted(backend._mergeable_ranks.items()), sorted(names.items()))).encode()
 
-    return _Vocabulary(encode, ordinary, special, definition)
+    return _Vocabulary(encoder, ordinary, special, names, definition)
 
 
 def _load_encoding(settings: _Settings) -> tiktoken.Encoding:

@@ -139,7 +139,7 @@ def test_long_texts_are_encoded_in_pieces(tokenizer: Tokenizer, tmp_path: Path) 
 
 def test_large_vocabularies_take_four_bytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert write_token_file(tmp_path, [PLAIN], replace(tokenizer, vocab_size=2**16)).tokens.dtype == np.uint16
-    wide = replace(tokenizer, vocab_size=2**16 + 1, _encode=lambda text: [2**16], _definition=lambda: b"wide")
+    wide = replace(tokenizer, vocab_size=2**16 + 1, _encode=lambda text, literal: [2**16], _definition=lambda: b"wide")
     file = write_token_file(tmp_path, [PLAIN], wide)
     assert file.tokens.dtype == np.uint32
     assert file.tokens.tolist() == [tokenizer.end_of_text, 2**16, tokenizer.end_of_text]

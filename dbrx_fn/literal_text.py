@@ -1,0 +1,171 @@
+"""Encodes text in which some ranges must make no control token, such as what a user says inside of a conversation."""
+
+import bisect
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import tokenizers
+
+from dbrx_fn.errors import InputError
+
+Ranges = Sequence[tuple[int, int]]
+"""Characters of a text from a start to before an end."""
+
+_WORD = re.compile(r"\w")
+
+
+def checked_ranges(text: str, literal: Ranges) -> list[tuple[int, int]]:
+    """Returns the ranges that hold something, in order and joined where they meet.
+
+    Raises:
+        InputError: a range isn't inside of the text.
+    """
+    for start, end in literal:
+        if not 0 <= start <= end <= len(text):
+            raise InputError(
+                f"The literal range {(start, end)} isn't inside of the text, which has {len(text)} characters: give a "
+                "start and an end that are."
+            )
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(literal):
+        if start == end:
+            continue
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def overlaps(start: int, end: int, ranges: Ranges) -> bool:
+    """Returns whether the characters from `start` to before `end` share one with the ranges, which are in order."""
+    place = bisect.bisect_left(ranges, (end, end))
+    return place > 0 and ranges[place - 1][1] > start
+
+
+def matches(text: str, pattern: re.Pattern[str], literal: Ranges) -> Iterator[re.Match[str]]:
+    """Yields the pattern's matches from left to right, without those that overlap the ranges."""
+    place = 0
+    while found := pattern.search(text, place):
+        if overlaps(*found.span(), literal):
+            place = found.start() + 1
+        else:
+            yield found
+            place = found.end()
+
+
+def any_of(texts: Collection[str]) -> re.Pattern[str] | None:
+    """Returns a pattern for the longest of these texts at a place; None where there are none."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+class LiteralEncoder:
+    """Encodes literal ranges with a tokenizer of the tokenizers library.
+
+    The library finds the control tokens outside of the ranges, in a copy of the text whose ranges hold other
+    characters. The stretches between those tokens are encoded by a second tokenizer, which takes every control token's
+    text as ordinary text.
+
+    Args:
+        backend: the tokenizer as it is.
+        control: the control tokens' texts and ids, all of them added tokens of the backend.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, control: Mapping[str, int]) -> None:
+        self._backend = backend
+        self._control = control
+        added = list(backend.get_added_tokens_decoder().values())
+        self._added = {token.content: token for token in added}
+        used = {character for token in added for character in token.content}
+        # No normalizer changes these characters or joins them with their neighbours.
+        self._letter = next(chr(code) for code in range(0xA000, 0xA48D) if chr(code) not in used)
+        self._symbol = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
+        # A normalizer can make a control token's text out of another text.
+        exact = backend.normalizer is None or not any(self._added[content].normalized for content in control)
+        self._pattern = any_of(control) if exact else re.compile("")
+        self._finder: tokenizers.Tokenizer | None = None
+        self._plain: tokenizers.Tokenizer | None = None
+
+    def encode(self, text: str, literal: Ranges) -> list[int]:
+        """Returns the tokens of a text whose literal ranges, which are in order, make no control token."""
+        if not self._can_match(text, literal):
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        if self._plain is None:
+            self._plain = without_control_tokens(self._backend, self._control)
+        tokens: list[int] = []
+        place = 0
+        for content, start, end in self._control_tokens(text, literal):
+            tokens += self._plain.encode(text[place:start], add_special_tokens=False).ids
+            tokens.append(self._control[content])
+            place = end
+        return tokens + list(self._plain.encode(text[place:], add_special_tokens=False).ids)
+
+    def _can_match(self, text: str, literal: Ranges) -> bool:
+        if self._pattern is None or not literal:
+            return False
+        place = 0
+        while found := self._pattern.search(text, place):
+            if overlaps(found.start(), max(found.end(), found.start() + 1), literal):
+                return True
+            place = found.start() + 1
+        return False
+
+    def _control_tokens(self, text: str, literal: Ranges) -> list[tuple[str, int, int]]:
+        """Returns control tokens outside of the ranges: text, start and end, with the white space that they take."""
+        if self._finder is None:
+            self._finder = finder(self._backend)
+        masked = list(text)
+        for start, end in literal:
+            masked[start:end] = [self._mask(character) for character in masked[start:end]]
+        while True:
+            encoding = self._finder.encode("".join(masked))
+            named = zip(map(self._finder.id_to_token, encoding.ids), encoding.offsets, strict=True)
+            found = [(content, *place) for content, place in named if content is not None and content in self._control]
+            wrong = [match for match in found if overlaps(*self._core(text, *match), literal)]
+            if not wrong:
+                return found
+            # The ranges' white space, which was left as it was, can be a part of a control token's text.
+            for _, start, end in wrong:
+                for first, last in literal:
+                    for place in range(max(start, first), min(end, last)):
+                        masked[place] = self._symbol
+
+    def _mask(self, character: str) -> str:
+        if character.isspace():
+            return character
+        return self._letter if _WORD.match(character) else self._symbol
+
+    def _core(self, text: str, content: str, start: int, end: int) -> tuple[int, int]:
+        """Returns where a match is without the white space around that its flags make it take."""
+        taken = text[start:end]
+        if self._added[content].lstrip:
+            start += len(taken) - len(taken.lstrip())
+        if self._added[content].rstrip:
+            end -= len(taken) - len(taken.rstrip())
+        return start, max(start, end)
+
+
+def finder(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Returns a tokenizer that finds the same added tokens, and nothing else."""
+    found = tokenizers.Tokenizer(tokenizers.models.BPE())
+    if backend.normalizer is not None:
+        found.normalizer = backend.normalizer
+    found.add_tokens([token for _, token in sorted(backend.get_added_tokens_decoder().items())])
+    return found
+
+
+def without_control_tokens(backend: tokenizers.Tokenizer, control: Mapping[str, int]) -> tokenizers.Tokenizer:
+    """Returns a copy of a tokenizer that takes control tokens' texts as ordinary text."""
+    content = json.loads(backend.to_str())
+    model = content["model"]
+    # The model can make a control token too, where its own vocabulary has that text.
+    names = {name: f"{name}\ue000" for name in control if name in model["vocab"]}
+    model["vocab"] = {names.get(name, name): number for name, number in model["vocab"].items()}
+    model["merges"] = [pair for pair in model["merges"] if not names.keys() & {*pair, "".join(pair)}]
+    model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in control]
+    # The library numbers added tokens by their order, but keeps the numbers of those that the model has.
+    model["vocab"] |= {token["content"]: token["id"] for token in content["added_tokens"]}
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
