@@ -67,9 +67,6 @@ def load(
         path: reader.read(path) if source.leaf.dtype else reader.read(path).astype(float_type)
         for path, source in checkpoint.sources.items()
     }
-    if backend() == "cuda":
-        # A fused checkpoint's w2 is a view whose rows don't lie together, which a kernel would have copied each time.
-        leaves = {path: mx.contiguous(leaf) for path, leaf in leaves.items()}
     params = nest(leaves, config)
     del leaves
     if not lazy:

@@ -253,10 +253,12 @@ def init_params(config: Config, key: mx.array) -> Params:
 
 
 def nest(arrays: Mapping[str, mx.array], config: Config) -> Params:
-    """Arrays by dotted path, as the tree, in canonical order (`mx.compile` retraces when a dict's order changes).
+    """Arrays by dotted path, as the tree: one value, whatever it was made from.
 
-    That is the spec's order of linears and norms, and within one `weight`, `scales`, `biases`. What there is no place
-    for comes last, by name.
+    Its order is the spec's of linears and norms, and within one `weight`, `scales`, `biases` (`mx.compile` retraces
+    when a dict's order changes). What there is no place for comes last, by name. Each leaf lies in memory row by row,
+    the last axis fastest: a product rounds differently where a matrix lies transposed. Lazy; what lies so isn't copied,
+    and a view that has to be is freed when it was.
     """
     places = {path.removesuffix(".weight"): n for n, path in enumerate(param_spec(config))}
 
@@ -264,7 +266,7 @@ def nest(arrays: Mapping[str, mx.array], config: Config) -> Params:
         linear, _, name = path.rpartition(".")
         return places.get(linear, len(places)), _LEAVES.index(name) if name in _LEAVES else len(_LEAVES), path
 
-    tree: Params = tree_unflatten([(path, arrays[path]) for path in sorted(arrays, key=place)])
+    tree: Params = tree_unflatten([(path, mx.contiguous(arrays[path])) for path in sorted(arrays, key=place)])
     return tree
 
 

@@ -110,7 +110,7 @@ class Gradients(NamedTuple):
 
 def init_state(params: Params, recipe: Recipe, key: mx.array) -> State:
     """The state before the first step: `params` (any float dtype, becoming float32), `optimizer`, `key`."""
-    masters = tree_map(lambda array: array.astype(mx.float32), params)
+    masters = tree_map(lambda array: mx.contiguous(array.astype(mx.float32)), params)
     optimizer = {}
     for name, part in _by_decay(masters).items():
         adamw = _adamw(name, recipe)

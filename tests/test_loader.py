@@ -159,17 +159,6 @@ def test_dtype_converts(write: Writer, lazy: bool, stored: Dtype, asked: Dtype, 
     assert np.array_equal(wte, twice["transformer.wte.weight"])
 
 
-def rows_lie_together(leaf: mx.array) -> bool:
-    return bool(np.array(leaf, copy=False).flags.c_contiguous)
-
-
-def test_on_cuda_rows_lie_together_in_every_leaf(fused: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    w2 = "transformer.blocks.0.ffn.experts.mlp.w2.weight"
-    assert not rows_lie_together(dict(tree_flatten(load(fused)[0]))[w2])
-    monkeypatch.setattr("dbrx_fn.loader.backend", lambda: "cuda")
-    assert all(rows_lie_together(leaf) for leaf in dict(tree_flatten(load(fused)[0])).values())
-
-
 @pytest.mark.parametrize("said", [{"torch_dtype": "float16"}, {"dtype": "bfloat16", "torch_dtype": None}])
 def test_the_tensors_dtype_counts_not_the_configs(said: dict[str, Any], fused: Path) -> None:
     (fused / "config.json").write_text(json.dumps(RAW | said))
