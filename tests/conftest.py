@@ -1,13 +1,21 @@
 """Settings that all tests share, and a table of what they measured."""
 
+import os
 import signal
 from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
 
+# How a BLAS rounds depends on such settings, and a machine's own could hide a fault. A BLAS reads them when it is
+# loaded; TESTS_KEEP names those that whoever started the tests asked for.
+_BLAS_SETTINGS = ("OPENBLAS_", "GOTO_", "OMP_", "MKL_", "BLIS_", "NVPL_", "DBRX_FN_BLAS")
+for name in [name for name in os.environ if name.startswith(_BLAS_SETTINGS)]:
+    if name not in os.environ.get("TESTS_KEEP", "").split(","):
+        del os.environ[name]
+
 # Before the tests import MLX, so that they run with the BLAS that users get.
-import dbrx_fn.blas  # noqa: F401
+import dbrx_fn.blas  # noqa: E402, F401
 
 # A shell has what it starts in the background ignore Ctrl-C, and so would the commands that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -63,7 +63,7 @@ def leaves_of(value: Any) -> list[tuple[str, mx.array]]:
 def bits(value: Any) -> dict[str, bytes]:
     """Every array of a tree by a hash of its bytes, which tell NaNs and zeros of two signs apart."""
     leaves = ((path, mx.contiguous(leaf).reshape(-1).view(mx.uint8)) for path, leaf in leaves_of(value))
-    return {path: hashlib.blake2b(memoryview(leaf)).digest() for path, leaf in leaves}
+    return {path: hashlib.blake2b(np.array(leaf).tobytes()).digest() for path, leaf in leaves}
 
 
 def lies_row_by_row(leaf: mx.array) -> bool:
