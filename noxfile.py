@@ -1,4 +1,4 @@
-"""What `nox` runs: `tests`, `typecheck`, `lint`, `peers` (against transformers and mlx-lm), and `blas` (under others)."""
+"""What `nox` runs: `tests`, `typecheck`, `lint`, `peers` (transformers, mlx-lm), and `blas` (each that users have)."""
 
 import sys
 from pathlib import Path
