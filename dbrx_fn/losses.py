@@ -32,6 +32,7 @@ from jaxtyping import Bool, Float, Float32, Int32, Integer, UInt32
 from mlx import nn
 from numpy.typing import ArrayLike
 
+from dbrx_fn.argument_checks import check_config, check_key, check_tree
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
 from dbrx_fn.errors import InputError
@@ -72,7 +73,7 @@ def loss(
     Differentiate it with respect to `params`: `mx.value_and_grad(dbrx_fn.loss)(params, tokens, mask, config)`.
 
     Args:
-        params: the tree.
+        params: the tree; a quantized one has a loss and no gradient.
         tokens: integer `[batch time]`, at least two in a row; each is predicted from those before it in its row.
         mask: bool `[batch time]`, which tokens are targets. All, if `None`; the first of a row never is.
         config: the model's, with `moe_loss_weight` and `moe_jitter_eps`.
@@ -87,10 +88,16 @@ def loss(
         The loss, a float32 scalar, and its parts.
 
     Raises:
-        InputError: if tokens, mask or lengths aren't of these shapes and types.
+        InputError: if an argument isn't what it is said to be here.
         CheckpointError: if the tree doesn't fit the config.
     """
+    check_tree(params)
     check_batch(tokens, mask, lengths)
+    check_config(config)
+    if jitter_key is not None:
+        check_key("jitter_key", jitter_key)
+    if isinstance(z_loss_weight, bool) or not isinstance(z_loss_weight, int | float):
+        raise InputError(f"z_loss_weight is of type {type(z_loss_weight).__name__} where a number is expected.")
     logits, routing = score(params, tokens[:, :-1], config, jitter_key=jitter_key, recompute=recompute)
     parts = loss_parts(logits, routing.logits, routing.top_experts, tokens[:, 1:], mask, lengths)
     total = parts.cross_entropy + config.ffn.moe_loss_weight * parts.load_balance + z_loss_weight * parts.router_z

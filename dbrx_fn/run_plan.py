@@ -1,14 +1,14 @@
 """What a training run does, as a value: the part of its command that `run.json` keeps."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from dbrx_fn.config import Config, config_from_dict, config_to_dict
 from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.json_file import shown
 from dbrx_fn.training import Recipe
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -38,7 +38,9 @@ class Plan:
             value, least = getattr(self, name), int(name != "seed")
             if type(value) is not int or value < least:
                 option = name.replace("_", "-")
-                raise InputError(f"--{option} is {value!r} where a whole number of at least {least} is expected.")
+                raise InputError(f"--{option} is {shown(value)} where a whole number of at least {least} is expected.")
+        if self.model is not None and type(self.model) is not str:
+            raise InputError(f"--model is {shown(self.model)} where a folder's name is expected.")
         if self.sequence_length > self.config.max_seq_len:
             raise InputError(
                 f"--sequence-length is {self.sequence_length} and the model's context holds {self.config.max_seq_len}"
@@ -62,9 +64,18 @@ class Plan:
             InputError: if it is something else.
         """
         try:
-            recipe = Recipe(**{**raw["recipe"], "betas": tuple(raw["recipe"]["betas"])})
-            return Plan(**{**raw, "config": config_from_dict(raw["config"], source=str(source)), "recipe": recipe})
-        except (DbrxError, KeyError, TypeError) as error:
+            recipe = {**raw["recipe"], "betas": tuple(raw["recipe"]["betas"])}
+            _refuse_unknown(Recipe, recipe)
+            _refuse_unknown(Plan, raw)
+            checked = {"recipe": Recipe(**recipe), "config": config_from_dict(raw["config"], source=str(source))}
+            return Plan(**{**raw, **checked})
+        except (DbrxError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{source} isn't what a run notes there ({str(error).rstrip('.')}): start the run anew elsewhere."
             ) from None
+
+
+def _refuse_unknown(kind: Any, found: Mapping[str, Any]) -> None:
+    unknown = found.keys() - {field.name for field in fields(kind)}
+    if unknown:
+        raise InputError(f"{shown(sorted(unknown)[0])} is none of its fields")

@@ -1,22 +1,42 @@
 """Turns documents into tokens once, in files that training maps into memory."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dbrx_fn.atomic import new_folder
+from dbrx_fn.checksums import SEAL, disagreement, file_sum, read_note, sealed
 from dbrx_fn.config import Config
 from dbrx_fn.corpus import Document, text_pieces
 from dbrx_fn.errors import InputError
+from dbrx_fn.json_file import shown
+from dbrx_fn.regular_file import open_regular
 from dbrx_fn.tokenizer import Tokenizer
 
-_FORM = 1
+_FORM = 2
 """Changes with what the files hold for the same documents, so that older ones are made anew."""
+
+_OLD_KINDS = {"tokens": int, "target_count": int, "bytes": int, "documents": int, "masked": bool, "fingerprint": str}
+_KINDS = {**_OLD_KINDS, "files": dict, SEAL: str}
+"""What `meta.json` holds; earlier versions wrote no sums."""
+
+# The header of a one-dimensional array, as NumPy writes it. NumPy's own reader evaluates any text that stands there.
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(..)\{'descr': '([<|][ub]\d)', 'fortran_order': False, 'shape': \((\d{1,18}),\), \} *\n",
+    re.DOTALL,
+)
+_LONGEST_HEADER = 256
+_DTYPES = {b"<u2": "uint16", b"<u4": "uint32", b"|b1": "bool"}
+_AT_ONCE = 2**24
 
 Progress = Callable[[int, int], None]
 """Called with bytes of text done so far and bytes in all."""
@@ -49,6 +69,11 @@ class TokenFile:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @functools.cached_property
+    def highest(self) -> int:
+        """The highest token; a model needs a row for each up to this one."""
+        return max(int(part.max()) for part in _parts(self.tokens))
 
 
 def write_token_file(
@@ -88,21 +113,47 @@ def write_token_file(
 
     with new_folder(folder, replacing=("tokens.npy", "targets.npy", "meta.json")) as beside:
         meta = _write(beside, documents, tokenizer, tokenizer.end_of_text, progress)
-        (beside / "meta.json").write_text(json.dumps(meta | {"fingerprint": fingerprint}, indent=2) + "\n")
+        files = {file.name: file_sum(file) for file in sorted(beside.iterdir())}
+        note = sealed({**meta, "fingerprint": fingerprint, "files": files})
+        (beside / "meta.json").write_text(json.dumps(note, indent=2) + "\n")
     return read_token_file(folder)
 
 
 def read_token_file(folder: Path) -> TokenFile:
-    """Maps the files of `write_token_file` into memory.
+    """Maps the files of `write_token_file` into memory, after comparing them with their checksums.
+
+    Files of earlier versions have none; a warning says so.
 
     Raises:
         InputError: if files are missing, damaged, cut short or don't belong together.
     """
     meta = _read_meta(folder / "meta.json")
-    length = meta["tokens"]
-    tokens = _map(folder / "tokens.npy", length, ("uint16", "uint32"))
-    targets = _map(folder / "targets.npy", length, ("bool",)) if meta["masked"] else None
-    return TokenFile(tokens, targets, meta["target_count"], meta["bytes"], meta["documents"], meta["fingerprint"])
+    length, target_count = meta["tokens"], meta["target_count"]
+    tokens = _map(folder / "tokens.npy", meta, ("uint16", "uint32"))
+    targets = _map(folder / "targets.npy", meta, ("bool",)) if meta["masked"] else None
+    counted = length - 1
+    if targets is not None:
+        # Any byte but 0 counts as true, and as what it is where it is added up.
+        values = targets.view(np.uint8)
+        if any(part.max() > 1 for part in _parts(values)):
+            raise _damaged(folder / "targets.npy", "it holds other bytes than 0 and 1")
+        counted = sum(int(part.sum(dtype=np.int64)) for part in _parts(values))
+    if counted != target_count:
+        raise _damaged(folder / "meta.json", f"it counts {shown(target_count)} targets where there are {counted}")
+    return TokenFile(tokens, targets, target_count, meta["bytes"], meta["documents"], meta["fingerprint"])
+
+
+def check_ids(token_file: TokenFile, config: Config) -> None:
+    """Makes sure that the model has a row for each token of a file.
+
+    Raises:
+        InputError: if it hasn't.
+    """
+    if token_file.highest >= config.vocab_size:
+        raise InputError(
+            f"{getattr(token_file.tokens, 'filename', 'The text')} holds the token {token_file.highest} where the"
+            f" model's vocabulary ends at {config.vocab_size - 1}: take the tokens of this model's tokenizer."
+        )
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
@@ -187,33 +238,54 @@ def _write_header(file: BinaryIO, dtype: np.dtype[Any], length: int) -> None:
     )
 
 
+def _parts(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    return (array[start : start + _AT_ONCE] for start in range(0, len(array), _AT_ONCE))
+
+
 def _read_meta(path: Path) -> dict[str, Any]:
-    kinds = {"tokens": int, "target_count": int, "bytes": int, "documents": int, "masked": bool, "fingerprint": str}
     try:
-        meta = json.loads(path.read_bytes())
-    except OSError as error:
-        raise _damaged(path, error.strerror or str(error)) from None
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from None
-    if not isinstance(meta, dict) or any(type(meta.get(key)) is not kind for key, kind in kinds.items()):
-        raise _damaged(path, f"it must hold {', '.join(kinds)}")
+        meta = read_note(path, _KINDS, _OLD_KINDS)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    wrong = [name for name, value in meta.items() if type(value) is not _KINDS[name]]
+    wrong += [name for name, value in meta.items() if type(value) is int and not 0 <= value < 2**62]
+    if wrong:
+        raise _damaged(path, f"{wrong[0]} is {shown(meta[wrong[0]])}")
+    if meta["tokens"] < 2:
+        raise _damaged(path, f"it counts {meta['tokens']} tokens where two ends of text are the least")
+    if SEAL not in meta:
+        warnings.warn(f"{path} has no checksums, as an earlier version wrote it: damage isn't seen.", stacklevel=3)
     return meta
 
 
-def _map(path: Path, length: int, dtypes: tuple[str, ...]) -> np.memmap[Any, np.dtype[Any]]:
+def _map(path: Path, meta: dict[str, Any], dtypes: tuple[str, ...]) -> np.memmap[Any, np.dtype[Any]]:
+    length = meta["tokens"]
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except OSError as error:
-        raise _damaged(path, error.strerror or str(error)) from None
-    # NumPy parses a header as a Python literal, which can fail in several ways.
-    except (ValueError, EOFError, SyntaxError, TypeError, KeyError) as error:
-        raise _damaged(path, str(error)) from None
-    if array.shape != (length,) or array.dtype.name not in dtypes:
-        raise _damaged(
-            path, f"{array.dtype.name} {list(array.shape)} where {' or '.join(dtypes)} [{length}] is expected"
-        )
-    return array
+        dtype, found, start = _read_header(path)
+        if (dtype, found) not in [(name, length) for name in dtypes]:
+            raise ValueError(f"{dtype} [{found}] where {' or '.join(dtypes)} [{length}] is expected")
+        size = start + length * np.dtype(dtype).itemsize
+        if path.stat().st_size != size:
+            raise ValueError(f"it has {path.stat().st_size} bytes where {size} are expected")
+        if SEAL in meta and (reason := disagreement(file_sum(path), meta["files"].get(path.name))):
+            raise ValueError(reason)
+        return np.memmap(path, dtype, mode="r", offset=start, shape=(length,))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
 
 
-def _damaged(path: Path, reason: str) -> InputError:
-    return InputError(f"{path} isn't a whole file of tokens ({reason}): remove its folder, and it will be made anew.")
+def _read_header(path: Path) -> tuple[str, int, int]:
+    """Dtype, length, and where the entries start. Raises ValueError if the file is no such array."""
+    with open_regular(path) as file:
+        header = _HEADER.match(file.read(_LONGEST_HEADER))
+    if header is None or 10 + int.from_bytes(header[1], "little") != header.end() or header[2] not in _DTYPES:
+        raise ValueError("its header isn't that of tokens")
+    return _DTYPES[header[2]], int(header[3]), header.end()
+
+
+def _damaged(path: Path, reason: object) -> InputError:
+    said = getattr(reason, "strerror", None) or reason
+    return InputError(
+        f"{path} isn't a whole file of tokens ({said}): copy its folder from where it is whole, or make it again from"
+        " its text."
+    )

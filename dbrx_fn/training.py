@@ -11,23 +11,30 @@ Optimizer and schedules are `mlx.optimizers`'. Its AdamW is an object that holds
 the trace, given the state, and asked for the next, so nothing outlives the step.
 """
 
+import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import mlx.core as mx
 from jaxtyping import Bool, Float32, Integer, UInt32
 from mlx import optimizers
 from mlx.utils import tree_flatten, tree_map
 
+from dbrx_fn.argument_checks import check_config, check_key, check_kind, check_tree
 from dbrx_fn.backend import memory_size
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config, Dtype
 from dbrx_fn.errors import InputError
+from dbrx_fn.json_file import shown
 from dbrx_fn.losses import LossParts, check_batch, loss
 from dbrx_fn.params import Params, nest, param_count
 
 State = dict[str, Any]
 Schedule = Literal["cosine", "linear", "constant"]
+
+
+_MOST_STEPS = 2**31
+"""MLX's schedules count in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Recipe:
 
     `steps`: updates in the whole run, which the schedule is stretched over.
     `learning_rate`: at its highest, after `warmup` steps of linear rise.
+    `warmup`: `None` for a twentieth of the steps, at most 100.
     `schedule`: how it falls from there to `final_share` of it at the last step.
     `betas`, `eps`, `weight_decay`: AdamW's (https://arxiv.org/abs/1711.05101), with bias correction. Norms' weights
         don't decay.
@@ -51,7 +59,7 @@ class Recipe:
 
     steps: int
     learning_rate: float = 1e-3
-    warmup: int = 100
+    warmup: int | None = None
     schedule: Schedule = "cosine"
     final_share: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
@@ -66,23 +74,33 @@ class Recipe:
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, expected: str) -> None:
             if not ok:
-                raise InputError(f"{name} is {getattr(self, name)!r} where it must be {expected}.")
+                raise InputError(f"{name} is {shown(getattr(self, name))} where it must be {expected}.")
 
         for name in ("steps", "micro_batches"):
             value = getattr(self, name)
-            require(type(value) is int and value >= 1, name, "at least 1, a whole number")
-        require(0 <= self.learning_rate < float("inf"), "learning_rate", "0 or a positive number")
-        fits = type(self.warmup) is int and 0 <= self.warmup <= self.steps
-        require(fits, "warmup", f"from 0 to the number of steps, {self.steps}, a whole number")
-        require(self.schedule in get_args(Schedule), "schedule", f"one of {', '.join(get_args(Schedule))}")
-        require(0 <= self.final_share <= 1, "final_share", "from 0 to 1")
-        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers from 0 to below 1")
-        require(self.eps > 0, "eps", "a positive number")
-        require(self.weight_decay >= 0, "weight_decay", "0 or a positive number")
-        require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "a positive number or None")
-        known = ("float32", "bfloat16")
-        require(self.dtype in known, "dtype", f"one of {', '.join(known)}: gradients of float16 leave its range")
-        require(self.z_loss_weight >= 0, "z_loss_weight", "0 or a positive number")
+            require(type(value) is int and 1 <= value < _MOST_STEPS, name, "at least 1, a whole number")
+        fits = self.warmup is None or (type(self.warmup) is int and 0 <= self.warmup <= self.steps)
+        require(fits, "warmup", f"from 0 to the number of steps, {self.steps}, a whole number, or None")
+        for name in ("learning_rate", "weight_decay", "z_loss_weight"):
+            require(_within(getattr(self, name), 0, math.inf), name, "0 or a positive number")
+        known = get_args(Schedule)
+        require(type(self.schedule) is str and self.schedule in known, "schedule", f"one of {', '.join(known)}")
+        require(_within(self.final_share, 0, 1), "final_share", "from 0 to 1")
+        pair = isinstance(self.betas, tuple) and len(self.betas) == 2
+        fits = pair and all(_within(beta, 0, 1) and beta != 1 for beta in self.betas)
+        require(fits, "betas", "two numbers from 0 to below 1, in a tuple")
+        require(_within(self.eps, 0, math.inf) and self.eps != 0, "eps", "a positive number")
+        fits = self.clip_norm is None or (_within(self.clip_norm, 0, math.inf) and self.clip_norm != 0)
+        require(fits, "clip_norm", "a positive number or None")
+        types = ("float32", "bfloat16")
+        fits = type(self.dtype) is str and self.dtype in types
+        require(fits, "dtype", f"one of {', '.join(types)}: gradients of float16 leave its range")
+        require(type(self.recompute) is bool, "recompute", "True or False")
+
+    @property
+    def warmup_steps(self) -> int:
+        """For how many steps the learning rate rises."""
+        return min(100, self.steps // 20) if self.warmup is None else self.warmup
 
 
 class Measured(NamedTuple):
@@ -109,7 +127,23 @@ class Gradients(NamedTuple):
 
 
 def init_state(params: Params, recipe: Recipe, key: mx.array) -> State:
-    """The state before the first step: `params` (any float dtype, becoming float32), `optimizer`, `key`."""
+    """The state before the first step: `params` (any float dtype, becoming float32), `optimizer`, `key`.
+
+    Args:
+        params: the tree, dense.
+        recipe: how to train.
+        key: an `mx.random.key`, which jitter is drawn from.
+
+    Raises:
+        InputError: if one of them is something else, or the tree is quantized.
+    """
+    check_tree(params)
+    check_kind("recipe", recipe, Recipe, "dbrx_fn.Recipe(steps=1000)")
+    check_key("key", key)
+    leaves: dict[str, mx.array] = dict(tree_flatten(params))
+    packed = [path for path, leaf in leaves.items() if not mx.issubdtype(leaf.dtype, mx.floating)]
+    if packed:
+        raise InputError(f"{packed[0]} is quantized, and integers have no gradient: call dbrx_fn.dequantize first.")
     masters = tree_map(lambda array: mx.contiguous(array.astype(mx.float32)), params)
     optimizer = {}
     for name, part in _by_decay(masters).items():
@@ -149,9 +183,15 @@ def train_step(
         The state after it, and what was measured.
 
     Raises:
-        InputError: if the batch can't be cut into the recipe's micro-batches, or isn't tokens and their mask at all.
+        InputError: if an argument isn't what it is said to be here, or the recipe's micro-batches don't divide the
+            batch.
+        CheckpointError: if the state's parameters don't fit the config.
     """
+    if not isinstance(state, dict) or state.keys() != {"params", "optimizer", "key"}:
+        raise InputError("state is no state of training: give what init_state made, or the step before returned.")
     check_batch(tokens, mask)
+    check_config(config)
+    check_kind("recipe", recipe, Recipe, "dbrx_fn.Recipe(steps=1000)")
     count = recipe.micro_batches
     if tokens.shape[0] % count:
         raise InputError(f"The batch has {tokens.shape[0]} rows, which {count} micro-batches don't divide evenly.")
@@ -259,13 +299,19 @@ def _adamw(name: str, recipe: Recipe) -> optimizers.AdamW:
 def _learning_rate(recipe: Recipe) -> Any:
     """The rate as a function of the steps done before."""
     highest, lowest = recipe.learning_rate, recipe.learning_rate * recipe.final_share
-    falling = max(1, recipe.steps - recipe.warmup - 1)
+    falling = max(1, recipe.steps - recipe.warmup_steps - 1)
     after = {
         "cosine": optimizers.cosine_decay(highest, falling, lowest),
         "linear": optimizers.linear_schedule(highest, lowest, falling),
         "constant": lambda step: mx.array(highest),
     }[recipe.schedule]
-    if not recipe.warmup:
+    if not recipe.warmup_steps:
         return after
-    rise = optimizers.linear_schedule(highest / recipe.warmup, highest, max(1, recipe.warmup - 1))
-    return optimizers.join_schedules([rise, after], [recipe.warmup])
+    rise = optimizers.linear_schedule(highest / recipe.warmup_steps, highest, max(1, recipe.warmup_steps - 1))
+    return optimizers.join_schedules([rise, after], [recipe.warmup_steps])
+
+
+def _within(value: object, least: float, most: float) -> bool:
+    """Whether this is a finite number of a range; bool, which Python counts as one, isn't."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and least <= cast(float, value) <= most and cast(float, value) < 1e300

@@ -254,9 +254,9 @@ def test_defaults_are_the_recipes(
     config: Path, text: Path, tmp_path: Path, trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    trained(arguments(out, config, [text], steps=1, warmup=0))
+    trained(arguments(out, config, [text], steps=1))
     recipe = json.loads((out / "run.json").read_text())["recipe"]
-    assert recipe == json.loads(json.dumps(asdict(Recipe(steps=1, warmup=0))))
+    assert recipe == json.loads(json.dumps(asdict(Recipe(steps=1))))
     with pytest.raises(SystemExit):
         parser().parse_args(["--help"])
     said = " ".join(capsys.readouterr().out.split())

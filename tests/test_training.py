@@ -4,7 +4,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +15,8 @@ from mlx.utils import tree_flatten, tree_map
 from dbrx_fn.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.errors import InputError
 from dbrx_fn.losses import loss
-from dbrx_fn.params import Params, init_params
+from dbrx_fn.params import Format, Params, init_params
+from dbrx_fn.quantization import Quantization, quantize
 from dbrx_fn.training import Recipe, State, check_memory, gradients, init_state, train_step, update
 from tests.trees import as_float64, relative_error
 
@@ -348,10 +349,89 @@ def test_batches_that_do_not_fit_are_refused(tokens: Any, mask: Any, sentence: s
 
 
 @pytest.mark.parametrize("name", ["steps", "warmup", "micro_batches"])
-@pytest.mark.parametrize("value", [2.0, True, "2", None])
+@pytest.mark.parametrize("value", [2.0, True, "2"])
 def test_numbers_of_a_recipe_that_must_be_whole(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=rf"^{name} is {value!r} where it must be .*, a whole number"):
         replace(FIRST_MOMENT, **{name: value})
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Recipe)])
+@pytest.mark.parametrize("value", ["x", [1], {}, math.nan, 10**400, mx.array(1.0), object()])
+def test_recipes_of_the_wrong_types_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(InputError, match=rf"^{field} is .* where it must be .*\.$"):
+        replace(FIRST_MOMENT, **{field: value})
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (19, 0), (50, 2), (1999, 99), (2000, 100), (10**6, 100)])
+def test_a_recipe_needs_its_steps_only(steps: int, warmup: int) -> None:
+    recipe = Recipe(steps)
+    assert (recipe.warmup, recipe.warmup_steps) == (None, warmup)
+    given = replace(recipe, warmup=warmup)
+    state = start(recipe)
+    tokens, mask = batch()
+    rates = [train_step(state, tokens, mask, config=CONFIG, recipe=one)[1].learning_rate for one in (recipe, given)]
+    assert float(rates[0]) == float(rates[1]) > 0
+
+
+TREE = init_params(CONFIG, mx.random.key(0))
+KEY = mx.random.key(0)
+TOKENS = mx.array([[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((TREE, FIRST_MOMENT, 0), "^key is of type int where a key is expected"),
+        ((TREE, FIRST_MOMENT, mx.zeros(2)), r"^key is float32 \[2\] where a key is expected"),
+        ((TREE, None, KEY), "^recipe is of type NoneType where a Recipe is expected"),
+        ((FIRST_MOMENT, TREE, KEY), "^params is of type Recipe where a tree of arrays is expected"),
+        ((CONFIG, FIRST_MOMENT, KEY), "^params is of type Config where a tree of arrays is expected"),
+        (({}, FIRST_MOMENT, KEY), "^params is empty where"),
+        (({"a": [1]}, FIRST_MOMENT, KEY), "^params is a tree that holds a value of type int where"),
+    ],
+)
+def test_a_state_of_what_can_not_be_one(arguments: Any, sentence: str) -> None:
+    with pytest.raises(InputError, match=rf"{sentence}.*\.$"):
+        init_state(*arguments)
+
+
+def test_a_quantized_tree_can_not_be_trained() -> None:
+    config = replace(CONFIG, d_model=32)
+    head = Quantization(experts=None, attention=None, embedding=None, head=Format(4, 32))
+    packed = quantize(init_params(config, KEY), config, head)
+    with pytest.raises(InputError, match=r"^lm_head.weight is quantized, .*: call dbrx_fn.dequantize first\.$"):
+        init_state(packed, FIRST_MOMENT, KEY)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"state": TREE}, "^state is no state of training"),
+        ({"state": None}, "^state is no state of training"),
+        ({"config": TREE}, "^config is of type dict where a Config is expected"),
+        ({"config": FIRST_MOMENT}, "^config is of type Recipe where a Config is expected"),
+        ({"recipe": CONFIG}, "^recipe is of type Config where a Recipe is expected"),
+    ],
+)
+def test_a_step_of_other_things(changes: dict[str, Any], sentence: str) -> None:
+    given = {"state": start(FIRST_MOMENT), "config": CONFIG, "recipe": FIRST_MOMENT, **changes}
+    with pytest.raises(InputError, match=rf"{sentence}.*\.$"):
+        train_step(given["state"], TOKENS, None, config=given["config"], recipe=given["recipe"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more", "sentence"),
+    [
+        ((CONFIG, TOKENS, None, TREE), {}, "^params is of type Config where a tree of arrays is expected"),
+        ((TREE, TOKENS, None, TREE), {}, "^config is of type dict where a Config is expected"),
+        ((TREE, None, TOKENS, CONFIG), {}, "^tokens is a NoneType where"),
+        ((TREE, TOKENS, None, CONFIG), {"jitter_key": 3}, "^jitter_key is of type int where a key is expected"),
+        ((TREE, TOKENS, None, CONFIG), {"z_loss_weight": "x"}, "^z_loss_weight is of type str where a number"),
+    ],
+)
+def test_a_loss_of_other_things(arguments: Any, more: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=rf"{sentence}.*\.$"):
+        loss(*arguments, **more)
 
 
 def test_a_model_that_does_not_fit_the_machine() -> None:

@@ -1,0 +1,39 @@
+"""Python arguments of the wrong kind, each as one sentence: what was given, and what is expected in its place."""
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from dbrx_fn.config import Config
+from dbrx_fn.errors import InputError
+
+
+def check_kind(name: str, value: object, kind: type, example: str) -> None:
+    """Raises `InputError` if `value` isn't of this class; `example` says where such a value comes from."""
+    if not isinstance(value, kind):
+        raise InputError(f"{name} is of type {type(value).__name__} where a {kind.__name__} is expected: {example}.")
+
+
+def check_config(config: object) -> None:
+    """Raises `InputError` if this is no config."""
+    check_kind("config", config, Config, "dbrx_fn.load gives params and config, in this order")
+
+
+def check_tree(params: object) -> None:
+    """Raises `InputError` if this is no tree of arrays; whether they fit a config is `check_params`' matter."""
+    what = f"of type {type(params).__name__}"
+    if isinstance(params, dict):
+        leaves: dict[str, object] = dict(tree_flatten(params))
+        others = [type(leaf).__name__ for leaf in leaves.values() if not isinstance(leaf, mx.array)]
+        if params and not others:
+            return
+        what = f"a tree that holds a value of type {others[0]}" if others else "empty"
+    raise InputError(
+        f"params is {what} where a tree of arrays is expected: dbrx_fn.load gives params and config, in this order."
+    )
+
+
+def check_key(name: str, key: object) -> None:
+    """Raises `InputError` if this is no key for random numbers."""
+    if not isinstance(key, mx.array) or (key.shape, key.dtype) != ((2,), mx.uint32):
+        found = f"{key.dtype} {list(key.shape)}" if isinstance(key, mx.array) else f"of type {type(key).__name__}"
+        raise InputError(f"{name} is {found.removeprefix('mlx.core.')} where a key is expected: mx.random.key(0).")
