@@ -20,7 +20,7 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.evaluation import Evaluation, check_targets, of_sums, read_tokens, window_sums
 from dbrx_fn.model import score
 from dbrx_fn.params import Params
-from dbrx_fn.token_file import TokenFile
+from dbrx_fn.token_file import TokenFile, check_ids
 
 Progress = Callable[[int, int], None]
 """Called with passes of a batch through a model that are done, and with those in all."""
@@ -93,9 +93,11 @@ def compare(
         comparisons: of the others with it, in their order.
 
     Raises:
-        InputError: if a size isn't positive, there is nothing to predict, or configs are of different models.
+        InputError: if a size isn't positive, there is nothing to predict, a token isn't in the model's vocabulary, or
+            configs are of different models.
     """
     check_targets(token_file)
+    check_ids(token_file, first.config)
     for number, other in enumerate(others):
         check_same_model(first.config, other.config, "the first model", f"others[{number}]")
     targets, read, done = 0, 0, 0

@@ -16,7 +16,7 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.losses import bits_per_byte, busiest_expert, chosen_experts, token_nats
 from dbrx_fn.model import score
 from dbrx_fn.params import Params
-from dbrx_fn.token_file import TokenFile
+from dbrx_fn.token_file import TokenFile, check_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +58,10 @@ def evaluate(
         sequence_length: tokens of a window. A longer one gives more to predict from, so compare at the same length.
 
     Raises:
-        InputError: if a size isn't positive, or there is nothing to predict.
+        InputError: if a size isn't positive, there is nothing to predict, or a token isn't in the model's vocabulary.
     """
     check_targets(token_file)
+    check_ids(token_file, config)
     nats, targets = 0.0, 0
     pairs = np.zeros((config.n_layers, config.ffn.moe_num_experts))
     for tokens, mask, lengths in eval_windows(token_file, batch_size, sequence_length):

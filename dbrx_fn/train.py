@@ -36,7 +36,7 @@ from dbrx_fn.run_plan import Plan
 from dbrx_fn.sampling import random_key
 from dbrx_fn.saver import copy_tokenizer, save
 from dbrx_fn.terminal import INTERRUPTED, byte_progress, printed_warnings
-from dbrx_fn.token_file import TokenFile, check_vocabulary, read_token_file, write_token_file
+from dbrx_fn.token_file import TokenFile, check_ids, check_vocabulary, read_token_file, write_token_file
 from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
 from dbrx_fn.train_tokenizer import save_tokenizer, train_bpe
 from dbrx_fn.training import Measured, Recipe, Schedule, State, check_memory, init_state, train_step
@@ -182,8 +182,6 @@ def _plan(options: argparse.Namespace) -> Plan:
     if options.moe_jitter_eps is not None:
         ffn = replace(ffn, moe_jitter_eps=options.moe_jitter_eps)
     chosen = {field.name: getattr(options, field.name) for field in fields(Recipe)}
-    if options.warmup is None:
-        chosen["warmup"] = min(100, options.steps // 20)
     plan = Plan(
         config=replace(config, ffn=ffn, dtype="float32"),
         recipe=Recipe(**chosen),
@@ -259,6 +257,8 @@ def _train(folder: RunFolder, plan: Plan) -> None:
     config, recipe = plan.config, plan.recipe
     train = read_token_file(folder.train_data)
     held_out = read_token_file(folder.held_out_data) if folder.held_out_data.exists() else None
+    for token_file in (train,) if held_out is None else (train, held_out):
+        check_ids(token_file, config)
     batches = Batches(train, plan.batch_size, plan.sequence_length, plan.seed)
     init_key, run_key = mx.random.split(random_key(plan.seed))
     # Where there is a checkpoint, fresh parameters are only its outline: they are never computed, nor --model needed.

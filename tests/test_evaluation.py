@@ -39,6 +39,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenFile]:
     }
 
 
+def test_tokens_that_the_model_has_no_rows_for(files: dict[str, TokenFile]) -> None:
+    config = case_of({**TINY, "vocab_size": SMALLEST_VOCABULARY}, np.random.default_rng(0)).config
+    with pytest.raises(InputError, match=r"holds the token \d+ where the model's vocabulary ends at 259"):
+        evaluate(PARAMS, config, files["plain"], batch_size=1, sequence_length=16)
+
+
 def by_hand(file: TokenFile, sequence_length: int) -> tuple[float, int, NDArray[np.float64]]:
     """All the targets' nats, how many they are, and how many (token, choice) pairs went to each expert."""
     nats, targets, pairs = 0.0, 0, np.zeros((CONFIG.n_layers, CONFIG.ffn.moe_num_experts))

@@ -4,6 +4,7 @@ import json
 import resource
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dbrx_fn.checksums import file_sum, sealed
 from dbrx_fn.config import DBRX
 from dbrx_fn.corpus import Document, read_documents
 from dbrx_fn.errors import InputError
 from dbrx_fn.random_checkpoint import write_random_checkpoint
-from dbrx_fn.token_file import TokenFile, check_vocabulary, read_token_file, write_token_file
+from dbrx_fn.token_file import TokenFile, check_ids, check_vocabulary, read_token_file, write_token_file
 from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
 from dbrx_fn.train_tokenizer import save_tokenizer, train_bpe
 
@@ -242,21 +244,118 @@ def test_damaged_files_are_named_and_made_anew(name: str, damage: object, tokeni
     path.unlink()
     if callable(damage):
         path.write_bytes(damage(content))
-    refused(tmp_path, f"{path} isn't a whole file of tokens (", "remove its folder")
+    refused(tmp_path, f"{path} isn't a whole file of tokens (", "copy its folder")
     assert same(first, write_token_file(tmp_path, [CONVERSATION], tokenizer))
 
 
 def test_files_that_do_not_belong_together(tokenizer: Tokenizer, tmp_path: Path) -> None:
     write_token_file(tmp_path, [CONVERSATION], tokenizer)
     whole = np.load(tmp_path / "tokens.npy")
-    for other in (whole[1:], whole.astype(np.float16), whole[None]):
+    for other, found in (
+        (whole[1:], f"uint16 [{len(whole) - 1}] where uint16 or uint32 [{len(whole)}] is expected"),
+        (whole != 0, f"bool [{len(whole)}] where"),
+        (whole.astype(np.float16), "its header isn't that of tokens"),
+        (whole[None], "its header isn't that of tokens"),
+    ):
         np.save(tmp_path / "tokens.npy", other)
-        refused(tmp_path, f"tokens.npy isn't a whole file of tokens ({other.dtype} {list(other.shape)} where")
-    np.save(tmp_path / "tokens.npy", whole)
+        refused(tmp_path, f"tokens.npy isn't a whole file of tokens ({found}")
+
+
+def rewritten(folder: Path, *, sums: bool = True, **changes: Any) -> None:
+    """Changes fields of meta.json; with `sums`, those of the files and its own are made to fit."""
+    meta = json.loads((folder / "meta.json").read_text()) | changes
+    if sums:
+        meta["files"] = {path.name: file_sum(path) for path in folder.glob("*.npy")}
+        meta = sealed({key: value for key, value in meta.items() if key != "checksum"})
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize("wrong", [{"tokens": "9"}, {"masked": 1}, {"fingerprint": None}, {"bytes": -1}, {"files": []}])
+def test_a_meta_of_other_kinds(wrong: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    write_token_file(tmp_path, [CONVERSATION], tokenizer)
+    rewritten(tmp_path, sums=False, **wrong)
+    refused(tmp_path, "meta.json isn't a whole file of tokens (its checksum is")
+    if "files" not in wrong:
+        rewritten(tmp_path, **wrong)
+        refused(tmp_path, f"meta.json isn't a whole file of tokens ({next(iter(wrong))} is")
+
+
+@given(place=st.integers(0), bit=st.integers(0, 7), name=st.sampled_from(["tokens.npy", "targets.npy", "meta.json"]))
+def test_a_bit_that_turned_anywhere_is_found(
+    place: int, bit: int, name: str, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("t")
+    write_token_file(folder, [CONVERSATION, PLAIN], tokenizer)
+    content = bytearray((folder / name).read_bytes())
+    content[place % len(content)] ^= 1 << bit
+    (folder / name).unlink()
+    (folder / name).write_bytes(content)
+    refused(folder, f"{name} isn't a whole file of tokens (")
+
+
+def test_other_tokens_of_the_same_form_are_found(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """As of another run: each file is whole, and they don't belong together."""
+    for name, document in (("a", CONVERSATION), ("b", Document("c", tuple(reversed(CONVERSATION.spans))))):
+        write_token_file(tmp_path / name, [document], tokenizer)
+    assert (tmp_path / "a" / "tokens.npy").stat().st_size == (tmp_path / "b" / "tokens.npy").stat().st_size
+    for name in ("tokens.npy", "targets.npy"):
+        content = (tmp_path / "a" / name).read_bytes()
+        (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
+        refused(tmp_path / "a", f"{name} isn't a whole file of tokens (it has other bytes than were written)")
+        (tmp_path / "a" / name).write_bytes(content)
+    read_token_file(tmp_path / "a")
+
+
+def test_targets_are_counted_and_are_0_or_1(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Whatever the sums say, which a stranger can make as well."""
+    write_token_file(tmp_path, [CONVERSATION], tokenizer)
+    rewritten(tmp_path, target_count=3)
+    refused(tmp_path, "meta.json isn't a whole file of tokens (it counts 3 targets where there are")
+    content = (tmp_path / "targets.npy").read_bytes()
+    (tmp_path / "targets.npy").write_bytes(content[:-1] + b"\x02")
+    rewritten(tmp_path)
+    refused(tmp_path, "targets.npy isn't a whole file of tokens (it holds other bytes than 0 and 1)")
+
+
+def test_files_of_an_earlier_version_are_read_with_a_warning(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    first = write_token_file(tmp_path, [CONVERSATION], tokenizer)
     meta = json.loads((tmp_path / "meta.json").read_text())
-    for wrong in ({"tokens": "9"}, {"masked": 1}, {"fingerprint": None}):
-        (tmp_path / "meta.json").write_text(json.dumps(meta | wrong))
-        refused(tmp_path, "meta.json isn't a whole file of tokens (it must hold tokens")
+    (tmp_path / "meta.json").write_text(json.dumps({key: meta[key] for key in meta.keys() - {"files", "checksum"}}))
+    with pytest.warns(UserWarning, match=r"meta.json has no checksums"):
+        assert same(first, read_token_file(tmp_path))
+
+
+def test_tokens_past_the_models_vocabulary(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = write_token_file(tmp_path, [PLAIN], tokenizer)
+    assert file.highest == max(file.tokens.tolist()) == 296
+    check_ids(file, replace(DBRX, vocab_size=297))
+    with pytest.raises(InputError, match=r"tokens.npy holds the token 296 where the model's vocabulary ends at 295"):
+        check_ids(file, replace(DBRX, vocab_size=296))
+
+
+def test_headers_of_any_numpy_are_read_and_nothing_is_evaluated(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    first = write_token_file(tmp_path, [PLAIN], tokenizer)
+    data = np.array(first.tokens).tobytes()
+    for text, fits in (
+        (b"{'descr': '<u2', 'fortran_order': False, 'shape': (%d,), }" % len(first), True),
+        (b"{'descr': '<u2', 'fortran_order': True, 'shape': (%d,), }" % len(first), False),
+        (b"{'descr': '|O', 'fortran_order': False, 'shape': (%d,), }" % len(first), False),
+        (b"{'descr': '<u2', 'fortran_order': False, 'shape': (-%d,), }" % len(first), False),
+        (b"{'descr': '<u2', 'fortran_order': False, 'shape': (%s,), }" % (b"9" * 5000), False),
+        (b"[" * 5000, False),
+        (b"{'shape': " + b"-" * 60000 + b"1}", False),
+    ):
+        for padding in (1, 50):
+            header = text + b" " * padding + b"\n"
+            content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+            # What is mapped stays as it is.
+            (tmp_path / "tokens.npy").unlink()
+            (tmp_path / "tokens.npy").write_bytes(content)
+            rewritten(tmp_path)
+            if fits:
+                assert same(first, read_token_file(tmp_path))
+            else:
+                refused(tmp_path, "tokens.npy isn't a whole file of tokens (its header isn't that of tokens)")
 
 
 # What users can get wrong
