@@ -1,6 +1,7 @@
-"""What `nox` runs: `tests`, `typecheck`, `lint`, and `peers` (against transformers and mlx-lm)."""
+"""What `nox` runs: `tests`, `typecheck`, `lint`, `peers` (transformers, mlx-lm), and `blas` (each that users have)."""
 
 import sys
+from pathlib import Path
 
 import nox
 
@@ -10,6 +11,14 @@ nox.options.error_on_missing_interpreters = True
 PROJECT = nox.project.load_toml("pyproject.toml")
 # A Mac's MLX brings its back end along; elsewhere the CPU's is the one that every machine can run.
 INSTALL = ["-e", "."] if sys.platform == "darwin" else ["-e", ".[cpu]"]
+# What a BLAS could round into another result.
+EXACT = [
+    f"tests/test_{name}.py"
+    for name in (
+        *("exactness", "forward", "layers", "moe", "cache", "cpu", "quantization", "generation", "small_model"),
+        *("losses", "training", "train_resume", "blas"),
+    )
+]
 
 
 def install(session: nox.Session, group: str) -> None:
@@ -31,6 +40,26 @@ def peers(session: nox.Session) -> None:
     # The tokenizers' comparisons with transformers stand beside their other tests, and are skipped without it.
     tokenizers = ["tests/test_tokenizer.py", "tests/test_chat.py", "tests/test_train_tokenizer.py"]
     session.run("pytest", "-n", "auto", "tests/peers", *tokenizers, *session.posargs)
+
+
+@nox.session
+def blas(session: nox.Session) -> None:
+    """The tests that compute, with each BLAS that users have; files after -- take their place, `tests` for all."""
+    if sys.platform != "linux":
+        session.skip("only MLX's wheels for Linux leave their BLAS open")
+    install(session, "tests")
+    settings = {"AVX2": {"OPENBLAS_CORETYPE": "Haswell"}, "MLX's own": {"DBRX_FN_BLAS": "0"}}
+    if "avx512f" in Path("/proc/cpuinfo").read_text():
+        settings["AVX-512"] = {"OPENBLAS_CORETYPE": "SkylakeX"}
+    # The system's loader looks here first, and can't load an empty file.
+    hidden = Path(session.create_tmp())
+    for library in ("libopenblas.so.0", "libmkl_rt.so.2", "libblis.so.4"):
+        (hidden / library).touch()
+    settings["none installed"] = {"LD_LIBRARY_PATH": str(hidden)}
+    for name, setting in settings.items():
+        session.log(f"BLAS: {name}")
+        environment = {**setting, "TESTS_KEEP": ",".join(setting)}
+        session.run("pytest", "-n", "auto", "--ignore=tests/peers", *(session.posargs or EXACT), env=environment)
 
 
 @nox.session

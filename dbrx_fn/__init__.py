@@ -8,17 +8,25 @@
 How the model works, and where each part of it is: `docs/architecture.md`.
 """
 
+import sys
+
+from dbrx_fn import interrupts as interrupts
+
+# isort: split
 # Before MLX, which otherwise has chosen its own by then.
 from dbrx_fn import blas as blas
 
 try:
     import mlx.core  # noqa: F401
 except ImportError as error:
-    raise ImportError(
+    needs = (
         f"dbrx_fn needs MLX with a back end for this machine ({error}): pip install 'dbrx-fn[cpu]' or"
-        " 'dbrx-fn[cuda13]' (or cuda12) on Linux, 'dbrx-fn' alone on a Mac.",
-        name=__name__,
-    ) from None
+        " 'dbrx-fn[cuda13]' (or cuda12) on Linux, 'dbrx-fn' alone on a Mac."
+    )
+    if interrupts.IS_COMMAND:
+        print(f"error: {needs}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise ImportError(needs, name=__name__) from None
 
 from dbrx_fn.cache import Cache as Cache
 from dbrx_fn.cache import grow_cache as grow_cache

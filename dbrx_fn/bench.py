@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from dbrx_fn.bounds import weight_bytes
+from dbrx_fn.command import run
 from dbrx_fn.config import DBRX, Config, Dtype, config_to_dict, read_config, read_config_file
-from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.errors import InputError
 from dbrx_fn.hub import SMALL
 from dbrx_fn.inference_plan import Cases, Planned, check_cases, plan_checkpoint, plan_random
 from dbrx_fn.inference_speed import Figure, make_weights, measure_inference, our_program
@@ -25,30 +26,25 @@ from dbrx_fn.mlx_lm_peer import check_mlx_lm, mlx_lm_program
 from dbrx_fn.params import param_count
 from dbrx_fn.pictures import RooflinePoint, check_picture, draw_roofline
 from dbrx_fn.quantize_options import FORMAT_HELP, add_quantize_options, chosen_quantization
-from dbrx_fn.terminal import INTERRUPTED, printed_warnings, size_text
+from dbrx_fn.terminal import print_result, size_text
 from dbrx_fn.training_speed import BILLION, TrainingSpeed, measure_training
 
 _Row = TypeVar("_Row")
 _COUNTS = {"batch_size", "sequence_length", "steps", "prompt", "context", "tokens", "repeats"}
 
 
-@printed_warnings()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
-    chosen = parser().parse_args(arguments)
-    try:
-        for name in _COUNTS & vars(chosen).keys():
-            given = getattr(chosen, name)
-            lowest = min(given) if isinstance(given, list) else given
-            if lowest < 1:
-                raise InputError(f"--{name.replace('_', '-')} is {lowest} where it must be at least 1.")
-        chosen.run(chosen)
-    except DbrxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return 0
+    return run(_run, parser(), arguments, smaller="take a smaller --shape or --batch-size, or a larger machine")
+
+
+def _run(chosen: argparse.Namespace) -> None:
+    for name in _COUNTS & vars(chosen).keys():
+        given = getattr(chosen, name)
+        lowest = min(given) if isinstance(given, list) else given
+        if lowest < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {lowest} where it must be at least 1.")
+    chosen.run(chosen)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -114,7 +110,7 @@ def _inference(chosen: argparse.Namespace) -> None:
     if chosen.peer is not None:
         programs.append(mlx_lm_program(params, planned.stored, planned.formats))
     figures = [made, *measure_inference(programs, planned, cases, limits)]
-    print(
+    print_result(
         json.dumps(_described(planned, limits, figures), indent=2)
         if chosen.json
         else _inference_text(planned, limits, figures)
@@ -137,7 +133,7 @@ def _training(chosen: argparse.Namespace) -> None:
         for shape in chosen.shape
         for dtype in chosen.dtype
     ]
-    print(json.dumps([asdict(speed) for speed in speeds], indent=2) if chosen.json else _training_table(speeds))
+    print_result(json.dumps([asdict(speed) for speed in speeds], indent=2) if chosen.json else _training_table(speeds))
 
 
 def _config(shape: str) -> Config:

@@ -14,53 +14,21 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dbrx_fn.checkpoint import open_checkpoint
+from dbrx_fn.command import run
 from dbrx_fn.config import Dtype
 from dbrx_fn.conversion import Conversion, Request, convert, finished_shards, plan_conversion, require_free
-from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.errors import InputError
 from dbrx_fn.hub import checkpoint_folder
 from dbrx_fn.layouts import WRITTEN
 from dbrx_fn.quantize_options import FORMAT_HELP, add_quantize_options, chosen_quantization
 from dbrx_fn.shards import SHARD_BYTES
-from dbrx_fn.terminal import INTERRUPTED, byte_progress, printed_warnings, size_text
+from dbrx_fn.terminal import byte_progress, print_message, print_result, size_text
 from dbrx_fn.tokenizer import read_tokenizer
 
 
-@printed_warnings()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
-    chosen = parser().parse_args(arguments)
-    try:
-        if not 0 < chosen.shard_size < math.inf:
-            raise InputError(f"--shard-size is {chosen.shard_size:g} where a number of GB above 0 is expected.")
-        request = Request(
-            layout=chosen.layout,
-            quantization=chosen_quantization(chosen),
-            dequantize=chosen.dequantize,
-            dtype=chosen.dtype,
-            shard_bytes=int(chosen.shard_size * 10**9),
-            check=chosen.check,
-            tokenizer=None if chosen.tokenizer is None else _tokenizer_folder(chosen.tokenizer),
-        )
-        if not chosen.dry_run:
-            # Before a checkpoint is downloaded.
-            require_free(chosen.folder)
-        conversion = plan_conversion(open_checkpoint(chosen.source, revision=chosen.revision), request)
-        if chosen.dry_run:
-            print(json.dumps(described(conversion), indent=2) if chosen.json else _table(conversion))
-            return 0
-        finished = finished_shards(conversion, chosen.folder)
-        if finished:
-            print(f"going on after {len(finished)} of {len(conversion.shards)} shards", file=sys.stderr)
-        with byte_progress("converting") as progress:
-            convert(conversion, chosen.folder, progress=progress)
-    except DbrxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where it was.", file=sys.stderr)
-        return INTERRUPTED
-    print(json.dumps(described(conversion), indent=2) if chosen.json else f"{chosen.folder}\n{_table(conversion)}")
-    return 0
+    return run(_run, parser(), arguments, kept=lambda _: "the same command goes on where it was")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,6 +58,32 @@ def parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="say what would be written, and write nothing")
     add("--json", action="store_true", help="print JSON instead of a table")
     return options
+
+
+def _run(chosen: argparse.Namespace) -> None:
+    if not 0 < chosen.shard_size < math.inf:
+        raise InputError(f"--shard-size is {chosen.shard_size:g} where a number of GB above 0 is expected.")
+    request = Request(
+        layout=chosen.layout,
+        quantization=chosen_quantization(chosen),
+        dequantize=chosen.dequantize,
+        dtype=chosen.dtype,
+        shard_bytes=int(chosen.shard_size * 10**9),
+        check=chosen.check,
+        tokenizer=None if chosen.tokenizer is None else _tokenizer_folder(chosen.tokenizer),
+    )
+    if not chosen.dry_run:
+        # Before a checkpoint is downloaded.
+        require_free(chosen.folder)
+    conversion = plan_conversion(open_checkpoint(chosen.source, revision=chosen.revision), request)
+    if not chosen.dry_run:
+        finished = finished_shards(conversion, chosen.folder)
+        if finished:
+            print_message(f"going on after {len(finished)} of {len(conversion.shards)} shards")
+        with byte_progress("converting") as progress:
+            convert(conversion, chosen.folder, progress=progress)
+    text = _table(conversion) if chosen.dry_run else f"{chosen.folder}\n{_table(conversion)}"
+    print_result(json.dumps(described(conversion), indent=2) if chosen.json else text)
 
 
 def _tokenizer_folder(path_or_repo: str) -> str:

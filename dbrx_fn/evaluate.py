@@ -24,16 +24,17 @@ from tqdm import tqdm
 
 from dbrx_fn.backend import backend, memory_size
 from dbrx_fn.checkpoint import Checkpoint, open_checkpoint
+from dbrx_fn.command import run
 from dbrx_fn.comparison import Comparison, Model, check_same_model, compare
 from dbrx_fn.config import Config, Dtype
 from dbrx_fn.corpus import read_documents
-from dbrx_fn.errors import DbrxError, InputError, TokenizerError
+from dbrx_fn.errors import InputError, TokenizerError
 from dbrx_fn.evaluation import Evaluation, check_targets
 from dbrx_fn.loader import load
 from dbrx_fn.params import Params, param_count
 from dbrx_fn.pictures import QuantizedModel, check_picture, draw_quantizations
 from dbrx_fn.quantization import dequantize
-from dbrx_fn.terminal import INTERRUPTED, byte_progress, printed_warnings, size_text
+from dbrx_fn.terminal import byte_progress, print_message, print_result, size_text
 from dbrx_fn.token_file import TokenFile, check_vocabulary, write_token_file
 from dbrx_fn.tokenizer import read_tokenizer
 
@@ -75,22 +76,14 @@ class Row:
     comparison: Comparison | None
 
 
-@printed_warnings()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
-    chosen = parser().parse_args(arguments)
-    try:
-        _perplexity(chosen)
-    except DbrxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except OSError as error:
-        reason = error.strerror or error
-        print(f"error: {error.filename or 'a file'} can't be read or written ({reason}).", file=sys.stderr)
-        return 2
-    return 0
+    return run(
+        _perplexity,
+        parser(),
+        arguments,
+        smaller="take a smaller --batch-size or --sequence-length",
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -146,9 +139,9 @@ def _perplexity(chosen: argparse.Namespace) -> None:
         text_bytes = text.bytes
         del text
     if chosen.json:
-        print(json.dumps(_as_json(rows, text_bytes, chosen.sequence_length), indent=2))
+        print_result(json.dumps(_as_json(rows, text_bytes, chosen.sequence_length), indent=2))
     else:
-        print(_as_table(rows, text_bytes, chosen.sequence_length))
+        print_result(_as_table(rows, text_bytes, chosen.sequence_length))
     # After what was measured, which no picture that can't be written shall take along.
     if chosen.picture is not None:
         _draw(rows, chosen.picture)
@@ -303,7 +296,7 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
             if bar.disable and now - said >= _SECONDS_BETWEEN_LINES:
                 said = now
                 left = tqdm.format_interval((now - start) * (total - done) / done)
-                print(f"{name}: {done:,} of {total:,} batches, {left} left", file=sys.stderr)
+                print_message(f"{name}: {done:,} of {total:,} batches, {left} left")
 
         yield passed
 

@@ -1,7 +1,6 @@
 """`python -m dbrx_fn.generate`: continues a prompt, or answers it, and prints the text as it is made."""
 
 import argparse
-import io
 import json
 import secrets
 import sys
@@ -9,14 +8,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from textwrap import shorten
 
 import mlx.core as mx
 from tqdm import tqdm
 
 from dbrx_fn.chat import render_chat
+from dbrx_fn.command import run
 from dbrx_fn.config import Config, Dtype
-from dbrx_fn.errors import DbrxError, InputError, lacks_memory
+from dbrx_fn.errors import InputError
 from dbrx_fn.generation import check_limits, stream_text, token_budget, warm_up
 from dbrx_fn.generation_config import read_sampling
 from dbrx_fn.hub import SMALL, checkpoint_folder
@@ -24,7 +23,7 @@ from dbrx_fn.loader import computing_dtype, load
 from dbrx_fn.model import CHUNK_SIZE
 from dbrx_fn.params import Params
 from dbrx_fn.sampling import Sampling, random_key
-from dbrx_fn.terminal import INTERRUPTED, byte_progress, close_standard_output, printed_warnings
+from dbrx_fn.terminal import byte_progress, print_message
 from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
 
 
@@ -62,35 +61,13 @@ class Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
-    options = parser().parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Not every terminal's encoding has U+FFFD, which stands for bytes that are no character.
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        return _run(options)
-    except DbrxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        close_standard_output()
-        return 0
-    except (RuntimeError, MemoryError) as error:
-        if not lacks_memory(error):
-            raise
-        print(
-            f"error: the text can't be computed ({shorten(str(error) or 'out of memory', 200, placeholder='…')}):"
-            " take a shorter prompt, smaller --max-tokens or --prefill-step-size, or quantize the model"
-            " (python -m dbrx_fn.convert).",
-            file=sys.stderr,
-        )
-        return 2
-    except OSError as error:
-        close_standard_output()
-        where = f"{error.filename}: " if error.filename else "the text can't be written, or a file read: "
-        print(f"error: {where}{error.strerror}.", file=sys.stderr)
-        return 2
+    return run(
+        _run,
+        parser(),
+        arguments,
+        smaller="take a shorter prompt, smaller --max-tokens or --prefill-step-size, or quantize the model (python -m"
+        " dbrx_fn.convert)",
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -142,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> None:
     seed = secrets.randbits(32) if options.seed is None else options.seed
     report = Report(model=options.model, seed=seed)
     _sampling(options, Sampling())
@@ -153,21 +130,17 @@ def _run(options: argparse.Namespace) -> int:
     text = _prompt(options.prompt)
 
     start = time.perf_counter()
-    with printed_warnings():
-        folder = checkpoint_folder(options.model)
-        sampling = _sampling(options, read_sampling(folder))
-        tokenizer = read_tokenizer(folder)
-        params, config = _load(folder, options.dtype)
+    folder = checkpoint_folder(options.model)
+    sampling = _sampling(options, read_sampling(folder))
+    tokenizer = read_tokenizer(folder)
+    params, config = _load(folder, options.dtype)
     report.load_time = time.perf_counter() - start
 
     prompt = _encode(tokenizer, text, options)
     report.prompt_tokens = len(prompt)
     budget = token_budget(prompt, config, options.max_tokens)
     if budget < options.max_tokens:
-        print(
-            f"warning: the context of {config.max_seq_len} tokens leaves room for {budget} after the prompt.",
-            file=sys.stderr,
-        )
+        print_message(f"warning: the context of {config.max_seq_len} tokens leaves room for {budget} after the prompt.")
     stop_tokens = tokenizer.stop_tokens | {_one_token(tokenizer, token) for token in options.extra_eos_token}
 
     start = time.perf_counter()
@@ -197,6 +170,7 @@ def _run(options: argparse.Namespace) -> int:
         chunk_size=options.prefill_step_size,
     )
     start = time.perf_counter()
+    interruption: KeyboardInterrupt | None = None
     try:
         for piece in pieces:
             now = time.perf_counter()
@@ -211,15 +185,16 @@ def _run(options: argparse.Namespace) -> int:
                 report.finish_reason = piece.finish_reason
             if not options.json:
                 print(piece.text, end="", flush=True)
-    except KeyboardInterrupt:
-        pass
+    except KeyboardInterrupt as stop:
+        interruption = stop
     report.peak_memory = mx.get_peak_memory()
     if options.json:
         print(json.dumps(asdict(report), indent=2))
     else:
         print(flush=True)
     print(report.summary(), file=sys.stderr)
-    return INTERRUPTED if report.finish_reason == "interrupted" else 0
+    if interruption is not None:
+        raise interruption
 
 
 def _sampling(options: argparse.Namespace, default: Sampling) -> Sampling:

@@ -3,12 +3,12 @@
 Whoever reads no tensor can't tell it from the checkpoint. Of the released model that is a few MB in place of 264 GB.
 """
 
+import contextlib
 import json
 import os
 import struct
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 
@@ -18,7 +18,7 @@ from dbrx_fn.json_file import is_plain_name
 from dbrx_fn.tensor_files import read_headers
 
 
-@contextmanager
+@contextlib.contextmanager
 def headers_of(path_or_repo: str | Path, *, revision: str | None = None) -> Iterator[Path]:
     """A folder or GGUF file whose headers are the checkpoint's, for `open_checkpoint`; no weights are downloaded.
 
@@ -28,7 +28,11 @@ def headers_of(path_or_repo: str | Path, *, revision: str | None = None) -> Iter
     Raises:
         CheckpointError: if there is no such checkpoint, or the repository's headers can't be had.
     """
-    if Path(path_or_repo).expanduser().exists() or isinstance(path_or_repo, Path):
+    exists = False
+    # What can't be a name is refused below, in a sentence.
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        exists = Path(path_or_repo).expanduser().exists()
+    if exists or isinstance(path_or_repo, Path):
         yield checkpoint_path(path_or_repo, revision=revision)
         return
     small = checkpoint_folder(path_or_repo, weights=False, revision=revision)

@@ -14,13 +14,13 @@ from typing import Any
 
 from dbrx_fn.backend import Backend
 from dbrx_fn.checkpoint import open_checkpoint
+from dbrx_fn.command import run
 from dbrx_fn.config import Config
 from dbrx_fn.description import PARTS, Description, Part, describe
-from dbrx_fn.errors import DbrxError
 from dbrx_fn.hub_headers import headers_of
 from dbrx_fn.layouts import Layout
 from dbrx_fn.surprises import surprises, tokenizer_text
-from dbrx_fn.terminal import INTERRUPTED, close_standard_output, printed_warnings, size_text
+from dbrx_fn.terminal import print_result, size_text
 
 MISFIT = 1
 """The exit status where tensors don't fit the config: described, but it can't be loaded."""
@@ -39,39 +39,13 @@ _DEVICES: dict[Backend, str] = {"cpu": "CPU", "cuda": "GPU", "metal": "GPU"}
 _MOST_SHOWN = 12
 
 
-@printed_warnings()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status.
 
     0: described, and the tensors are the config's; 1: described, and some are not; 2: it can't be described, and one
     sentence on standard error says why; 130 after Ctrl-C.
     """
-    chosen = parser().parse_args(arguments)
-    try:
-        with headers_of(chosen.checkpoint, revision=chosen.revision) as path:
-            with _noted_warnings(f"{path}/") as noted:
-                checkpoint = open_checkpoint(path)
-            description = describe(checkpoint, context=chosen.context, batch_size=chosen.batch_size)
-            tokenizer, found = tokenizer_text(path), [*noted, *surprises(checkpoint, description)]
-    except DbrxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or chosen.checkpoint} can't be read ({error.strerror}).", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    if description.cache.context > description.config.max_seq_len:
-        found.append(
-            f"A context of {description.cache.context:,} tokens is longer than the {description.config.max_seq_len:,}"
-            " that the model was made for."
-        )
-    say = (chosen.checkpoint, description, tokenizer, found)
-    try:
-        print(json.dumps(as_json(*say), indent=2) if chosen.json else table(*say), flush=True)
-    except BrokenPipeError:
-        close_standard_output()
-    return MISFIT if description.problems else 0
+    return run(_run, parser(), arguments)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,6 +66,22 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=1, metavar="B", help="sequences at once; %(default)s if not given")
     add("--json", action="store_true", help="print JSON instead of a table; sizes in bytes")
     return options
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    with headers_of(chosen.checkpoint, revision=chosen.revision) as path:
+        with _noted_warnings(f"{path}/") as noted:
+            checkpoint = open_checkpoint(path)
+        description = describe(checkpoint, context=chosen.context, batch_size=chosen.batch_size)
+        tokenizer, found = tokenizer_text(path), [*noted, *surprises(checkpoint, description)]
+    if description.cache.context > description.config.max_seq_len:
+        found.append(
+            f"A context of {description.cache.context:,} tokens is longer than the {description.config.max_seq_len:,}"
+            " that the model was made for."
+        )
+    say = (chosen.checkpoint, description, tokenizer, found)
+    print_result(json.dumps(as_json(*say), indent=2) if chosen.json else table(*say))
+    return MISFIT if description.problems else 0
 
 
 def as_json(name: str, description: Description, tokenizer: str | None, found: Sequence[str]) -> dict[str, Any]:

@@ -13,12 +13,13 @@ import mlx.core as mx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dbrx_fn.atomic import new_folder
+from dbrx_fn.command import run
 from dbrx_fn.config import AttnConfig, Config, FFNConfig
-from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.errors import InputError
 from dbrx_fn.params import init_params
 from dbrx_fn.sampling import random_key
 from dbrx_fn.saver import write_checkpoint
-from dbrx_fn.terminal import INTERRUPTED, printed_warnings
+from dbrx_fn.terminal import print_result
 from dbrx_fn.train_tokenizer import SMALLEST_VOCABULARY, add_special_tokens, save_tokenizer
 
 
@@ -39,9 +40,13 @@ def write_random_checkpoint(folder: Path, config: Config, key: mx.array) -> None
         save_tokenizer(_byte_tokenizer(), beside, default_system_prompt=True)
 
 
-@printed_warnings()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
+    return run(_run, parser(), arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
     options = argparse.ArgumentParser(
         prog="python -m dbrx_fn.random_checkpoint",
         description="Write a DBRX checkpoint of random weights and a byte tokenizer, to try everything on.",
@@ -59,31 +64,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--experts", type=int, default=16)
     options.add_argument("--top-k", type=int, default=4)
     options.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    chosen = options.parse_args(arguments)
+    return options
+
+
+def _run(chosen: argparse.Namespace) -> None:
     if chosen.keep and (chosen.folder / "config.json").is_file():
-        print(f"{chosen.folder} exists already and is kept")
-        return 0
-    try:
-        config = Config(
-            d_model=chosen.d_model,
-            n_heads=chosen.n_heads,
-            n_layers=chosen.n_layers,
-            max_seq_len=32_768,
-            vocab_size=SMALLEST_VOCABULARY,
-            attn=AttnConfig(clip_qkv=8.0, kv_n_heads=chosen.kv_n_heads, rope_theta=500_000.0),
-            ffn=FFNConfig(
-                ffn_hidden_size=chosen.ffn_hidden_size, moe_num_experts=chosen.experts, moe_top_k=chosen.top_k
-            ),
-            dtype=chosen.dtype,
-        )
-        write_random_checkpoint(chosen.folder, config, random_key(chosen.seed))
-    except DbrxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    print(f"{chosen.folder}: a random DBRX of {config.n_layers} layers, {config.ffn.moe_num_experts} experts")
-    return 0
+        print_result(f"{chosen.folder} exists already and is kept")
+        return
+    config = Config(
+        d_model=chosen.d_model,
+        n_heads=chosen.n_heads,
+        n_layers=chosen.n_layers,
+        max_seq_len=32_768,
+        vocab_size=SMALLEST_VOCABULARY,
+        attn=AttnConfig(clip_qkv=8.0, kv_n_heads=chosen.kv_n_heads, rope_theta=500_000.0),
+        ffn=FFNConfig(ffn_hidden_size=chosen.ffn_hidden_size, moe_num_experts=chosen.experts, moe_top_k=chosen.top_k),
+        dtype=chosen.dtype,
+    )
+    write_random_checkpoint(chosen.folder, config, random_key(chosen.seed))
+    print_result(f"{chosen.folder}: a random DBRX of {config.n_layers} layers, {config.ffn.moe_num_experts} experts")
 
 
 def _byte_tokenizer() -> Tokenizer:

@@ -1,15 +1,31 @@
-"""What all commands share of how they speak to a terminal: exit status, warnings, progress."""
+"""What all commands share of how they speak to a terminal: results, messages, warnings, progress."""
 
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
-INTERRUPTED = 130
-"""The exit status by which shells know that Ctrl-C ended a command."""
+
+def plain(text: str) -> str:
+    """A text of one line as it can be shown anywhere: what isn't printable is escaped as Python writes it.
+
+    File names, tensors' names and templates may come from strangers; raw, their control characters would steer the
+    terminal, and those for the direction of writing would turn a sentence around.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_result(text: str) -> None:
+    """Prints a command's result on standard output, each line `plain`; a reader that went away is no error."""
+    with suppress(BrokenPipeError):
+        print("\n".join(plain(line) for line in text.split("\n")), flush=True)
+
+
+def print_message(sentence: str) -> None:
+    """Prints a line about the work on standard error, `plain`, and above a progress bar if there is one."""
+    tqdm.write(plain(sentence), file=sys.stderr)
 
 
 @contextmanager
@@ -17,8 +33,7 @@ def printed_warnings() -> Iterator[None]:
     """Prints warnings as plain lines on standard error, each once, without the place in the code they came from."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        # Plain print would write into a progress bar.
-        tqdm.write(f"warning: {message}", file=sys.stderr)
+        print_message(f"warning: {message}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
@@ -45,8 +60,3 @@ def size_text(nbytes: float) -> str:
             return f"{nbytes:,.0f} {unit}" if unit == "bytes" else f"{nbytes:,.1f} {unit}"
         nbytes /= 1024
     return f"{nbytes:,.1f} GiB"
-
-
-def close_standard_output() -> None:
-    """Keeps Python from complaining once more when it flushes at exit what its reader doesn't want any more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

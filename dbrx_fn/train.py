@@ -21,9 +21,10 @@ from tqdm import tqdm
 from dbrx_fn.atomic import new_folder
 from dbrx_fn.batches import Batches
 from dbrx_fn.chat import ChatFormat
+from dbrx_fn.command import run
 from dbrx_fn.config import read_config, read_config_file
 from dbrx_fn.corpus import Document, read_documents, split, without_held_out
-from dbrx_fn.errors import DbrxError, InputError, TokenizerError
+from dbrx_fn.errors import InputError, TokenizerError
 from dbrx_fn.evaluation import Evaluation, check_targets, evaluate
 from dbrx_fn.hub import SMALL, checkpoint_folder
 from dbrx_fn.loader import load
@@ -35,7 +36,7 @@ from dbrx_fn.run_folder import RunFolder
 from dbrx_fn.run_plan import Plan
 from dbrx_fn.sampling import random_key
 from dbrx_fn.saver import copy_tokenizer, save
-from dbrx_fn.terminal import INTERRUPTED, byte_progress, printed_warnings
+from dbrx_fn.terminal import byte_progress, print_message, print_result
 from dbrx_fn.token_file import TokenFile, check_ids, check_vocabulary, read_token_file, write_token_file
 from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
 from dbrx_fn.train_tokenizer import save_tokenizer, train_bpe
@@ -64,25 +65,20 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-@printed_warnings()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
-    given = vars(parser().parse_args(arguments))
-    try:
-        _run(given)
-    except DbrxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        started = RunFolder(given["out"]).started
-        how = f"--out {given['out']} --resume goes on from the last checkpoint" if started else "nothing is kept"
-        print(f"interrupted: {how}.", file=sys.stderr)
-        return INTERRUPTED
-    except OSError as error:
-        reason = error.strerror or error
-        print(f"error: {error.filename or given['out']} can't be read or written ({reason}).", file=sys.stderr)
-        return 2
-    return 0
+    return run(
+        lambda options: _run(vars(options)),
+        parser(),
+        arguments,
+        kept=_kept,
+        smaller="take a smaller --batch-size, more --micro-batches, or --recompute",
+    )
+
+
+def _kept(options: argparse.Namespace) -> str:
+    started = RunFolder(options.out).started
+    return f"--out {options.out} --resume goes on from the last checkpoint" if started else "nothing is kept"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -215,13 +211,13 @@ def _set_up(folder: RunFolder, plan: Plan, options: argparse.Namespace) -> None:
         held_out = read_documents(options.held_out, chat_format)
         documents, removed = without_held_out(documents, held_out)
         if removed:
-            print(f"{removed} documents are held out and left out of training", file=sys.stderr)
+            print_message(f"{removed} documents are held out and left out of training")
     else:
         documents, held_out = split(documents, options.held_out_share, options.seed)
 
     if named is None:
         size = plan.config.vocab_size
-        print(f"training a tokenizer of {size:,} tokens", file=sys.stderr)
+        print_message(f"training a tokenizer of {size:,} tokens")
         save_tokenizer(train_bpe((text for d in documents for text, _ in d.spans), size), folder.tokenizer)
     else:
         copy_tokenizer(Path(named), folder.tokenizer)
@@ -266,12 +262,11 @@ def _train(folder: RunFolder, plan: Plan) -> None:
     params = init_params(config, init_key) if fresh else _start_params(cast(str, plan.model))
     state, start = folder.load(init_state(params, recipe, run_key))
     folder.cut_metrics(start)
-    print(
+    print_message(
         f"{param_count(config):,} parameters, {param_count(config, active=True):,} active;"
         f" {len(train):,} tokens to train on, {0 if held_out is None else len(held_out):,} held out;"
         f" {recipe.steps:,} steps of {plan.batch_size * plan.sequence_length:,} tokens,"
-        f" {batches.epochs(recipe.steps):.2f} epochs" + (f"; resumed after step {start:,}" if start else ""),
-        file=sys.stderr,
+        f" {batches.epochs(recipe.steps):.2f} epochs" + (f"; resumed after step {start:,}" if start else "")
     )
     evaluation: Evaluation | None = None
     clock, since = time.perf_counter(), start
@@ -315,7 +310,7 @@ def _train(folder: RunFolder, plan: Plan) -> None:
                         left = tqdm.format_interval(
                             plan.batch_size * plan.sequence_length * (recipe.steps - step) / rate
                         )
-                        print(f"step {step:6d}  {_described(noted, evaluation)}, {left} left", file=sys.stderr)
+                        print_message(f"step {step:6d}  {_described(noted, evaluation)}, {left} left")
             pauses = last or step % plan.save_every == 0 or (held_out is not None and step % plan.eval_every == 0)
             if pauses:
                 # It waits for the step, so that the step's time isn't taken for theirs.
@@ -326,7 +321,7 @@ def _train(folder: RunFolder, plan: Plan) -> None:
                 if not math.isfinite(evaluation.nats_per_token):
                     raise folder.not_finite(f"The held-out text's loss became {evaluation.nats_per_token} after", step)
                 _note(metrics, _noted_evaluation(evaluation, step))
-                tqdm.write(_line(measured, evaluation, step), file=sys.stderr)
+                print_message(_line(measured, evaluation, step))
             if step % plan.save_every == 0 or last:
                 # A checkpoint on the disk means that what was noted before it is there too.
                 os.fsync(metrics.fileno())
@@ -353,7 +348,7 @@ def _finish(folder: RunFolder, plan: Plan, state: State) -> None:
         if evaluated:
             draw_expert_load(evaluated[-1]["expert_share"], folder.path / "expert_load.png")
     except InputError as error:
-        print(f"warning: {error}", file=sys.stderr)
+        print_message(f"warning: {error}")
     rows = [
         ("steps", f"{plan.recipe.steps:,}"),
         ("tokens", f"{plan.recipe.steps * plan.batch_size * plan.sequence_length:,}"),
@@ -369,7 +364,7 @@ def _finish(folder: RunFolder, plan: Plan, state: State) -> None:
             ("busiest expert", f"{held_out['held_out_busiest_expert']:.2f} times its share"),
         ]
     rows.append(("model", str(model)))
-    print("\n".join(f"{name:15} {value}" for name, value in rows))
+    print_result("\n".join(f"{name:15} {value}" for name, value in rows))
 
 
 def _computed(state: State, plan: Plan) -> Params:

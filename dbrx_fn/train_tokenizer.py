@@ -14,9 +14,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from dbrx_fn.atomic import write_file
 from dbrx_fn.chat import ChatFormat
+from dbrx_fn.command import run
 from dbrx_fn.corpus import read_documents, text_pieces
-from dbrx_fn.errors import DbrxError, InputError
-from dbrx_fn.terminal import INTERRUPTED, printed_warnings
+from dbrx_fn.errors import InputError
+from dbrx_fn.terminal import print_result
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
@@ -110,9 +111,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, default_system_prompt:
         write_file(folder / name, content.encode())
 
 
-@printed_warnings()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
+    return run(_run, parser(), arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
     options = argparse.ArgumentParser(
         prog="python -m dbrx_fn.train_tokenizer",
         description="Train a byte-level BPE tokenizer of DBRX's kind on text files, JSONL files or folders of them.",
@@ -122,23 +127,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--vocab-size", type=int, required=True, help=f"number of tokens, at least {SMALLEST_VOCABULARY}"
     )
     options.add_argument("--out", type=Path, required=True, help="folder to write the tokenizer's files into")
-    chosen = options.parse_args(arguments)
-    try:
-        if (chosen.out / "tokenizer.json").exists():
-            raise InputError(f"{chosen.out} holds a tokenizer already: name another folder.")
-        documents = read_documents(chosen.data, ChatFormat(default_system=False))
-        tokenizer = train_bpe((text for document in documents for text, _ in document.spans), chosen.vocab_size)
-        save_tokenizer(tokenizer, chosen.out)
-    except DbrxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except OSError as error:
-        print(f"error: {chosen.out} can't be written ({error.strerror}).", file=sys.stderr)
-        return 2
-    print(f"{chosen.out}: a tokenizer of {chosen.vocab_size} tokens from {len(documents)} documents")
-    return 0
+    return options
+
+
+def _run(chosen: argparse.Namespace) -> None:
+    if (chosen.out / "tokenizer.json").exists():
+        raise InputError(f"{chosen.out} holds a tokenizer already: name another folder.")
+    documents = read_documents(chosen.data, ChatFormat(default_system=False))
+    tokenizer = train_bpe((text for document in documents for text, _ in document.spans), chosen.vocab_size)
+    save_tokenizer(tokenizer, chosen.out)
+    print_result(f"{chosen.out}: a tokenizer of {chosen.vocab_size} tokens from {len(documents)} documents")
 
 
 if __name__ == "__main__":

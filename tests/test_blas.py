@@ -67,3 +67,14 @@ def test_a_library_that_is_none(tmp_path: Path) -> None:
         pytest.skip("LD_PRELOAD comes before everything")
     assert found == "None"
     assert "DBRX_FN_BLAS is 'libc.so.6' where a library with cblas_sgemm, or 0, is expected." in log
+
+
+@linux
+def test_where_no_blas_can_be_loaded_mlx_keeps_its_own(tmp_path: Path) -> None:
+    for name in ("libopenblas.so.0", "libmkl_rt.so.2", "libblis.so.4"):
+        (tmp_path / name).touch()
+    found, log, _ = run(tmp_path, DBRX_FN_BLAS="", LD_LIBRARY_PATH=str(tmp_path))
+    if found == "preloaded":
+        pytest.skip("LD_PRELOAD comes before everything")
+    assert found == "None"
+    assert log.count("isn't used") == 3

@@ -12,6 +12,7 @@ import mlx.core as mx
 import pytest
 
 import dbrx_fn.evaluate
+from dbrx_fn.command import INTERRUPTED
 from dbrx_fn.comparison import Model, compare
 from dbrx_fn.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.corpus import read_documents
@@ -21,7 +22,6 @@ from dbrx_fn.params import Format, Params, param_count
 from dbrx_fn.quantization import Quantization, dequantize, quantize
 from dbrx_fn.random_checkpoint import write_random_checkpoint
 from dbrx_fn.saver import save
-from dbrx_fn.terminal import INTERRUPTED
 from dbrx_fn.token_file import write_token_file
 from dbrx_fn.train_tokenizer import SMALLEST_VOCABULARY
 from tests.tiny_runs import sentences

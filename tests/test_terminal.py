@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from dbrx_fn import bench, random_checkpoint, train_tokenizer
-from dbrx_fn.terminal import INTERRUPTED, byte_progress, printed_warnings
+from dbrx_fn.command import INTERRUPTED
+from dbrx_fn.terminal import byte_progress, printed_warnings
 from tests.tiny_runs import write_config, write_text
 
 

@@ -24,9 +24,10 @@ from typing import Any
 
 from dbrx_fn import train
 from dbrx_fn.atomic import new_folder, write_file
+from dbrx_fn.command import INTERRUPTED, TERMINATED, Terminated, run
 from dbrx_fn.config import AttnConfig, Config, FFNConfig, config_to_dict
 from dbrx_fn.corpus import read_documents
-from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.errors import InputError
 from dbrx_fn.evaluation import Evaluation, evaluate
 from dbrx_fn.generation import stream_text
 from dbrx_fn.loader import load
@@ -36,7 +37,7 @@ from dbrx_fn.quantization import Quantization, dequantize, quantize
 from dbrx_fn.run_folder import RunFolder
 from dbrx_fn.sampling import Sampling, random_key
 from dbrx_fn.saver import write_checkpoint
-from dbrx_fn.terminal import INTERRUPTED, printed_warnings
+from dbrx_fn.terminal import print_result
 from dbrx_fn.token_file import write_token_file
 from dbrx_fn.tokenizer import read_tokenizer
 
@@ -74,31 +75,26 @@ SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 PROMPTS = ("To be, or not to be", "And it came to pass", "**KING HENRY**")
 
 
-@printed_warnings()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
+    return run(_run, parser(), arguments, kept=lambda _: "the same command goes on where it was")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
     options = argparse.ArgumentParser(
         prog="python -m dbrx_fn.small.recipe", description=(__doc__ or "").split("\n\n")[0]
     )
     options.add_argument("--out", type=Path, required=True, help="folder for texts, runs, the packed model and figures")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in")
     options.add_argument("--only", choices=("texts", "small", "dense", "figures"), help="do one part alone")
-    chosen = options.parse_args(arguments)
-    try:
-        for name, part in (("texts", _texts), ("small", _small), ("dense", _dense), ("figures", _figures)):
-            if chosen.only in (None, name):
-                part(chosen.out, chosen.dtype)
-    except DbrxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where it was.", file=sys.stderr)
-        return INTERRUPTED
-    except OSError as error:
-        reason = error.strerror or error
-        print(f"error: {error.filename or chosen.out} can't be read or written ({reason}).", file=sys.stderr)
-        return 2
-    return 0
+    return options
+
+
+def _run(chosen: argparse.Namespace) -> None:
+    for name, part in (("texts", _texts), ("small", _small), ("dense", _dense), ("figures", _figures)):
+        if chosen.only in (None, name):
+            part(chosen.out, chosen.dtype)
 
 
 def _texts(out: Path, _: str) -> None:
@@ -197,8 +193,8 @@ def _train(out: Path, run: Path, config: Config, dtype: str) -> None:
         ]
         arguments += ["--dtype", dtype, *(str(part) for option in TRAINING.items() for part in option)]
     status = train.main(["--out", str(run), *arguments])
-    if status == INTERRUPTED:
-        raise KeyboardInterrupt
+    if status in (INTERRUPTED, TERMINATED):
+        raise Terminated if status == TERMINATED else KeyboardInterrupt
     if status:
         raise InputError(f"The training in {run} ended early: mend what it says and run this again.")
 
@@ -233,8 +229,8 @@ def _figures(out: Path, _: str) -> None:
     draw_losses(runs, out / "loss.png")
     draw_expert_load(small.expert_share, out / "expert_load.png")
     write_file(out / "samples.txt", _samples(out / "packed").encode())
-    for name, value in figures.items():
-        print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value:,}")
+    rows = (f"{value:.4f}" if isinstance(value, float) else f"{value:,}" for value in figures.values())
+    print_result("\n".join(f"{name:24} {row}" for name, row in zip(figures, rows, strict=True)))
 
 
 def _samples(folder: Path) -> str:

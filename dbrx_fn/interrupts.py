@@ -1,0 +1,31 @@
+"""Ctrl-C while a command is still being imported: it ends at once and without a traceback, as later.
+
+Python turns Ctrl-C into an exception from its first moment on, and nothing can catch one that comes while modules are
+imported. So the system's own action, which ends the process, is in force until `dbrx_fn.command.run` takes over. A
+program that imports the package keeps whatever it has set.
+"""
+
+import os
+import signal
+import sys
+
+SCRIPT = "dbrx-fn"
+"""The console script's name."""
+
+
+def _is_command() -> bool:
+    """Whether this process was started as one of the package's commands, by `-m` or by the console script."""
+    started = sys.argv[0] if sys.argv else ""
+    if os.path.basename(started).split(".")[0] == SCRIPT:
+        return True
+    # So Python calls a module that it is still looking for; another package may be what imports this one by then.
+    own = any(word.removeprefix("-m").split(".")[0] == __package__ for word in sys.orig_argv)
+    return started == "-m" and own
+
+
+IS_COMMAND = _is_command()
+"""Whether this process is one of the package's commands."""
+
+# A shell has what it starts in the background ignore Ctrl-C: that stays.
+if IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
