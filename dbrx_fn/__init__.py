@@ -10,6 +10,8 @@ How the model works, and where each part of it is: `docs/architecture.md`.
 
 import sys
 
+__version__ = "0.1.0"
+
 from dbrx_fn import interrupts as interrupts
 
 # isort: split

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from dbrx_fn.bounds import weight_bytes
-from dbrx_fn.command import run
+from dbrx_fn.command import Parser, program, run
 from dbrx_fn.config import DBRX, Config, Dtype, config_to_dict, read_config, read_config_file
 from dbrx_fn.errors import InputError
 from dbrx_fn.hub import SMALL
@@ -49,9 +49,7 @@ def _run(chosen: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(
-        prog="python -m dbrx_fn.bench", description="Measure how fast inference or training is here."
-    )
+    options = Parser(prog=program("bench"), description="Measure how fast inference or training is here.")
     commands = options.add_subparsers(required=True, metavar="inference | training")
     inference = commands.add_parser(
         "inference", help="prefill, first token, decoding, loading", description=f"Measure inference. {FORMAT_HELP}"

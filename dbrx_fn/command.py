@@ -20,10 +20,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from textwrap import shorten
-from typing import Any, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
 
 from dbrx_fn.errors import DbrxError, lacks_memory
-from dbrx_fn.terminal import print_message, printed_warnings
+from dbrx_fn.interrupts import BY_SCRIPT, SCRIPT
+from dbrx_fn.terminal import plain, print_message, printed_warnings
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -36,6 +37,20 @@ _SAME_PRESS = 1.0
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does: what cleans up or saves after one does so after the other."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors show the words that it doesn't know `plain`: a shell may have found them in a folder."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(plain(message))
+
+
+def program(name: str = "") -> str:
+    """What calls a command, for its help: as this process was called; without a name, what calls them all."""
+    if BY_SCRIPT:
+        return f"{SCRIPT} {name}".strip()
+    return f"python -m {__package__}.{name}".rstrip(".")
 
 
 def run(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dbrx_fn.checkpoint import open_checkpoint
-from dbrx_fn.command import run
+from dbrx_fn.command import Parser, program, run
 from dbrx_fn.config import Dtype
 from dbrx_fn.conversion import Conversion, Request, convert, finished_shards, plan_conversion, require_free
 from dbrx_fn.errors import InputError
@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(
-        prog="python -m dbrx_fn.convert",
+    options = Parser(
+        prog=program("convert"),
         description=f"Convert a DBRX checkpoint of any known layout. {FORMAT_HELP}",
     )
     add = options.add_argument

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dbrx_fn.backend import backend, memory_size
 from dbrx_fn.checkpoint import Checkpoint, open_checkpoint
-from dbrx_fn.command import run
+from dbrx_fn.command import Parser, program, run
 from dbrx_fn.comparison import Comparison, Model, check_same_model, compare
 from dbrx_fn.config import Config, Dtype
 from dbrx_fn.corpus import read_documents
@@ -88,9 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(
-        prog="python -m dbrx_fn.evaluate", description="Measure how good checkpoints are."
-    )
+    options = Parser(prog=program("evaluate"), description="Measure how good checkpoints are.")
     perplexity = options.add_subparsers(metavar="perplexity", required=True).add_parser(
         "perplexity",
         description="Measure how well checkpoints of one model predict a text, and how far each is from the first: the"

@@ -13,7 +13,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from dbrx_fn.chat import render_chat
-from dbrx_fn.command import run
+from dbrx_fn.command import Parser, program, run
 from dbrx_fn.config import Config, Dtype
 from dbrx_fn.errors import InputError
 from dbrx_fn.generation import check_limits, stream_text, token_budget, warm_up
@@ -72,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options; those that mlx-lm has too are named as there."""
-    options = argparse.ArgumentParser(
-        prog="python -m dbrx_fn.generate",
+    options = Parser(
+        prog=program("generate"),
         description="Continue a prompt with a DBRX model, or answer it with --chat, printing the text as it is made.",
     )
     add = options.add_argument

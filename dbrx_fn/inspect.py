@@ -14,7 +14,7 @@ from typing import Any
 
 from dbrx_fn.backend import Backend
 from dbrx_fn.checkpoint import open_checkpoint
-from dbrx_fn.command import run
+from dbrx_fn.command import Parser, program, run
 from dbrx_fn.config import Config
 from dbrx_fn.description import PARTS, Description, Part, describe
 from dbrx_fn.hub_headers import headers_of
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(
-        prog="python -m dbrx_fn.inspect",
+    options = Parser(
+        prog=program("inspect"),
         description="Say what a DBRX checkpoint of any known layout is, and whether it fits this machine, from its"
         " headers alone.",
         epilog="Exit status: 0 if its tensors are the config's; 1 if some are missing, unexpected or misshapen, which"

@@ -12,18 +12,15 @@ import sys
 SCRIPT = "dbrx-fn"
 """The console script's name."""
 
+_started = sys.argv[0] if sys.argv else ""
 
-def _is_command() -> bool:
-    """Whether this process was started as one of the package's commands, by `-m` or by the console script."""
-    started = sys.argv[0] if sys.argv else ""
-    if os.path.basename(started).split(".")[0] == SCRIPT:
-        return True
-    # So Python calls a module that it is still looking for; another package may be what imports this one by then.
-    own = any(word.removeprefix("-m").split(".")[0] == __package__ for word in sys.orig_argv)
-    return started == "-m" and own
+BY_SCRIPT = os.path.basename(_started).split(".")[0] == SCRIPT
+"""Whether this process was started by the console script."""
 
+# Python's name for a module that it is still looking for; another package may be the one that imports this by then.
+_BY_MODULE = _started == "-m" and any(word.removeprefix("-m").split(".")[0] == __package__ for word in sys.orig_argv)
 
-IS_COMMAND = _is_command()
+IS_COMMAND = BY_SCRIPT or _BY_MODULE
 """Whether this process is one of the package's commands."""
 
 # A shell has what it starts in the background ignore Ctrl-C: that stays.

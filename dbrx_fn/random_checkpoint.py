@@ -13,7 +13,7 @@ import mlx.core as mx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dbrx_fn.atomic import new_folder
-from dbrx_fn.command import run
+from dbrx_fn.command import Parser, program, run
 from dbrx_fn.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.errors import InputError
 from dbrx_fn.params import init_params
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(
-        prog="python -m dbrx_fn.random_checkpoint",
+    options = Parser(
+        prog=program("random_checkpoint"),
         description="Write a DBRX checkpoint of random weights and a byte tokenizer, to try everything on.",
     )
     options.add_argument("folder", type=Path, help="new folder to write")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dbrx_fn.atomic import new_folder
 from dbrx_fn.batches import Batches
 from dbrx_fn.chat import ChatFormat
-from dbrx_fn.command import run
+from dbrx_fn.command import Parser, program, run
 from dbrx_fn.config import read_config, read_config_file
 from dbrx_fn.corpus import Document, read_documents, split, without_held_out
 from dbrx_fn.errors import InputError, TokenizerError
@@ -83,8 +83,8 @@ def _kept(options: argparse.Namespace) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options. One that isn't given is absent from what they parse to."""
-    options = argparse.ArgumentParser(
-        prog="python -m dbrx_fn.train",
+    options = Parser(
+        prog=program("train"),
         description="Train a DBRX model on text. With --resume, go on with the run in --out exactly where its last"
         " checkpoint left it.",
         argument_default=argparse.SUPPRESS,

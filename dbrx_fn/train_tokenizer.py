@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from dbrx_fn.atomic import write_file
 from dbrx_fn.chat import ChatFormat
-from dbrx_fn.command import run
+from dbrx_fn.command import Parser, program, run
 from dbrx_fn.corpus import read_documents, text_pieces
 from dbrx_fn.errors import InputError
 from dbrx_fn.terminal import print_result
@@ -118,8 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(
-        prog="python -m dbrx_fn.train_tokenizer",
+    options = Parser(
+        prog=program("train_tokenizer"),
         description="Train a byte-level BPE tokenizer of DBRX's kind on text files, JSONL files or folders of them.",
     )
     options.add_argument("--data", nargs="+", required=True, metavar="PATH", help="what to learn from")

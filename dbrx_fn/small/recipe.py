@@ -24,7 +24,7 @@ from typing import Any
 
 from dbrx_fn import train
 from dbrx_fn.atomic import new_folder, write_file
-from dbrx_fn.command import INTERRUPTED, TERMINATED, Terminated, run
+from dbrx_fn.command import INTERRUPTED, TERMINATED, Parser, Terminated, program, run
 from dbrx_fn.config import AttnConfig, Config, FFNConfig, config_to_dict
 from dbrx_fn.corpus import read_documents
 from dbrx_fn.errors import InputError
@@ -82,8 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(
-        prog="python -m dbrx_fn.small.recipe", description=(__doc__ or "").split("\n\n")[0]
+    options = Parser(
+        prog=program("small.recipe"),
+        description="Make the small model that ships with this package, from texts to packed file and figures.",
     )
     options.add_argument("--out", type=Path, required=True, help="folder for texts, runs, the packed model and figures")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in")

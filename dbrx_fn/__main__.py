@@ -1,0 +1,68 @@
+"""`python -m dbrx_fn`, or the console script `dbrx-fn`: lists the commands, and runs one of them.
+
+`dbrx-fn generate …` does the same as `python -m dbrx_fn.generate …`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import cast
+
+import dbrx_fn
+from dbrx_fn.command import Parser, program, run
+from dbrx_fn.errors import InputError
+from dbrx_fn.terminal import print_result
+
+COMMANDS = {
+    "generate": "continue a prompt, or answer it",
+    "inspect": "what a checkpoint is, and whether it fits this machine",
+    "convert": "a checkpoint to another layout, quantized or not",
+    "evaluate": "how well checkpoints predict a text, and how they differ",
+    "train": "train or fine-tune a model on text",
+    "train_tokenizer": "make a tokenizer from text",
+    "bench": "how fast inference and training are here",
+    "random_checkpoint": "write a model of random weights, to try everything on",
+    "small.recipe": "make the small model that ships here anew",
+}
+"""The commands' modules, and what each does."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command that is named first, or lists them; returns the exit status."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words and words[0] in COMMANDS:
+        return cast(int, import_module(f"dbrx_fn.{words[0]}").main(words[1:]))
+    return run(_list, parser(), words)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What can be said without a command."""
+    width = max(map(len, COMMANDS))
+    options = Parser(
+        prog=program(),
+        usage=f"{program()} [--help] [--version] COMMAND ...",
+        description="DBRX, a mixture-of-experts language model, on MLX.",
+        epilog="\n".join(
+            (
+                "commands:",
+                *(f"  {name:{width}}  {purpose}" for name, purpose in COMMANDS.items()),
+                "",
+                f"{program()} COMMAND --help tells the options of one.",
+            )
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_argument("--version", action="version", version=f"dbrx_fn {dbrx_fn.__version__}")
+    options.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return options
+
+
+def _list(chosen: argparse.Namespace) -> None:
+    if chosen.command:
+        raise InputError(f"{chosen.command[0]!r} is no command: give one of {', '.join(COMMANDS)}.")
+    print_result(parser().format_help().rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
