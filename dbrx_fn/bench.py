@@ -24,8 +24,9 @@ from dbrx_fn.inference_speed import Figure, make_weights, measure_inference, our
 from dbrx_fn.machine_limits import MachineLimits, measure_limits
 from dbrx_fn.mlx_lm_peer import check_mlx_lm, mlx_lm_program
 from dbrx_fn.params import param_count
-from dbrx_fn.pictures import RooflinePoint, check_picture, draw_roofline
+from dbrx_fn.pictures import check_new_picture, write_picture
 from dbrx_fn.quantize_options import FORMAT_HELP, add_quantize_options, chosen_quantization
+from dbrx_fn.roofline import RooflinePoint, draw_roofline
 from dbrx_fn.terminal import print_result, size_text
 from dbrx_fn.training_speed import BILLION, TrainingSpeed, measure_training
 
@@ -71,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=32, help="to decode in one repetition; %(default)s")
     add("--repeats", type=int, default=5, help="to take the median of, in a minute at most; %(default)s")
     add("--peer", choices=("mlx-lm",), help="measure it too, on the same weights")
-    add("--picture", type=Path, metavar="FILE", help="a roofline, .png or .svg")
+    add(
+        "--picture", type=Path, metavar="FILE", help="new .png or .svg of speeds below the machine's limits, a roofline"
+    )
     add("--json", action="store_true", help="print JSON instead of a table")
 
     training = commands.add_parser("training", help="training steps", description="Measure how fast training is here.")
@@ -91,7 +94,7 @@ def _inference(chosen: argparse.Namespace) -> None:
     if chosen.model is not None and chosen.shape is not None:
         raise InputError("--model and --shape are both given: a checkpoint's weights are measured, or random ones.")
     if chosen.picture is not None:
-        check_picture(chosen.picture)
+        check_new_picture(chosen.picture)
     layers, dtype, quantization = chosen.layers, chosen.dtype, chosen_quantization(chosen)
     if chosen.shape is not None:
         planned = plan_random(chosen.shape, _config(chosen.shape), layers, dtype, quantization)
@@ -114,7 +117,8 @@ def _inference(chosen: argparse.Namespace) -> None:
         else _inference_text(planned, limits, figures)
     )
     if chosen.picture is not None:
-        draw_roofline(_points(figures), limits.matmul_rate, limits.copy_bandwidth, chosen.picture)
+        roofline = draw_roofline(_points(figures), limits.matmul_rate, limits.copy_bandwidth)
+        write_picture(roofline, chosen.picture)
 
 
 def _training(chosen: argparse.Namespace) -> None:

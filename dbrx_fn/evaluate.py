@@ -6,7 +6,6 @@ It shows what a quantization costs: name the original first, then what was made 
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -32,8 +31,9 @@ from dbrx_fn.errors import InputError, TokenizerError
 from dbrx_fn.evaluation import Evaluation, check_targets
 from dbrx_fn.loader import load
 from dbrx_fn.params import Params, param_count
-from dbrx_fn.pictures import QuantizedModel, check_picture, draw_quantizations
+from dbrx_fn.pictures import check_new_picture, write_picture
 from dbrx_fn.quantization import dequantize
+from dbrx_fn.quantization_picture import QuantizedModel, draw_quantizations, short_names
 from dbrx_fn.terminal import byte_progress, print_message, print_result, size_text
 from dbrx_fn.token_file import TokenFile, check_vocabulary, write_token_file
 from dbrx_fn.tokenizer import read_tokenizer
@@ -128,7 +128,11 @@ def _perplexity(chosen: argparse.Namespace) -> None:
         if getattr(chosen, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(chosen, name)} where it must be at least 1.")
     if chosen.picture is not None:
-        _check_picture(chosen.picture, len(chosen.model))
+        check_new_picture(chosen.picture)
+        if len(chosen.model) < 2:
+            raise InputError(
+                "--picture shows how far models are from the first, and only one is given: name others too."
+            )
     dtype: Dtype | None = chosen.dtype or ("float32" if backend() == "cpu" else None)
     subjects = _subjects(chosen.model, dtype)
     with tempfile.TemporaryDirectory(prefix="dbrx_fn-") as folder:
@@ -143,16 +147,6 @@ def _perplexity(chosen: argparse.Namespace) -> None:
     # After what was measured, which no picture that can't be written shall take along.
     if chosen.picture is not None:
         _draw(rows, chosen.picture)
-
-
-def _check_picture(file: Path, models: int) -> None:
-    check_picture(file)
-    if os.path.lexists(file):
-        raise InputError(f"{file} exists already: name a new picture.")
-    if not file.parent.is_dir():
-        raise InputError(f"{file.parent} is no folder: name a picture in one that exists.")
-    if models < 2:
-        raise InputError("--picture shows how far models are from the first, and only one is given: name others too.")
 
 
 def _subjects(names: Sequence[str], dtype: Dtype | None) -> list[Subject]:
@@ -300,9 +294,7 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _draw(rows: Sequence[Row], file: Path) -> None:
-    labels = [os.path.basename(os.path.abspath(row.subject.name)) for row in rows]
-    if len(set(labels)) < len(labels):
-        labels = [row.subject.name for row in rows]
+    labels = short_names([row.subject.name for row in rows])
     models = [
         QuantizedModel(
             label=label,
@@ -314,7 +306,7 @@ def _draw(rows: Sequence[Row], file: Path) -> None:
         for label, row in zip(labels, rows, strict=True)
         if row.comparison is not None
     ]
-    draw_quantizations(models, labels[0], rows[0].evaluation.perplexity, file)
+    write_picture(draw_quantizations(models, labels[0], rows[0].evaluation.perplexity), file)
 
 
 def _as_json(rows: Sequence[Row], text_bytes: int, sequence_length: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from dbrx_fn.hub import SMALL, checkpoint_folder
 from dbrx_fn.loader import load
 from dbrx_fn.losses import busiest_expert
 from dbrx_fn.params import Params, init_params, param_count
-from dbrx_fn.pictures import check_matplotlib, draw_expert_load, draw_losses
+from dbrx_fn.pictures import check_matplotlib, write_picture
 from dbrx_fn.quantization import tree_formats
 from dbrx_fn.run_folder import RunFolder
 from dbrx_fn.run_plan import Plan
@@ -41,6 +41,7 @@ from dbrx_fn.token_file import TokenFile, check_ids, check_vocabulary, read_toke
 from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
 from dbrx_fn.train_tokenizer import save_tokenizer, train_bpe
 from dbrx_fn.training import Measured, Recipe, Schedule, State, check_memory, init_state, train_step
+from dbrx_fn.training_pictures import draw_expert_load, draw_losses
 
 _DEFAULTS: dict[str, Any] = {
     **{field.name: field.default for field in fields(Recipe) if field.default is not MISSING},
@@ -344,9 +345,9 @@ def _finish(folder: RunFolder, plan: Plan, state: State) -> None:
     evaluated = [line for line in lines if "expert_share" in line]
     try:
         check_matplotlib()
-        draw_losses({"model": lines}, folder.path / "loss.png")
+        write_picture(draw_losses({"model": lines}), folder.path / "loss.png")
         if evaluated:
-            draw_expert_load(evaluated[-1]["expert_share"], folder.path / "expert_load.png")
+            write_picture(draw_expert_load(evaluated[-1]["expert_share"]), folder.path / "expert_load.png")
     except InputError as error:
         print_message(f"warning: {error}")
     rows = [

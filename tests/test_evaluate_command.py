@@ -191,8 +191,19 @@ def test_a_picture_of_both_over_bits_per_weight(
         ("routers in high precision", 1),
         ("routers quantized", 1),
     ):
-        named = [said for said in words if said.rsplit("/", 1)[-1] == word]
-        assert len(named) == count, word
+        assert words.count(word) == count, word
+
+
+def test_names_in_a_picture_are_as_long_as_tells_them_apart(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("old", "new"):
+        shutil.copytree(made / "four", tmp_path / folder / "four")
+    picture = tmp_path / "picture.svg"
+    models = [str(tmp_path / folder / "four") for folder in ("old", "new")]
+    printed_json(made, "dense", *models, options=("--picture", str(picture)), capsys=capsys)
+    words = re.findall(r"<!-- (.*?) -->", picture.read_text())
+    assert [words.count(name) for name in ("old/four", "new/four", "four")] == [2, 2, 0]
 
 
 def test_a_picture_of_models_that_are_all_the_same(

@@ -32,7 +32,7 @@ from dbrx_fn.evaluation import Evaluation, evaluate
 from dbrx_fn.generation import stream_text
 from dbrx_fn.loader import load
 from dbrx_fn.params import Format, param_count
-from dbrx_fn.pictures import draw_expert_load, draw_losses
+from dbrx_fn.pictures import write_picture
 from dbrx_fn.quantization import Quantization, dequantize, quantize
 from dbrx_fn.run_folder import RunFolder
 from dbrx_fn.sampling import Sampling, random_key
@@ -40,6 +40,7 @@ from dbrx_fn.saver import write_checkpoint
 from dbrx_fn.terminal import print_result
 from dbrx_fn.token_file import write_token_file
 from dbrx_fn.tokenizer import read_tokenizer
+from dbrx_fn.training_pictures import draw_expert_load, draw_losses
 
 HELD_OUT = ("henry-v", "Est", "Dan")
 TEST = ("macbeth", "twelfth-night", "richard-ii", "Ruth", "Eccl", "Jonah", "Acts", "Gal")
@@ -227,8 +228,8 @@ def _figures(out: Path, _: str) -> None:
     }
     write_file(out / "figures.json", (json.dumps(figures, indent=2) + "\n").encode())
     runs = {name: RunFolder(out / name).read_metrics() for name in ("small", "dense")}
-    draw_losses(runs, out / "loss.png")
-    draw_expert_load(small.expert_share, out / "expert_load.png")
+    write_picture(draw_losses(runs), out / "loss.png")
+    write_picture(draw_expert_load(small.expert_share), out / "expert_load.png")
     write_file(out / "samples.txt", _samples(out / "packed").encode())
     rows = (f"{value:.4f}" if isinstance(value, float) else f"{value:,}" for value in figures.values())
     print_result("\n".join(f"{name:24} {row}" for name, row in zip(figures, rows, strict=True)))
