@@ -10,6 +10,7 @@ from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.json_file import shown
 from dbrx_fn.training import Recipe
 
+
 @dataclass(frozen=True)
 class Plan:
     """What a run does, as `run.json` holds it: enough to go on with it when only its folder is left.
