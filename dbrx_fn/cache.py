@@ -15,10 +15,12 @@ from typing import TypedDict
 import mlx.core as mx
 from jaxtyping import Bool, Float, Int32
 
+from dbrx_fn.arguments import checked
 from dbrx_fn.backend import memory_size
 from dbrx_fn.compile import compiled, typed
 from dbrx_fn.config import Config
 from dbrx_fn.errors import CacheError
+from dbrx_fn.json_file import shown
 
 Keys = Float[mx.array, "batch kv_heads capacity head_dim"]
 
@@ -73,6 +75,7 @@ class Cache:
         return sum(array.nbytes for array in self.keys + self.values)
 
 
+@checked
 def init_cache(config: Config, batch_size: int = 1, capacity: int = 512) -> Cache:
     """An empty cache with room for `capacity` tokens in each of `batch_size` rows, in `config.dtype`.
 
@@ -83,11 +86,12 @@ def init_cache(config: Config, batch_size: int = 1, capacity: int = 512) -> Cach
     """
     if batch_size < 1 or capacity < 0:
         raise CacheError(
-            f"A cache can't have batch_size {batch_size} and capacity {capacity}: give at least 1 and at least 0."
+            f"A cache can't have batch_size {shown(batch_size)} and capacity {shown(capacity)}: give at least 1 and at"
+            " least 0."
         )
     shape = (batch_size, config.attn.kv_n_heads, capacity, config.head_dim)
     dtype = getattr(mx, config.dtype)
-    _check_memory(config, batch_size, capacity)
+    _check_memory(config, batch_size, max(capacity, 1))
 
     def empty() -> tuple[mx.array, ...]:
         return tuple(mx.zeros(shape, dtype) for _ in range(config.n_layers))
@@ -108,6 +112,7 @@ def capacity_bucket(length: int) -> int:
     return -(-length // step) * step
 
 
+@checked
 def grow_cache(cache: Cache, length: int) -> Cache:
     """The same cache with room for at least `length` tokens in each row (`capacity_bucket`); itself if it has that.
 
@@ -127,6 +132,8 @@ def grow_cache(cache: Cache, length: int) -> Cache:
 
 
 def _check_memory(config: Config, batch_size: int, capacity: int) -> None:
+    if max(batch_size, capacity) >= 2**31:
+        raise CacheError(f"A cache can't have {shown(max(batch_size, capacity))} rows or tokens: give below 2**31.")
     needed = 2 * config.n_layers * batch_size * config.attn.kv_n_heads * capacity * config.head_dim
     needed *= getattr(mx, config.dtype).size
     if needed > memory_size():

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
+from dbrx_fn.arguments import check_fields
 from dbrx_fn.errors import ConfigError
 from dbrx_fn.json_file import parse_json, read_bounded, shown
 
@@ -35,6 +36,11 @@ def _require(ok: bool, name: str, value: object, expected: str) -> None:
         raise ConfigError(f"{name} is {shown(value)} where it must be {expected}.")
 
 
+def _require_size(name: str, value: int) -> None:
+    _require(value > 0, name, value, "a positive integer")
+    _require(value < _LARGEST, name, value, "below 2**31")
+
+
 @dataclass(frozen=True)
 class AttnConfig:
     """The attention's part: `attn_config` of `config.json`.
@@ -49,9 +55,10 @@ class AttnConfig:
     rope_theta: float = 10_000.0
 
     def __post_init__(self) -> None:
+        check_fields(self, ConfigError, prefix="attn_config.")
         if self.clip_qkv is not None:
             _require(self.clip_qkv > 0, "attn_config.clip_qkv", self.clip_qkv, "a positive number or null")
-        _require(self.kv_n_heads > 0, "attn_config.kv_n_heads", self.kv_n_heads, "a positive integer")
+        _require_size("attn_config.kv_n_heads", self.kv_n_heads)
         _require(self.rope_theta > 0, "attn_config.rope_theta", self.rope_theta, "a positive number")
 
 
@@ -76,8 +83,9 @@ class FFNConfig:
     moe_loss_weight: float = 0.01
 
     def __post_init__(self) -> None:
+        check_fields(self, ConfigError, prefix="ffn_config.")
         for name in ("ffn_hidden_size", "moe_num_experts", "moe_top_k"):
-            _require(getattr(self, name) > 0, f"ffn_config.{name}", getattr(self, name), "a positive integer")
+            _require_size(f"ffn_config.{name}", getattr(self, name))
         _require(
             self.moe_top_k <= self.moe_num_experts,
             "ffn_config.moe_top_k",
@@ -91,8 +99,6 @@ class FFNConfig:
         _require(eps is None or 0 <= eps < 1, "ffn_config.moe_jitter_eps", eps, "null, or from 0 to below 1")
         weight = self.moe_loss_weight
         _require(weight >= 0, "ffn_config.moe_loss_weight", weight, "0 or a positive number")
-        known = get_args(Activation)
-        _require(self.ffn_act_fn in known, "ffn_config.ffn_act_fn", self.ffn_act_fn, f"one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,9 @@ class Config:
     dtype: Dtype = "bfloat16"
 
     def __post_init__(self) -> None:
+        check_fields(self, ConfigError)
         for name in ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive integer")
+            _require_size(name, getattr(self, name))
         _require(self.d_model % self.n_heads == 0, "n_heads", self.n_heads, f"a divisor of d_model, {self.d_model}")
         _require(self.head_dim % 2 == 0, "n_heads", self.n_heads, f"such that d_model / n_heads is even, {_ROTARY}")
         kv_n_heads = self.attn.kv_n_heads
@@ -134,7 +141,6 @@ class Config:
         _require(experts <= most, "ffn_config.moe_num_experts", experts, f"at most {most} in {self.n_layers} layers")
         scale = self.initializer_range
         _require(scale >= 0, "initializer_range", scale, "0 or a positive number")
-        _require(self.dtype in get_args(Dtype), "dtype", self.dtype, f"one of {', '.join(get_args(Dtype))}")
 
     @property
     def head_dim(self) -> int:
@@ -225,7 +231,11 @@ def config_from_dict(raw: Mapping[str, Any], *, source: str = "config.json") -> 
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """A `config.json`'s content for `config`, under the released file's names; `config_from_dict` is its inverse."""
+    """A `config.json`'s content for `config`, under the released file's names; `config_from_dict` is its inverse.
+
+    The base of the rotary embedding is there twice: mlx-lm reads `attn_config.rope_theta`, as the released code does,
+    and transformers 5 `rope_parameters` alone, without which it takes 10000.
+    """
     return {
         "architectures": ["DbrxForCausalLM"],
         "model_type": "dbrx",
@@ -236,6 +246,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "attn_config": asdict(config.attn),
         "ffn_config": asdict(config.ffn) | {"ffn_act_fn": {"name": config.ffn.ffn_act_fn}},
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.attn.rope_theta},
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": False,
         "torch_dtype": config.dtype,

@@ -4,11 +4,25 @@ import json
 import stat
 from pathlib import Path
 
+from dbrx_fn.errors import CheckpointError
+
 LARGEST = 16 * 2**20
 """Bytes. Parsed, JSON takes up to twenty times its size; DBRX's largest, an index of quantized experts, has 1 MB."""
 
 LARGEST_VOCABULARY = 64 * 2**20
 """Bytes of a tokenizer's file; the largest known, of 260 thousand tokens, have 33 MB."""
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1"
+"""How a file begins that Git LFS leaves in another's place (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)."""
+
+
+def refuse_pointer(path: Path, content: bytes) -> None:
+    """Raises `CheckpointError` if a file's content, or its beginning, is a Git LFS pointer."""
+    if content.startswith(POINTER):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer in place of the file: run `git lfs pull` in the folder that was cloned."
+        )
 
 
 def read_bounded(path: Path, most: int = LARGEST) -> bytes:
@@ -17,13 +31,16 @@ def read_bounded(path: Path, most: int = LARGEST) -> bytes:
     Raises:
         OSError: if there is no such file, or it can't be read.
         ValueError: if it isn't a regular file, or has more than `most` bytes.
+        CheckpointError: if Git LFS has left a pointer in its place.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is no regular file")
     if status.st_size > most:
         raise ValueError(f"its {status.st_size} bytes are more than the {most} that are read")
-    return path.read_bytes()
+    content = path.read_bytes()
+    refuse_pointer(path, content)
+    return content
 
 
 def parse_json(content: bytes, *, unique: bool = False) -> object:
@@ -48,6 +65,11 @@ def shown(value: object, most: int = 80) -> str:
         # Nested deeply, or an integer with more digits than Python prints.
         return f"a huge {type(value).__name__}"
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def shown_path(path: Path | str) -> str:
+    """A file's name as a sentence can show it: as it is, unless something in it can't be printed."""
+    return str(path) if str(path).isprintable() else shown(str(path), 200)
 
 
 def is_plain_name(name: object, most: int) -> bool:

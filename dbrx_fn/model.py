@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, UInt32
 
+from dbrx_fn.arguments import checked
 from dbrx_fn.backend import attended, cheap_chunk
 from dbrx_fn.cache import Cache, Window, init_cache, window
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
-from dbrx_fn.errors import CacheError, InputError
+from dbrx_fn.errors import CacheError, CheckpointError, InputError
 from dbrx_fn.layers.block import block
 from dbrx_fn.layers.embedding import embedding
 from dbrx_fn.layers.linear import linear
@@ -30,6 +31,7 @@ CHUNK_SIZE = 2048
 """Tokens of each row that go through the model at once, unless asked otherwise."""
 
 
+@checked
 def forward(
     params: Params,
     tokens: mx.array,
@@ -96,12 +98,13 @@ def forward(
     return logits, cache
 
 
+@checked
 def score(
     params: Params,
     tokens: mx.array,
     config: Config,
     *,
-    jitter_key: mx.array | None = None,
+    jitter_key: UInt32[mx.array, "2"] | None = None,
     recompute: bool = False,
 ) -> tuple[mx.array, Routing]:
     """Logits of the next token after each of `tokens`, and what each layer's router said: training reads both.
@@ -124,7 +127,7 @@ def score(
         InputError: if tokens aren't of this shape and type.
         CheckpointError: if the tree doesn't fit the config.
     """
-    cache = init_cache(config, tokens.shape[0] if isinstance(tokens, mx.array) and tokens.ndim else 1, 0)
+    cache = init_cache(config, tokens.shape[0] if tokens.ndim and tokens.shape[0] else 1, 0)
     lengths = _checked_lengths(tokens, cache, None)
     _check_outline(params, config)
     batch, time = tokens.shape
@@ -222,7 +225,7 @@ def _block_at(
 
 
 @compiled
-def embed(wte: dict[str, mx.array], tokens: Int32[mx.array, "batch time"], *, config: Config) -> Stream:
+def embed(wte: dict[Any, Any], tokens: Int32[mx.array, "batch time"], *, config: Config) -> Stream:
     """Rows of `wte` `[vocab d_model]`."""
     check_part(wte, config=config, under="transformer.wte")
     return embedding(wte, tokens, config=config)
@@ -239,7 +242,7 @@ def pick_last(
 
 @compiled
 def head(
-    norm_f: dict[str, mx.array], lm_head: dict[str, Any], x: Stream, *, config: Config
+    norm_f: dict[Any, Any], lm_head: dict[Any, Any], x: Stream, *, config: Config
 ) -> Float[mx.array, "batch time {config.vocab_size}"]:
     """The final norm and the vocabulary's projection, which has a matrix of its own in DBRX."""
     check_part(norm_f, config=config, under="transformer.norm_f")
@@ -253,18 +256,18 @@ def _head(params: Params, x: mx.array, config: Config) -> mx.array:
 
 def _check_outline(params: Params, config: Config) -> None:
     """Checks that all the parts are there; each is looked into where it is traced, which costs nothing per token."""
-    transformer = params.get("transformer", {})
-    complete = {"wte", "blocks", "norm_f"} <= transformer.keys() and "lm_head" in params
-    if not complete or len(transformer["blocks"]) != config.n_layers:
+    try:
+        transformer = params["transformer"]
+        parts = [transformer["wte"], *transformer["blocks"], transformer["norm_f"], params["lm_head"]]
+    except (KeyError, IndexError, TypeError, ValueError):
+        parts = []
+    if len(parts) != config.n_layers + 3 or set(map(type, parts)) != {dict}:
         check_params(params, config)
+        raise CheckpointError("transformer.blocks isn't a list of dicts, one for each layer: nest it as load does.")
 
 
 def _checked_lengths(tokens: mx.array, cache: Cache, lengths: Sequence[int] | None) -> tuple[int, ...]:
     """One real length a row; raises where tokens, lengths and cache don't go together."""
-    if not isinstance(tokens, mx.array):
-        raise InputError(f"tokens is a {type(tokens).__name__} where an mx.array [batch time] is expected.")
-    if not isinstance(cache, Cache):
-        raise InputError(f"cache is a {type(cache).__name__} where what init_cache made is expected.")
     if tokens.ndim != 2 or tokens.size == 0 or not mx.issubdtype(tokens.dtype, mx.integer):
         raise InputError(
             f"tokens is {tokens.dtype} {list(tokens.shape)} where integers [batch time] with at least one of each are"

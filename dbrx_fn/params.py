@@ -24,8 +24,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 import mlx.core as mx
+from jaxtyping import UInt32
 from mlx.utils import tree_flatten, tree_unflatten
 
+from dbrx_fn.arguments import check_fields, checked
 from dbrx_fn.compile import once
 from dbrx_fn.config import Config
 from dbrx_fn.errors import CheckpointError, InputError
@@ -51,7 +53,7 @@ class Format:
     the scales are 8-bit floats and there are no biases.
 
     Raises:
-        InputError: if the mode has no such bits or group size.
+        InputError: if there is no such mode, or it has no such bits or group size.
     """
 
     bits: int
@@ -59,9 +61,8 @@ class Format:
     mode: Mode = "affine"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         size = (self.bits, self.group_size)
-        if self.mode not in MODES:
-            raise InputError(f"mode is {self.mode!r} where one of {_either(MODES)} is expected.")
         if self.mode != "affine" and _FLOAT_MODES.get(size) != self.mode:
             bits, group_size = next(size for size, mode in _FLOAT_MODES.items() if mode == self.mode)
             raise InputError(
@@ -220,6 +221,7 @@ def param_spec(config: Config) -> Mapping[str, Leaf]:
     }
 
 
+@checked
 def param_count(config: Config, *, active: bool = False) -> int:
     """Number of parameters; with `active`, of those that one token passes through (its `moe_top_k` experts)."""
     total = 0
@@ -231,7 +233,8 @@ def param_count(config: Config, *, active: bool = False) -> int:
     return total
 
 
-def init_params(config: Config, key: mx.array) -> Params:
+@checked
+def init_params(config: Config, key: UInt32[mx.array, "2"]) -> Params:
     """Draws a fresh tree: norm weights one, matrices normal with standard deviation `initializer_range`.
 
     Lazy, as everything in MLX: nothing is allocated before it is used.
@@ -331,6 +334,7 @@ def quantized_spec(spec: Mapping[str, Leaf], formats: Mapping[str, Format]) -> d
     return leaves
 
 
+@checked
 def check_params(params: Params, config: Config, *, under: str = "") -> None:
     """Compares a tree with the spec. Any of its matrices may be quantized.
 
@@ -345,16 +349,19 @@ def check_params(params: Params, config: Config, *, under: str = "") -> None:
     """
     prefix = f"{under}." if under else ""
     spec = {path: leaf for path, leaf in param_spec(config).items() if path.startswith(prefix)}
-    found: dict[str, mx.array] = {prefix + path: array for path, array in dict(tree_flatten(params)).items()}
+    leaves = {prefix + path: leaf for path, leaf in dict(tree_flatten(params)).items()}
+    found: dict[str, mx.array] = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, mx.array)}
     formats, unknown = formats_of(
         found, {path: ((path,), leaf.shape[-1]) for path, leaf in spec.items() if not leaf.is_norm}
     )
-    problems = [problem for reasons in unknown.values() for problem in reasons]
+    odd = leaves.keys() - found.keys()
+    problems = [f"{path} is a {type(leaves[path]).__name__} where an array is expected" for path in odd]
+    problems += [problem for reasons in unknown.values() for problem in reasons]
     for path in unknown:
         del spec[path]
         found = {name: array for name, array in found.items() if name not in companions(path)}
     spec = quantized_spec(spec, formats)
-    problems += [f"{path} is missing" for path in spec.keys() - found.keys()]
+    problems += [f"{path} is missing" for path in spec.keys() - leaves.keys()]
     problems += [f"{path} is unexpected" for path in found.keys() - spec.keys()]
     for path in spec.keys() & found.keys():
         leaf, shape, dtype = spec[path], list(found[path].shape), dtype_name(found[path])
@@ -374,6 +381,6 @@ def check_part(part: dict[str, Any], *, config: Config, under: str) -> None:
 
 def listed(problems: list[str], most: int = 40) -> str:
     """Problems as one phrase, sorted, the rest counted when there are many."""
-    shown = sorted(problems)[:most]
+    shown = [problem if problem.isprintable() else repr(problem)[1:-1] for problem in sorted(problems)[:most]]
     more = len(problems) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")

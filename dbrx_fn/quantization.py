@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from dbrx_fn.arguments import check_fields, checked
 from dbrx_fn.config import Config
 from dbrx_fn.errors import InputError
 from dbrx_fn.params import Format, Params, check_params, companions, formats_of, nest, param_spec
@@ -22,6 +23,9 @@ class Quantization:
     """The format of each kind of matrix; `None` leaves it as it is.
 
     `experts`: w1, v1 and w2. `attention`: Wqkv and out_proj. `embedding`: wte. `head`: lm_head. `router`: its layer.
+
+    Raises:
+        InputError: if one is no `Format`.
     """
 
     experts: Format | None = _USUAL
@@ -30,7 +34,11 @@ class Quantization:
     head: Format | None = _USUAL
     router: Format | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
 
+
+@checked
 def quantize(params: Params, config: Config, quantization: Quantization | None = None) -> Params:
     """A tree whose matrices are quantized; all else, and the given tree, stay as they are.
 
@@ -57,6 +65,7 @@ def quantize(params: Params, config: Config, quantization: Quantization | None =
     return nest(arrays, config)
 
 
+@checked
 def dequantize(params: Params, config: Config) -> Params:
     """A tree whose matrices are all floats, in `config.dtype`: of a quantized tree, the one that it stands for.
 

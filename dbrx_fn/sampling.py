@@ -7,14 +7,17 @@ and penalties, temperature, top-k, top-p, min-p, then a draw (or, at temperature
 
 import functools
 import math
+import numbers
 from dataclasses import dataclass
 from typing import TypedDict
 
 import mlx.core as mx
 from jaxtyping import Bool, Float, Float32, Int32, UInt32
 
+from dbrx_fn.arguments import check_fields
 from dbrx_fn.compile import compiled, typed
 from dbrx_fn.errors import InputError
+from dbrx_fn.json_file import shown
 
 Logits = Float32[mx.array, "batch vocab"]
 Number = Float32[mx.array, ""]
@@ -52,7 +55,14 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "logit_bias", tuple((token, bias) for token, bias in self.logit_bias))
+        if isinstance(self.logit_bias, list):
+            object.__setattr__(self, "logit_bias", tuple(self.logit_bias))
+        check_fields(self)
+        if not all(_is_bias(pair) for pair in self.logit_bias):
+            raise InputError(
+                f"logit_bias is {shown(self.logit_bias)} where it must be pairs of a token's id and a number."
+            )
+        object.__setattr__(self, "logit_bias", tuple((int(token), float(bias)) for token, bias in self.logit_bias))
         for name, ok, expected in (
             ("temperature", 0 <= self.temperature < math.inf, "0 or a positive number"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or a positive integer"),
@@ -61,11 +71,6 @@ class Sampling:
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number"),
             ("presence_penalty", math.isfinite(self.presence_penalty), "a number"),
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number"),
-            (
-                "logit_bias",
-                all(token >= 0 and not math.isnan(bias) for token, bias in self.logit_bias),
-                "pairs of a token's id and a number",
-            ),
         ):
             if not ok:
                 raise InputError(f"{name} is {getattr(self, name)!r} where it must be {expected}.")
@@ -74,6 +79,13 @@ class Sampling:
     def uses_history(self) -> bool:
         """Whether any penalty needs to know what has been said."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def _is_bias(pair: object) -> bool:
+    match pair:
+        case (numbers.Integral() as token, numbers.Real() as bias):
+            return int(token) >= 0 and not math.isnan(bias)
+    return False
 
 
 def random_key(seed: int) -> mx.array:

@@ -273,7 +273,7 @@ def test_quantizing_twice() -> None:
         ((7, 64), "bits and group_size are 7 and 64 where one of 2, 3, 4, 5, 6, 8 and one of 32, 64, 128"),
         ((4, 16), "bits and group_size are 4 and 16"),
         ((4, 64, "mxfp4"), "bits and group_size are 4 and 64 where mxfp4 has 4 and 32."),
-        ((4, 64, "int4"), "mode is 'int4' where one of affine, mxfp4, mxfp8, nvfp4"),
+        ((4, 64, "int4"), "mode is 'int4' where it must be 'affine', 'mxfp4', 'mxfp8' or 'nvfp4'"),
     ],
 )
 def test_formats_that_do_not_exist(arguments: Any, words: str) -> None:

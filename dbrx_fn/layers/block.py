@@ -17,7 +17,7 @@ from dbrx_fn.params import check_part
 
 @compiled
 def block(
-    params: dict[str, Any],
+    params: dict[Any, Any],
     x: Stream,
     keys: Keys,
     values: Keys,
