@@ -28,7 +28,7 @@ from dbrx_fn.layouts import (
 )
 from dbrx_fn.params import Format, companions, formats_of, listed
 from dbrx_fn.raw import Raw, mapped, of_raw, raw
-from dbrx_fn.tensor_files import Tensor, read_headers
+from dbrx_fn.tensor_files import Tensor, is_hidden, read_headers
 
 FLOATS: tuple[Dtype, ...] = get_args(Dtype)
 
@@ -76,6 +76,7 @@ def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) ->
     if path.is_file():
         config, tensors = gguf_config(path), gguf_headers(path)
     else:
+        _refuse_gguf_inside(path)
         config, tensors = read_config(path), read_headers(path)
     prefix = prefix_of(tensors)
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -150,6 +151,12 @@ class LeafReader:
         if isinstance(self._arrays, dict) and not self._uses[name]:
             return cast(mx.array, self._arrays.pop(stored))
         return self._arrays[stored]
+
+
+def _refuse_gguf_inside(folder: Path) -> None:
+    files = sorted(file.name for file in folder.glob("*.gguf") if not is_hidden(file))
+    if files and not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} holds no config.json but {listed(files, most=3)}: name the GGUF file itself.")
 
 
 def _lazy_arrays(checkpoint: Checkpoint) -> Mapping[str, mx.array]:

@@ -26,6 +26,7 @@ from dbrx_fn.config import Config, Dtype
 from dbrx_fn.errors import CheckpointError, InputError
 from dbrx_fn.file_lock import locked
 from dbrx_fn.finite import not_finite
+from dbrx_fn.hub import has_tokenizer_beside, tokenizer_folder
 from dbrx_fn.layouts import Source, Written, sources
 from dbrx_fn.params import Format, companions, listed, param_count
 from dbrx_fn.quantization import Quantization, dequantize_matrix, quantize_matrix, wanted_formats
@@ -253,9 +254,11 @@ def _write(conversion: Conversion, folder: Path, progress: Progress | None) -> N
             beside.unlink(missing_ok=True)
         flush(folder)
     write_index(folder, conversion.shards)
-    tokenizer = Path(conversion.request.tokenizer or conversion.source.path)
-    if tokenizer.is_dir():
-        copy_tokenizer(tokenizer, folder)
+    path = conversion.source.path
+    if conversion.request.tokenizer is not None:
+        copy_tokenizer(Path(conversion.request.tokenizer), folder)
+    elif path.is_dir() or has_tokenizer_beside(path):
+        copy_tokenizer(tokenizer_folder(path), folder)
     write_config(folder, conversion.config, conversion.request.layout, conversion.formats)
     for written in folder.iterdir():
         flush(written)

@@ -29,6 +29,7 @@ from dbrx_fn.config import Config, Dtype
 from dbrx_fn.corpus import read_documents
 from dbrx_fn.errors import InputError, TokenizerError
 from dbrx_fn.evaluation import Evaluation, check_targets
+from dbrx_fn.hub import tokenizer_folder
 from dbrx_fn.loader import load
 from dbrx_fn.params import Params, param_count
 from dbrx_fn.pictures import check_new_picture, write_picture
@@ -153,7 +154,7 @@ def _subjects(names: Sequence[str], dtype: Dtype | None) -> list[Subject]:
     """Looks at all checkpoints' files, so that what is wrong with the last is said before the first is read."""
     checkpoints = [open_checkpoint(name) for name in names]
     first = checkpoints[0]
-    tokenizer = read_tokenizer(first.path)
+    tokenizer = read_tokenizer(tokenizer_folder(first.path))
     check_vocabulary(tokenizer, first.config)
     subjects = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
@@ -188,13 +189,13 @@ def _stored_bytes(checkpoint: Checkpoint) -> int:
 def _fingerprint(path: Path) -> str | None:
     """The tokenizer's; a checkpoint without one has none to differ from."""
     try:
-        return read_tokenizer(path).fingerprint()
+        return read_tokenizer(tokenizer_folder(path)).fingerprint()
     except TokenizerError:
         return None
 
 
 def _tokens(first: Subject, data: Sequence[str], folder: Path) -> TokenFile:
-    tokenizer = read_tokenizer(first.path)
+    tokenizer = read_tokenizer(tokenizer_folder(first.path))
     documents = read_documents(data, tokenizer.chat_format)
     with byte_progress("tokenizing") as progress:
         text = write_token_file(folder, documents, tokenizer, progress)

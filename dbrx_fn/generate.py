@@ -18,7 +18,7 @@ from dbrx_fn.config import Config, Dtype
 from dbrx_fn.errors import InputError
 from dbrx_fn.generation import check_limits, stream_text, token_budget, warm_up
 from dbrx_fn.generation_config import read_sampling
-from dbrx_fn.hub import SMALL, checkpoint_folder
+from dbrx_fn.hub import SMALL, checkpoint_path, tokenizer_folder
 from dbrx_fn.loader import computing_dtype, load
 from dbrx_fn.model import CHUNK_SIZE
 from dbrx_fn.params import Params
@@ -80,8 +80,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--model",
         default=str(SMALL),
-        help="folder of a checkpoint, or a Hugging Face repository as owner/name; if not given, the small model that"
-        " ships with this package",
+        help="folder of a checkpoint, a GGUF file with a tokenizer's files beside it, or a Hugging Face repository as"
+        " owner/name; if not given, the small model that ships with this package",
     )
     add("--prompt", "-p", required=True, help="text to continue; - reads it from standard input")
     add("--max-tokens", "-m", type=int, default=100, help="the most tokens to make; %(default)s if not given")
@@ -130,10 +130,11 @@ def _run(options: argparse.Namespace) -> None:
     text = _prompt(options.prompt)
 
     start = time.perf_counter()
-    folder = checkpoint_folder(options.model)
+    path = checkpoint_path(options.model)
+    folder = tokenizer_folder(path)
     sampling = _sampling(options, read_sampling(folder))
     tokenizer = read_tokenizer(folder)
-    params, config = _load(folder, options.dtype)
+    params, config = _load(path, options.dtype)
     report.load_time = time.perf_counter() - start
 
     prompt = _encode(tokenizer, text, options)
@@ -243,9 +244,9 @@ def _prompt(option: str) -> str:
     return text
 
 
-def _load(folder: Path, dtype: Dtype | None) -> tuple[Params, Config]:
+def _load(path: Path, dtype: Dtype | None) -> tuple[Params, Config]:
     with byte_progress("loading") as progress:
-        return load(folder, dtype=dtype or computing_dtype(folder), progress=progress)
+        return load(path, dtype=dtype or computing_dtype(path), progress=progress)
 
 
 def _encode(tokenizer: Tokenizer, text: str, options: argparse.Namespace) -> list[int]:

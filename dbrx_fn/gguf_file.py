@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from dbrx_fn.config import AttnConfig, Config, Dtype, FFNConfig
 from dbrx_fn.errors import CheckpointError, ConfigError
+from dbrx_fn.json_file import POINTER, refuse_pointer
 from dbrx_fn.params import listed
 from dbrx_fn.tensor_files import Tensor
 
@@ -338,6 +339,9 @@ class _Reader:
         return _Contents(metadata, entries)
 
     def _counts(self) -> tuple[int, int]:
+        magic = self._opened.read(len(POINTER))
+        refuse_pointer(self._file, magic)
+        self._opened.seek(0)
         if self._size < 4 or self._take(4, "magic") != b"GGUF":
             raise self._refused("isn't a GGUF file, which begins with the letters GGUF")
         version = self._integer("<I", "version")

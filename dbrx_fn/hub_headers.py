@@ -13,7 +13,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from dbrx_fn.errors import CheckpointError, DbrxError
-from dbrx_fn.hub import checkpoint_folder, checkpoint_path
+from dbrx_fn.hub import checkpoint_folder, checkpoint_path, local_path
 from dbrx_fn.json_file import is_plain_name
 from dbrx_fn.tensor_files import read_headers
 
@@ -28,11 +28,7 @@ def headers_of(path_or_repo: str | Path, *, revision: str | None = None) -> Iter
     Raises:
         CheckpointError: if there is no such checkpoint, or the repository's headers can't be had.
     """
-    exists = False
-    # What can't be a name is refused below, in a sentence.
-    with contextlib.suppress(OSError, RuntimeError, ValueError):
-        exists = Path(path_or_repo).expanduser().exists()
-    if exists or isinstance(path_or_repo, Path):
+    if local_path(path_or_repo) is not None or isinstance(path_or_repo, Path):
         yield checkpoint_path(path_or_repo, revision=revision)
         return
     small = checkpoint_folder(path_or_repo, weights=False, revision=revision)

@@ -12,11 +12,12 @@ from typing import cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from dbrx_fn.arguments import checked
 from dbrx_fn.backend import backend, memory_size
 from dbrx_fn.checkpoint import Checkpoint, LeafReader, open_checkpoint, require_fit
 from dbrx_fn.config import Config, Dtype
 from dbrx_fn.errors import CheckpointError
-from dbrx_fn.hub import checkpoint_folder
+from dbrx_fn.hub import checkpoint_path, tokenizer_folder
 from dbrx_fn.params import Params, nest
 from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
 
@@ -26,6 +27,7 @@ Progress = Callable[[int, int], None]
 """Called with bytes read so far and bytes in all."""
 
 
+@checked
 def load(
     path_or_repo: str | Path,
     *,
@@ -91,14 +93,15 @@ def computing_dtype(path_or_repo: str | Path) -> Dtype | None:
     return "float32" if fits else None
 
 
+@checked
 def load_tokenizer(path_or_repo: str | Path) -> Tokenizer:
-    """Loads the tokenizer of a checkpoint, from a folder or a Hugging Face repository as owner/name.
+    """Loads the tokenizer of a checkpoint: a folder, a GGUF file beside which it lies, or a repository as owner/name.
 
     Raises:
-        CheckpointError: if there is no such folder or repository.
+        CheckpointError: if there is no such checkpoint.
         TokenizerError: if its tokenizer files are missing, unreadable or contradictory.
     """
-    return read_tokenizer(checkpoint_folder(path_or_repo, weights=False))
+    return read_tokenizer(tokenizer_folder(checkpoint_path(path_or_repo, weights=False)))
 
 
 def _check_memory(checkpoint: Checkpoint, dtype: Dtype) -> None:

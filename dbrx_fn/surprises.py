@@ -11,16 +11,17 @@ from dbrx_fn.description import Description, Part, PartName, format_text, part_o
 from dbrx_fn.json_file import parse_json, read_bounded, shown
 from dbrx_fn.layouts import sources
 from dbrx_fn.params import listed
-from dbrx_fn.tensor_files import PICKLES
+from dbrx_fn.tensor_files import PICKLES, is_hidden
 
 _TIKTOKEN_CLASS = "TiktokenTokenizerWrapper"
 
 
 def tokenizer_text(path: Path) -> str | None:
     """Where a checkpoint's text becomes tokens, in words; `None` if `generate` will find no tokenizer."""
-    if (path / "tokenizer.json").is_file():
-        return "tokenizer.json"
-    settings = _fields(path / "tokenizer_config.json")
+    folder = path if path.is_dir() else path.parent
+    if (folder / "tokenizer.json").is_file():
+        return "tokenizer.json" if folder == path else "tokenizer.json, which lies beside it"
+    settings = _fields(folder / "tokenizer_config.json")
     if settings.get("tokenizer_class") == _TIKTOKEN_CLASS:
         return f"tiktoken's {settings.get('model_name') or 'gpt-4'}, downloaded on first use"
     return None
@@ -30,7 +31,9 @@ def surprises(checkpoint: Checkpoint, description: Description) -> list[str]:
     """A sentence for each, without an order of weight."""
     found = [*_of_formats(checkpoint, description.parts), *_of_orientation(checkpoint)]
     if checkpoint.path.is_file():
-        return [*found, "A GGUF file's tokenizer is not read: to generate, convert it and put tokenizer files beside."]
+        if tokenizer_text(checkpoint.path) is None:
+            found.append("A GGUF file's own tokenizer is not read: to generate, put tokenizer files beside it.")
+        return found
     config = _fields(checkpoint.path / "config.json")
     found += [*_of_config(checkpoint, config), *_of_stop_tokens(checkpoint, config), *_of_files(checkpoint)]
     if tokenizer_text(checkpoint.path) is None:
@@ -124,7 +127,7 @@ def _of_files(checkpoint: Checkpoint) -> Iterator[str]:
     others = sorted(
         file.name
         for file in checkpoint.path.iterdir()
-        if file.suffix.lower() in (".safetensors", ".gguf", *PICKLES) and file.name not in used
+        if file.suffix.lower() in (".safetensors", ".gguf", *PICKLES) and file.name not in used and not is_hidden(file)
     )
     if others:
         size = sum((checkpoint.path / name).stat().st_size for name in others if (checkpoint.path / name).is_file())

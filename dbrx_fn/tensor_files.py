@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dbrx_fn.errors import CheckpointError
-from dbrx_fn.json_file import LARGEST, is_plain_name, parse_json, read_bounded, shown
+from dbrx_fn.json_file import LARGEST, POINTER, is_plain_name, parse_json, read_bounded, refuse_pointer, shown
 from dbrx_fn.params import listed
 
 INDEX = "model.safetensors.index.json"
@@ -81,7 +81,7 @@ def _files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
     index = folder / INDEX
     # A link to nothing, as an interrupted download leaves, would otherwise be no index.
     if not os.path.lexists(index):
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(file for file in folder.glob("*.safetensors") if not is_hidden(file))
         if not files:
             raise _no_weights(folder)
         return files, {}
@@ -94,6 +94,11 @@ def _files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
     if missing:
         raise CheckpointError(f"{folder} lacks {listed(missing)}, which {INDEX} names: fetch the missing shards.")
     return [folder / name for name in names], weight_map
+
+
+def is_hidden(file: Path) -> bool:
+    """Whether a file's name begins with a dot, as of those that macOS puts beside others on foreign disks."""
+    return file.name.startswith(".")
 
 
 def _no_weights(folder: Path) -> CheckpointError:
@@ -134,6 +139,8 @@ def _header(file: Path) -> dict[str, Tensor]:
             size = os.fstat(opened.fileno()).st_size
             start = opened.read(8)
             length = int.from_bytes(start, "little")
+            if start == POINTER[:8]:
+                refuse_pointer(file, start + opened.read(len(POINTER)))
             if len(start) < 8 or 8 + length > size:
                 raise ValueError("its header is cut short")
             if length > LARGEST:

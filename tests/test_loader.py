@@ -668,7 +668,6 @@ def test_truncated_shard(size: int, sharded: Path) -> None:
         struct.pack("<Q", 10) + b'{"a": {}}\n',
         struct.pack("<Q", 4) + b"\xff\xff\xff\xff",
         struct.pack("<Q", 62) + b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}\n' + bytes(4),
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n",
     ],
 )
 def test_header_that_is_garbage(content: bytes, fused: Path) -> None:
@@ -780,9 +779,7 @@ def test_repository_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(CheckpointError) as caught:
             read("nobody/dbrx")
         text = str(caught.value)
-        assert text.startswith("nobody/dbrx is no folder here and can't be had from the Hugging Face Hub (")
-        assert text.endswith("check the name, the network and your access to it.")
-        assert "\n" not in text
+        assert text.startswith("nobody/dbrx is no folder here and not in the Hub's cache, and HF_HUB_OFFLINE forbids")
 
 
 @pytest.mark.parametrize("name", ["dbrx", "a/b/c", "../dbrx", "a/.", "-a/b", "a b/c", "https://huggingface.co/a/b"])
