@@ -18,7 +18,7 @@ from dbrx_fn.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.errors import InputError
 from dbrx_fn.params import init_params
 from dbrx_fn.sampling import random_key
-from dbrx_fn.saver import write_checkpoint
+from dbrx_fn.saver import CHECKPOINT_FILES, write_checkpoint
 from dbrx_fn.terminal import print_result
 from dbrx_fn.train_tokenizer import SMALLEST_VOCABULARY, add_special_tokens, save_tokenizer
 
@@ -35,7 +35,7 @@ def write_random_checkpoint(folder: Path, config: Config, key: mx.array) -> None
         raise InputError(
             f"vocab_size is {config.vocab_size} where the byte tokenizer needs at least {SMALLEST_VOCABULARY}."
         )
-    with new_folder(folder) as beside:
+    with new_folder(folder, files=CHECKPOINT_FILES) as beside:
         write_checkpoint(beside, init_params(config, key), config, layout="fused")
         save_tokenizer(_byte_tokenizer(), beside, default_system_prompt=True)
 

@@ -15,15 +15,17 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from dbrx_fn.arguments import checked
 from dbrx_fn.atomic import new_folder
 from dbrx_fn.config import Config, config_to_dict
 from dbrx_fn.errors import CheckpointError, InputError, TokenizerError
-from dbrx_fn.json_file import LARGEST_VOCABULARY, parse_json, read_bounded
+from dbrx_fn.json_file import LARGEST_VOCABULARY, parse_json, read_bounded, shown, shown_path
 from dbrx_fn.layouts import Written, holds_quantized, sources
 from dbrx_fn.params import Format, Params, check_params, companions
 from dbrx_fn.quantization import tree_formats
 from dbrx_fn.raw import Raw, raw
 from dbrx_fn.shards import SHARD_BYTES, plan_shards, write_index, write_shard
+from dbrx_fn.tensor_files import INDEX
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,17 +41,24 @@ _TOKENIZER_FILES = (
 )
 
 
+CHECKPOINT_FILES = (*_TOKENIZER_FILES, "config.json", INDEX, "model*.safetensors")
+"""Patterns of the names of all files that a checkpoint is written in."""
+
+
+@checked
 def save(
     folder: str | Path,
     params: Params,
     config: Config,
     *,
     layout: Written | None = None,
-    tokenizer_files: Path | None = None,
+    tokenizer_files: str | Path | None = None,
     metadata: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a new checkpoint folder, which appears when it is complete, or not at all.
+
+    What a killed process left hidden while it wrote this folder is removed first.
 
     Args:
         folder: to be made; its parents too, where they are missing.
@@ -61,17 +70,21 @@ def save(
         shard_bytes: how large a file's tensors become at most, unless a linear alone is larger.
 
     Raises:
-        InputError: if the folder exists or can't be written, `tokenizer_files` is no folder, or the layout can't hold
-            the tree.
+        InputError: if the folder exists or can't be written, `tokenizer_files` is no folder, the layout can't hold
+            the tree, or an argument is of another kind.
         CheckpointError: if the tree doesn't fit the config, or was left in files that can't be read any more.
     """
-    with new_folder(Path(folder)) as beside:
+    if shard_bytes < 1:
+        raise InputError(f"shard_bytes is {shard_bytes} where it must be at least 1.")
+    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+        raise InputError(f"metadata is {shown(metadata)} where texts under texts are expected.")
+    with new_folder(Path(folder), files=CHECKPOINT_FILES) as beside:
         write_checkpoint(
             beside,
             params,
             config,
             layout=layout,
-            tokenizer_files=tokenizer_files,
+            tokenizer_files=None if tokenizer_files is None else Path(tokenizer_files),
             metadata=metadata,
             shard_bytes=shard_bytes,
         )
@@ -95,7 +108,7 @@ def write_checkpoint(
     check_layout(layout, formats)
     if tokenizer_files is not None and not tokenizer_files.is_dir():
         raise InputError(
-            f"tokenizer_files is {tokenizer_files}, which isn't a folder: give the tokenizer's checkpoint."
+            f"tokenizer_files is {shown_path(tokenizer_files)}, which isn't a folder: give the tokenizer's checkpoint."
         )
 
     table = sources(config, layout, formats)
