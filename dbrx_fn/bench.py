@@ -117,8 +117,10 @@ def _inference(chosen: argparse.Namespace) -> None:
         else _inference_text(planned, limits, figures)
     )
     if chosen.picture is not None:
-        roofline = draw_roofline(_points(figures), limits.matmul_rate, limits.copy_bandwidth)
-        write_picture(roofline, chosen.picture)
+        points = _points(figures)
+        # Of the least bytes, which caches may hold, so that no point is above the roof.
+        bandwidth = max(limits.bandwidth(point.bytes) for point in points)
+        write_picture(draw_roofline(points, limits.matmul_rate, bandwidth), chosen.picture)
 
 
 def _training(chosen: argparse.Namespace) -> None:
@@ -166,6 +168,7 @@ def _inference_text(planned: Planned, limits: MachineLimits, figures: Sequence[F
     config = planned.config
     size = weight_bytes(config, planned.formats)
     blas = "" if limits.blas is None else f", matrix products by {limits.blas}"
+    fastest = max(rate for _, rate in limits.memory_rates)
     columns: dict[str, Callable[[Figure], str]] = {
         "program": lambda f: f.program,
         "dtype": lambda f: f.dtype,
@@ -190,9 +193,9 @@ def _inference_text(planned: Planned, limits: MachineLimits, figures: Sequence[F
             f"{planned.name}: {config.n_layers} layers, {param_count(config) / 1e6:,.1f}M parameters,"
             f" {param_count(config, active=True) / 1e6:,.1f}M active, {8 * size / param_count(config):.2f} bits a"
             f" weight, {config.dtype}, {size_text(size)}{' of random weights' if planned.checkpoint is None else ''}",
-            f"{limits.backend}, {limits.device}, {size_text(limits.memory)}, MLX {limits.mlx}{blas}: copies"
-            f" {limits.copy_bandwidth / 1e9:,.1f} GB/s, multiplies {limits.matmul_rate / 1e12:,.3f} TFLOP/s in"
-            f" {limits.dtype}",
+            f"{limits.backend}, {limits.device}, {size_text(limits.memory)}, MLX {limits.mlx}{blas}: reads"
+            f" {limits.memory_rates[-1][1] / 1e9:,.1f} GB/s from memory and at most {fastest / 1e9:,.1f} from caches,"
+            f" multiplies {limits.matmul_rate / 1e12:,.3f} TFLOP/s in {limits.dtype}",
             _table(columns, [figure for figure in figures if figure.missing is None]),
             *(f"missing: {f.program} {f.what} {f.tokens:,} x {f.batch_size}: {f.missing}" for f in missing),
         ]

@@ -119,7 +119,8 @@ def make_weights(planned: Planned) -> tuple[Params, Figure]:
     if planned.checkpoint is None or open_checkpoint(planned.checkpoint).config.n_layers != planned.config.n_layers:
         return params, figure
     files = {tensor.file for tensor in open_checkpoint(planned.checkpoint).tensors.values()}
-    bound = read_seconds(sorted(files))
+    # Loading has read them too, perhaps faster.
+    bound = min(seconds, read_seconds(sorted(files)))
     return params, replace(figure, bound=bound, bound_by="files", fraction_of_bound=bound / seconds)
 
 
@@ -224,7 +225,8 @@ def _measured(empty: Figure, program: Program, cases: Cases, work: Work, made: i
             raise
         return replace(empty, missing=f"{type(error).__name__}: {reason}")
     seconds = statistics.median(times)
-    bound = work.seconds(limits.matmul_rate, limits.copy_bandwidth)
+    rates = limits.matmul_rate, limits.bandwidth(work.bytes)
+    bound = work.seconds(*rates)
     return replace(
         empty,
         first=first,
@@ -237,7 +239,7 @@ def _measured(empty: Figure, program: Program, cases: Cases, work: Work, made: i
         operations=work.operations,
         bytes=work.bytes,
         bound=bound,
-        bound_by=work.bound_by(limits.matmul_rate, limits.copy_bandwidth),
+        bound_by=work.bound_by(*rates),
         fraction_of_bound=bound / seconds,
         peak_memory=mx.get_peak_memory(),
     )

@@ -1,32 +1,29 @@
-"""What this machine can do at best, measured: how fast it copies memory, and how fast it multiplies dense matrices."""
+"""What this machine can do at best, measured: how fast it reads memory and files, and multiplies dense matrices."""
 
-import functools
-import os
 import platform
-import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from dbrx_fn.backend import Backend, backend, memory_size
 from dbrx_fn.blas import FAST_BLAS
 from dbrx_fn.config import Dtype
+from dbrx_fn.machine_rates import matmul_rate, memory_rates
 
-_MIB = 2**20
-_READ_AT_ONCE = 16 * _MIB
+_READ_AT_ONCE = 16 * 2**20
+_READERS = 4
 
 
 @dataclass(frozen=True)
 class MachineLimits:
     """Measured rates, per second, and what they were measured on.
 
-    `copy_bandwidth`: bytes read and bytes written, added up.
+    `memory_rates`: of bytes read or written, by how many bytes that is done with again and again, ascending.
     `matmul_rate`: operations, in `dtype`.
     `blas`: what multiplies matrices on the CPU; `None` on a GPU.
     """
@@ -37,8 +34,18 @@ class MachineLimits:
     blas: str | None
     dtype: Dtype
     memory: int
-    copy_bandwidth: float
+    memory_rates: tuple[tuple[int, float], ...]
     matmul_rate: float
+
+    def bandwidth(self, size: int) -> float:
+        """Bytes per second at which no more than `size` bytes can be read again and again.
+
+        A cache may hold all of them. So the rate is that of the measured size which is the next smaller one, or of a
+        larger one if that was faster; below the smallest, the highest of all.
+        """
+        smaller = [measured for measured, _ in self.memory_rates if measured <= size]
+        least = max(smaller, default=0)
+        return max(rate for measured, rate in self.memory_rates if measured >= least)
 
 
 def measure_limits(dtype: Dtype) -> MachineLimits:
@@ -51,7 +58,7 @@ def measure_limits(dtype: Dtype) -> MachineLimits:
         blas=(FAST_BLAS or "MLX's own") if on_cpu else None,
         dtype=dtype,
         memory=memory_size(),
-        copy_bandwidth=copy_bandwidth(),
+        memory_rates=memory_rates(),
         # float32 holds every number of the others, and a CPU may have products of float32 only that are fast.
         matmul_rate=max(matmul_rate(dtype), matmul_rate("float32")) if on_cpu else matmul_rate(dtype),
     )
@@ -59,63 +66,18 @@ def measure_limits(dtype: Dtype) -> MachineLimits:
     return limits
 
 
-def matmul_rate(dtype: Dtype) -> float:
-    """Operations per second of the default device's dense matrix product, at its best over a few sizes."""
-    best = 0.0
-    for size in (256, 512, 1024, 2048, 4096, 8192):
-        one = mx.random.normal((size, size)).astype(getattr(mx, dtype))
-        mx.eval(one)
-        seconds = _median_seconds(functools.partial(mx.matmul, one, one), 5)
-        best = max(best, 2 * size**3 / seconds)
-        # A CPU has shown what it can by then, and would take minutes for the next.
-        if seconds > 0.1:
-            break
-    return best
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second that the default device reads and writes in an elementwise operation far larger than its caches.
-
-    MLX's own on a CPU runs on one core, so NumPy copies there, on all of them.
-    """
-    if backend() == "cpu":
-        return _cpu_copy_bandwidth()
-    array = mx.zeros(512 * _MIB // 4, mx.float32)
-    mx.eval(array)
-    return 2 * array.nbytes / _median_seconds(lambda: -array, 10)
-
-
 def read_seconds(files: Iterable[Path]) -> float:
-    """How long it takes to read files from beginning to end, and to keep nothing."""
-    buffer = bytearray(_READ_AT_ONCE)
+    """How long it takes to read files from beginning to end, several at once, and to keep nothing."""
+    parts = [(file, offset) for file in files for offset in range(0, file.stat().st_size, _READ_AT_ONCE)]
+
+    def read(own: Iterable[tuple[Path, int]]) -> None:
+        buffer = bytearray(_READ_AT_ONCE)
+        for file, offset in own:
+            with file.open("rb", buffering=0) as opened:
+                opened.seek(offset)
+                opened.readinto(buffer)
+
     start = time.perf_counter()
-    for file in files:
-        with file.open("rb", buffering=0) as opened:
-            while opened.readinto(buffer):
-                pass
+    with ThreadPoolExecutor(_READERS) as pool:
+        list(pool.map(read, (parts[reader::_READERS] for reader in range(_READERS))))
     return time.perf_counter() - start
-
-
-def _cpu_copy_bandwidth() -> float:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parts = [(np.zeros(256 * _MIB // cores, np.uint8), np.ones(256 * _MIB // cores, np.uint8)) for _ in range(cores)]
-    times = []
-    with ThreadPoolExecutor(cores) as pool:
-        for _ in range(6):
-            start = time.perf_counter()
-            # NumPy lets other threads run while it copies.
-            list(pool.map(lambda part: np.copyto(*part), parts))
-            times.append(time.perf_counter() - start)
-    return 2 * sum(to.nbytes for to, _ in parts) / statistics.median(times[1:])
-
-
-def _median_seconds(run: Callable[[], mx.array], times: int) -> float:
-    """Of one run. A GPU is given several between two waits, since a wait takes some 90 us, a quarter of a copy."""
-    together = 1 if backend() == "cpu" else 8
-    mx.eval(run())
-    taken = []
-    for _ in range(times):
-        start = time.perf_counter()
-        mx.eval([run() for _ in range(together)])
-        taken.append((time.perf_counter() - start) / together)
-    return statistics.median(taken)

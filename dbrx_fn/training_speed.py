@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dbrx_fn.bounds import training_operations
 from dbrx_fn.config import AttnConfig, Config, Dtype, FFNConfig
-from dbrx_fn.machine_limits import matmul_rate
+from dbrx_fn.machine_rates import matmul_rate
 from dbrx_fn.params import init_params, param_count
 from dbrx_fn.training import Recipe, check_memory, init_state, train_step
 

@@ -12,6 +12,7 @@ from dbrx_fn.cache import window
 from dbrx_fn.kernels import combine, decode_attention, norm_router, project_qkv
 from dbrx_fn.kernels import layer_norm as layer_norm_kernel
 from dbrx_fn.kernels.cuda_module import on_hopper
+from dbrx_fn.kernels.read_memory import WAVE, read_memory
 from dbrx_fn.layers.norm import EPS
 from dbrx_fn.params import Format
 from tests.kernel_operands import dense, error, matrix, normal
@@ -192,3 +193,10 @@ def test_combine(tokens: int, d_model: int, top_k: int, slots: int) -> None:
     rows: Any = as_float64(down)[np.array(pair_slots)]
     expected = as_float64(residual) + (rows * as_float64(expert_weights)[..., None]).sum(axis=1)
     assert_no_worse(ours, twin, expected)
+
+
+@pytest.mark.parametrize(("waves", "times"), [(1, 1), (3, 5), (2, 2)])
+def test_all_memory_is_read(waves: int, times: int) -> None:
+    words = mx.random.bits((waves * WAVE // 4,), key=mx.random.key(0))
+    read = np.bitwise_xor.reduce(np.array(read_memory(words, times)))
+    assert read == (np.bitwise_xor.reduce(np.array(words)) if times % 2 else 0)

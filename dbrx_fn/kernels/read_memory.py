@@ -1,0 +1,32 @@
+"""Reading memory and nothing else, to measure how fast that goes at best.
+
+A stock operation's reading is as fast as its kernel, and it can't read a small array again without another launch.
+"""
+
+import mlx.core as mx
+from jaxtyping import UInt32
+
+from dbrx_fn.compile import typed
+from dbrx_fn.kernels.cuda_module import Kernel, launch
+
+_THREADS = 256
+_BLOCKS = 528
+"""Four for each of the 132 multiprocessors."""
+_AHEAD = 4
+WAVE = _BLOCKS * _THREADS * _AHEAD * 16
+"""Bytes that are read at once; arrays are a multiple of that."""
+
+
+@typed
+def read_memory(data: UInt32[mx.array, " words"], times: int) -> UInt32[mx.array, " thread"]:
+    """Reads all of `data` so many times; returns the exclusive or of each thread's words, of all that it read."""
+    assert data.nbytes % WAVE == 0
+    (out,) = launch(
+        Kernel("read_memory", (("THREADS", _THREADS), ("AHEAD", _AHEAD))),
+        [data],
+        [((_BLOCKS * _THREADS,), mx.uint32)],
+        blocks=(_BLOCKS, 1, 1),
+        threads=_THREADS,
+        scalars=(data.nbytes // 16, times),
+    )
+    return out
