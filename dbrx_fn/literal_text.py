@@ -44,20 +44,37 @@ def overlaps(start: int, end: int, ranges: Ranges) -> bool:
     return place > 0 and ranges[place - 1][1] > start
 
 
-def matches(text: str, pattern: re.Pattern[str], literal: Ranges) -> Iterator[re.Match[str]]:
-    """Yields the pattern's matches from left to right, without those that overlap the ranges."""
+def find_tokens(
+    text: str, names: Collection[str], control: Collection[str], literal: Ranges
+) -> Iterator[tuple[str, int, int]]:
+    """Yields the tokens' texts from left to right, the longest at a place, with their starts and ends.
+
+    Args:
+        text: where to look.
+        names: the tokens' texts.
+        control: those that may not overlap the literal ranges.
+        literal: the ranges, in order.
+    """
+    pattern = any_of(names)
+    if pattern is None:
+        return
+    longest_first = sorted(names, key=len, reverse=True)
     place = 0
     while found := pattern.search(text, place):
-        if overlaps(*found.span(), literal):
-            place = found.start() + 1
+        start = found.start()
+        for name in longest_first:
+            end = start + len(name)
+            if text.startswith(name, start) and not (name in control and overlaps(start, end, literal)):
+                yield name, start, end
+                place = end
+                break
         else:
-            yield found
-            place = found.end()
+            place = start + 1
 
 
-def any_of(texts: Collection[str]) -> re.Pattern[str] | None:
-    """Returns a pattern for the longest of these texts at a place; None where there are none."""
-    longest_first = sorted(texts, key=len, reverse=True)
+def any_of(names: Collection[str]) -> re.Pattern[str] | None:
+    """Returns a pattern for any of these texts, the longest at a place; None where there are none."""
+    longest_first = sorted(names, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 

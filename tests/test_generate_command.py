@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+import tokenizers
 
 from dbrx_fn.chat import DEFAULT_SYSTEM_PROMPT, render_chat
 from dbrx_fn.config import AttnConfig, Config, FFNConfig
@@ -187,8 +188,11 @@ def test_chat(options: list[str], system: str | None, folder: Path, command: Com
 
 def test_chat_prompt_gets_no_second_first_token(copy: Path, command: Command) -> None:
     """A rendered conversation brings its special tokens along, as in transformers' `apply_chat_template`."""
-    settings = json.loads((copy / "tokenizer_config.json").read_text())
-    (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
+    file = copy / "tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(file))
+    first = ("<|endoftext|>", backend.token_to_id("<|endoftext|>"))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(f"{first[0]} $A", special_tokens=[first])
+    backend.save(str(file))
     rendered = render_chat([{"role": "user", "content": "Hi"}], system="")
     tokens = read_tokenizer(copy).encode(rendered, add_special_tokens=False)
     assert command("--model", copy, "-p", "Hi", "-m", 1, "--system", "")["prompt_tokens"] == len(tokens)
