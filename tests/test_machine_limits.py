@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from statistics import median
 
@@ -55,20 +56,16 @@ def test_no_rate_of_as_many_bytes_or_more_is_above_the_limit(rates: tuple[tuple[
 
 
 def test_a_rate_is_that_of_the_fastest_repetition() -> None:
-    waits = iter([0.01, 0.05, 0.09, 0.04, 0.09, 0.09, 0.09, 0.09, 0.09])
+    waits = iter([0, 0.05, 0.4, 0.02, *repeat(0.4, 9)])
     rate = best_rate(lambda _: time.sleep(next(waits)))
-    assert 1 / 0.09 < rate <= 1 / 0.04
+    assert 1 / 0.4 < rate <= 1 / 0.02
 
 
 def test_short_operations_are_waited_for_together() -> None:
-    counts = []
-
-    def run(count: int) -> None:
-        counts.append(count)
-        time.sleep(2e-3 * count)
-
-    assert 100 < best_rate(run, most=8) <= 500
-    assert max(counts) == 8
+    counts: list[int] = []
+    best_rate(counts.append, most=8)
+    assert counts == [1, 1, *[8] * (len(counts) - 2)]
+    assert len(counts) > 3
 
 
 def test_no_product_reads_a_matrix_faster_than_the_limit(measured_limits: MachineLimits) -> None:
