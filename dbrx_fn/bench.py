@@ -57,35 +57,63 @@ def parser() -> argparse.ArgumentParser:
     )
     inference.set_defaults(run=_inference)
     add = inference.add_argument
-    add("--model", help="checkpoint: folder, GGUF file, or Hugging Face repository; the small model that ships")
-    add("--shape", help="random weights instead: dbrx, small, 1.3b, or the path of a config.json")
-    add("--layers", type=int, help="only the first of the model's")
+    add(
+        "--model",
+        help="a checkpoint: folder, GGUF file or Hugging Face repository; default: the small model that ships",
+    )
+    add("--shape", help="measure random weights instead: dbrx, small, 1.3b, or the path of a config.json")
+    add("--layers", type=int, help="keep only this many of the model's layers, the first ones")
     add(
         "--dtype",
         choices=get_args(Dtype),
-        help="of all floats; if not given the model's own, which become float32 on a CPU",
+        help="dtype of all floats; default: the model's own, but float32 on a CPU",
     )
     add_quantize_options(inference)
-    add("--prompt", type=int, nargs="+", default=[128, 1024], help="tokens of a prompt; 128 1024")
-    add("--context", type=int, nargs="+", default=[256, 1024], help="tokens to decode after; 256 1024")
-    add("--batch-size", type=int, nargs="+", default=[1, 8], help="sequences that are decoded at once; 1 8")
-    add("--tokens", type=int, default=32, help="to decode in one repetition; %(default)s")
-    add("--repeats", type=int, default=5, help="to take the median of, in a minute at most; %(default)s")
-    add("--peer", choices=("mlx-lm",), help="measure it too, on the same weights")
+    add("--prompt", type=int, nargs="+", default=[128, 1024], help="lengths of prompts in tokens; default: 128 1024")
     add(
-        "--picture", type=Path, metavar="FILE", help="new .png or .svg of speeds below the machine's limits, a roofline"
+        "--context",
+        type=int,
+        nargs="+",
+        default=[256, 1024],
+        help="tokens in the cache before decoding; default: 256 1024",
+    )
+    add("--batch-size", type=int, nargs="+", default=[1, 8], help="sequences decoded at once; default: 1 8")
+    add("--tokens", type=int, default=32, help="tokens decoded in one repetition; default: %(default)s")
+    add(
+        "--repeats",
+        type=int,
+        default=5,
+        help="repetitions to take the median of; they end after a minute; default: %(default)s",
+    )
+    add("--peer", choices=("mlx-lm",), help="measure this program too, on the same weights")
+    add(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="draw a roofline, speeds below the machine's limits, to a new .png or .svg",
     )
     add("--json", action="store_true", help="print JSON instead of a table")
 
     training = commands.add_parser("training", help="training steps", description="Measure how fast training is here.")
     training.set_defaults(run=_training)
     add = training.add_argument
-    add("--shape", nargs="+", default=["small"], help="small, 1.3b, or the path of a config.json; %(default)s")
-    add("--batch-size", type=int, default=64, help="sequences to a step; %(default)s")
-    add("--sequence-length", type=int, default=256, help="tokens of a sequence; %(default)s")
-    add("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="to compute in; float32")
-    add("--recompute", action="store_true", help="compute activations again in the backward pass")
-    add("--steps", type=int, default=10, help="to take the median of; %(default)s")
+    add(
+        "--shape",
+        nargs="+",
+        default=["small"],
+        help="models: small, 1.3b, or the path of a config.json; default: small",
+    )
+    add("--batch-size", type=int, default=64, help="sequences in a step; default: %(default)s")
+    add("--sequence-length", type=int, default=256, help="tokens in a sequence; default: %(default)s")
+    add(
+        "--dtype",
+        nargs="+",
+        choices=("float32", "bfloat16"),
+        default=["float32"],
+        help="dtypes to compute in; default: float32",
+    )
+    add("--recompute", action="store_true", help="recompute activations in the backward pass, for less memory")
+    add("--steps", type=int, default=10, help="steps to take the median of; default: %(default)s")
     add("--json", action="store_true", help="print JSON instead of a table")
     return options
 

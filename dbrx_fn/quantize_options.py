@@ -13,9 +13,9 @@ _KINDS = ("experts", "attention", "embedding", "head", "router")
 
 def add_quantize_options(options: argparse.ArgumentParser) -> None:
     """Adds `--quantize FORMAT`, and one option for each kind of matrix."""
-    options.add_argument("--quantize", metavar="FORMAT", help="experts, attention, embedding and head; not the router")
+    options.add_argument("--quantize", metavar="FORMAT", help="quantize all matrices but the router's")
     for kind in _KINDS:
-        options.add_argument(f"--{kind}", metavar="FORMAT", help=f"of the {kind} alone")
+        options.add_argument(f"--{kind}", metavar="FORMAT", help=f"the format of the {kind}, whatever --quantize says")
 
 
 def chosen_quantization(chosen: argparse.Namespace) -> Quantization | None:
