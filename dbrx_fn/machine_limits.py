@@ -60,7 +60,7 @@ def measure_limits(dtype: Dtype) -> MachineLimits:
         memory=memory_size(),
         memory_rates=memory_rates(),
         # float32 holds every number of the others, and a CPU may have products of float32 only that are fast.
-        matmul_rate=max(matmul_rate(dtype), matmul_rate("float32")) if on_cpu else matmul_rate(dtype),
+        matmul_rate=max(map(matmul_rate, {dtype, "float32"} if on_cpu else {dtype})),
     )
     mx.clear_cache()
     return limits

