@@ -33,6 +33,7 @@ except ImportError as error:
 from dbrx_fn.cache import Cache as Cache
 from dbrx_fn.cache import grow_cache as grow_cache
 from dbrx_fn.cache import init_cache as init_cache
+from dbrx_fn.chat import encode_chat as encode_chat
 from dbrx_fn.chat import render_chat as render_chat
 from dbrx_fn.config import DBRX as DBRX
 from dbrx_fn.config import AttnConfig as AttnConfig

@@ -2,19 +2,21 @@
 
 import hashlib
 import itertools
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dbrx_fn.chat import CHATML, ChatFormat, render_chat
+from dbrx_fn.chat_format import CHATML, ChatFormat
+from dbrx_fn.chat_turns import taught_chats
+from dbrx_fn.conversation import SAID, mark, read_conversation
+from dbrx_fn.data_files import find_files, holds_rows, read_rows, read_text
 from dbrx_fn.errors import DbrxError, InputError
-
-_TEXT_FILES = (".txt", ".md", ".text")
-_LINE_FILES = ".jsonl"
-_TURN_END = "<|im_end|>"
+from dbrx_fn.json_file import shown
+from dbrx_fn.literal_text import any_of, clipped
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,16 @@ class Document:
     """One text to learn from.
 
     Attributes:
-        source: the file that it comes from and, in a JSONL file, the line: what a message names.
+        source: the file that it comes from and, in a file of rows, the row: what a message names.
         spans: its parts in order, as (text, is_target): whether the part is to be predicted or only to be read, as a
             prompt is. Each part is made into tokens by itself, so no token belongs to two of them.
+        literal: ranges of characters of all parts together, in order, that are to make no control token, as
+            `Tokenizer.encode` takes them.
     """
 
     source: str
     spans: tuple[tuple[str, bool], ...]
+    literal: tuple[tuple[int, int], ...] = ()
 
     @property
     def text(self) -> str:
@@ -36,30 +41,39 @@ class Document:
         return "".join(text for text, _ in self.spans)
 
 
-def read_documents(paths: Iterable[str | Path], chat_format: ChatFormat = CHATML) -> list[Document]:
-    """Reads text files, JSONL files, and folders of both.
+def read_documents(
+    paths: Iterable[str | Path], chat_format: ChatFormat = CHATML, *, control_tokens: bool = False
+) -> list[Document]:
+    """Reads text files, files of rows, and folders of both.
 
-    - A text file, of any ending but .jsonl, is one document.
-    - A line of a JSONL file is one: its `prompt` (only read) and `completion` (to be predicted) as they stand, or its
-      `messages`, of which each turn of the assistant is to be predicted with the token that ends it, or its `text`.
-      A line with several of these keys counts as the first of them, in mlx-lm's order; other keys are left alone.
-    - A folder stands for its .txt, .md, .text and .jsonl files and those of its folders, in sorted order; hidden ones
-      are passed over.
+    - A text file is one document: .txt, .text, .md, .markdown, .rst, .tex, or a name without an ending.
+    - A row of a .jsonl, .ndjson or .json file is one: its `prompt` (only read) and `completion` (to be predicted) as
+      they stand, or its `messages` with its `tools`, of which each turn of the assistant is to be predicted with what
+      ends it (`dbrx_fn.chat_turns`), or its `text`. A row with several of these keys counts as the first of them, in
+      mlx-lm's order. A conversation of which the template writes earlier turns in another way later on becomes several
+      documents.
+    - `"weight": 0` or `"train": false` keeps a row out, or a message of the assistant from being predicted.
+    - A folder stands for the files of these kinds in it (`dbrx_fn.data_files.find_files`).
 
-    Documents of nothing but white space are passed over too. Line ends stay as they are; a byte order mark goes.
+    Documents of nothing but white space are passed over. Line ends stay as they are; a byte order mark goes. What isn't
+    used is told in warnings: keys of rows and messages, files of other kinds, rows that are kept out.
 
     Args:
         paths: the files and folders.
         chat_format: how `messages` are written down, such as `Tokenizer.chat_format`.
+        control_tokens: whether a text that spells a control token, such as `<|im_end|>`, becomes it. Otherwise it is
+            learned as the characters that it is made of, with a warning.
 
     Raises:
-        InputError: a path that is missing or can't be read, a file that isn't UTF-8, a line that is none of the
-            above, or nothing to learn from in all of it.
-        TokenizerError: the checkpoint's chat template can't be rendered.
+        InputError: a path that is missing or can't be read, a file that isn't UTF-8 or of another kind, a row that is
+            none of the above, or nothing to learn from in all of it.
+        TokenizerError: the checkpoint's chat template can't be rendered or learned from.
     """
     given = [Path(path) for path in paths]
-    read = itertools.chain.from_iterable(_read_file(file, chat_format) for path in given for file in _files(path))
+    reader = _Reader(chat_format, control_tokens)
+    read = itertools.chain.from_iterable(reader.read(file) for path in given for file in find_files(path))
     documents = [document for document in read if document.text.strip()]
+    reader.warn()
     if not documents:
         names = ", ".join(map(str, given)) or "An empty list of paths"
         raise InputError(f"{names} holds no text at all: name files that hold some.")
@@ -116,137 +130,139 @@ def without_held_out(train: Sequence[Document], held_out: Sequence[Document]) ->
     return kept, len(train) - len(kept)
 
 
-def text_pieces(text: str, size: int = 2**16) -> Iterator[str]:
-    """Cuts a text into pieces of about `size` characters, whose tokens together are those of the whole.
+class _Reader:
+    """Makes documents of files, and notes what isn't used of them."""
 
-    It is cut only after a single line feed between characters that aren't white space. There both cl100k's and GPT-2's
-    patterns end a word, and no special token goes across. The pieces keep the tokenizer's memory small: the tokenizers
-    library took 2.9 GiB for 20 MB of text at once, and some MiB for pieces of this size.
-    """
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + size - 1) + 1
-        while end and (text[end - 2 : end - 1].isspace() or text[end : end + 1].isspace()):
-            end = text.find("\n", end) + 1
-        end = end or len(text)
-        yield text[start:end]
-        start = end
+    def __init__(self, chat_format: ChatFormat, control_tokens: bool) -> None:
+        self._chat_format = chat_format
+        self._control_tokens = control_tokens
+        self._pattern = None if control_tokens else any_of(chat_format.control_tokens)
+        # A template that shows the time shows the same in all documents.
+        self._now = datetime.now()
+        self._unused: Counter[str] = Counter()
+        self._spelled: list[str] = []
+        self._kept_out = 0
 
+    def read(self, path: Path) -> Iterator[Document]:
+        """The documents of a file."""
+        if not holds_rows(path):
+            yield self._document(str(path), ((read_text(path), True),))
+            return
+        for source, row in read_rows(path):
+            try:
+                yield from self._read_row(row, source, path)
+            except DbrxError as error:
+                raise type(error)(f"{source}: {error}") from None
 
-def _files(path: Path) -> list[Path]:
-    # Not Path.is_dir, which raises where a name is too long.
-    if not os.path.isdir(path):
-        return [path]
-
-    def fail(error: OSError) -> None:
-        raise InputError(f"{error.filename} can't be read ({error.strerror}): check the folder's permissions.")
-
-    found: list[Path] = []
-    for folder, folders, names in os.walk(path, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(folder, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in (*_TEXT_FILES, _LINE_FILES)
-        ]
-    if not found:
-        raise InputError(f"{path} holds no {', '.join(_TEXT_FILES)} or {_LINE_FILES} file: name another folder.")
-    return sorted(found)
-
-
-def _read_file(path: Path, chat_format: ChatFormat) -> Iterator[Document]:
-    try:
-        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} isn't UTF-8 at byte {error.start} ({error.reason}): convert it first.") from None
-    except FileNotFoundError:
-        raise InputError(f"{path} doesn't exist: name a text file, a JSONL file or a folder of them.") from None
-    # A name with a zero byte is a ValueError.
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", error)
-        raise InputError(f"{path} can't be read ({reason}): check the name and the file's permissions.") from None
-    if path.suffix.lower() != _LINE_FILES:
-        yield Document(str(path), ((text, True),))
-        return
-    # Python's own lines also end at characters that JSON allows inside of a text.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _read_line(line, f"{path}, line {number}", chat_format)
-
-
-def _read_line(line: str, source: str, chat_format: ChatFormat) -> Document:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{source}: this isn't JSON ({error}): each line must be one JSON object.") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{source}: {_shown(value)} is found where a JSON object is expected.")
-    if "prompt" in value and "completion" in value:
-        spans = [(_text(value, "prompt", source), False), (_text(value, "completion", source), True)]
-    elif "messages" in value:
-        spans = _chat_spans(value["messages"], source, chat_format)
-    elif "text" in value:
-        spans = [(_text(value, "text", source), True)]
-    else:
-        found = "has no keys" if not value else "has only " + _short(", ".join(f"'{key}'" for key in value))
-        raise InputError(
-            f"{source}: the object {found}, where 'text', 'prompt' and 'completion', or 'messages' is expected."
-        )
-    return Document(source, tuple((_valid(text), target) for text, target in spans))
-
-
-def _text(value: Mapping[str, Any], key: str, source: str) -> str:
-    text = value[key]
-    if not isinstance(text, str):
-        raise InputError(f"{source}: '{key}' is {_shown(text)} where a text is expected.")
-    return text
-
-
-def _chat_spans(messages: object, source: str, chat_format: ChatFormat) -> list[tuple[str, bool]]:
-    """The rendered conversation, cut at both ends of what the assistant says, its turn's end included."""
-    if not isinstance(messages, list):
-        raise InputError(f"{source}: 'messages' is {_shown(messages)} where a list is expected.")
-    try:
-        rendered = render_chat(messages, chat_format, add_generation_prompt=False)
-        said = [message["content"] for message in messages if message["role"] == "assistant"]
-        if not said:
-            raise InputError("The conversation has no message of the assistant, which is what is learned; add one.")
-        between = _around(messages, rendered, chat_format)
-        # Templates may strip white space.
-        for contents in (said, [content.strip() for content in said]):
-            if _woven(between, contents) == rendered:
-                break
-        else:
-            raise InputError(
-                "The checkpoint's chat template changes what the assistant says, so what is to be learned can't be "
-                "found in its text; give 'prompt' and 'completion' instead."
+    def warn(self) -> None:
+        """Says what wasn't used."""
+        if self._unused:
+            names = ", ".join(f"{name} ({count})" for name, count in self._unused.most_common(8))
+            warnings.warn(f"Not used of the data: {names}.", stacklevel=3)
+        if self._kept_out:
+            rows = "1 row is" if self._kept_out == 1 else f"{self._kept_out} rows are"
+            warnings.warn(f"{rows} left out, since nothing in them is to be learned.", stacklevel=3)
+        if self._spelled:
+            others = f" and {len(self._spelled) - 1} others" if len(self._spelled) > 1 else ""
+            warnings.warn(
+                f"{self._spelled[0]}{others} spell control tokens, such as <|im_end|>, which are taken as plain text: "
+                "where they are meant to be tokens, let control tokens in (--control-tokens).",
+                stacklevel=3,
             )
-    except DbrxError as error:
-        raise type(error)(f"{source}: {error}") from None
 
-    spans = [(between[0], False)]
-    for content, after in zip(contents, between[1:], strict=True):
-        ends = (_TURN_END, chat_format.special_tokens.get("eos_token", _TURN_END))
-        end = next((end for end in ends if after.startswith(end)), "")
-        spans += [(content + end, True), (after.removeprefix(end), False)]
-    return [(text, target) for text, target in spans if text]
+    def _read_row(self, row: dict[str, Any], source: str, path: Path) -> Iterator[Document]:
+        taught = _is_taught(row)
+        used = {"weight", "train"}
+        documents: list[Document]
+        if "prompt" in row and "completion" in row:
+            used |= {"prompt", "completion"}
+            documents = [self._document(source, ((_text(row, "prompt"), False), (_text(row, "completion"), True)))]
+        elif "messages" in row:
+            used |= {"messages", "tools"}
+            documents = self._read_chat(row["messages"], row.get("tools"), source)
+        elif "text" in row:
+            used |= {"text"}
+            documents = [self._document(source, ((_text(row, "text"), True),))]
+        else:
+            found = "has no keys" if not row else "has only " + shown(list(row)).strip("[]")
+            raise InputError(f"the object {found}, where 'text', 'prompt' and 'completion', or 'messages' is expected.")
+        self._unused.update(f"{path}: '{key}'" for key in row.keys() - used if row[key] is not None)
+        self._kept_out += not (taught and documents)
+        if taught:
+            yield from documents
+
+    def _document(self, source: str, spans: tuple[tuple[str, bool], ...]) -> Document:
+        """A document of raw text."""
+        valid = tuple((_valid(text), target) for text, target in spans)
+        document = Document(source, valid)
+        if self._control_tokens:
+            return document
+        if self._pattern is not None and self._pattern.search(document.text):
+            self._spelled.append(source)
+        return Document(source, valid, ((0, len(document.text)),))
+
+    def _read_chat(self, messages: object, tools: object, source: str) -> list[Document]:
+        if not isinstance(messages, list):
+            raise InputError(f"'messages' is {shown(messages)} where a list is expected.")
+        if tools is not None and not isinstance(tools, list):
+            raise InputError(f"'tools' is {shown(tools)} where a list is expected.")
+        only_read = [number for number, message in enumerate(messages) if not _is_taught(message, number + 1)]
+        bare = [_without(message, ("weight", "train")) for message in messages]
+        conversation = read_conversation(bare, self._chat_format, tools=tools, now=self._now)
+        conversation.check_used()
+        for number, key in conversation.unread_keys():
+            if key in SAID:
+                raise InputError(
+                    f"Message {number + 1}: {self._chat_format.source} has no place for '{key}'; take it out, or take "
+                    "a template that has."
+                )
+            self._unused[f"'{key}' of messages"] += 1
+        chats = taught_chats(mark(conversation, control_tokens=self._control_tokens), only_read)
+        documents = []
+        for taught in chats:
+            text, place, spans = taught.chat.text, 0, []
+            for start, end in taught.turns:
+                spans += [(text[place:start], False), (text[start:end], True)]
+                place = end
+            # The last part is only read, even where it is empty: generation has ended before it.
+            spans = [span for span in spans if span[0]] + [(text[place:], False)]
+            documents.append(Document(source, tuple(spans), taught.chat.literal))
+            if taught.chat.literal:
+                self._spelled.append(source)
+        return documents
 
 
-def _around(messages: list[dict[str, str]], rendered: str, chat_format: ChatFormat) -> list[str]:
-    """The parts of the rendered conversation before, between and after the assistant's contents.
+def _is_taught(row: object, message: int | None = None) -> bool:
+    """Whether a row, or the message of this number, is to be predicted."""
+    where = "" if message is None else f"Message {message}: "
+    if not isinstance(row, dict):
+        return True
+    for key, kept, left_out in (("weight", 1, 0), ("train", True, False)):
+        value = row.get(key)
+        if value is None:
+            continue
+        if value not in (kept, left_out):
+            raise InputError(f"{where}'{key}' is {shown(value)} where {kept} or {left_out} is expected.")
+        if not value:
+            return False
+        if message is not None and row.get("role") != "assistant":
+            raise InputError(
+                f"{where}'{key}' is {shown(value)}, but only what the assistant says is learned: take it out."
+            )
+    return True
 
-    A mark that occurs nowhere else is rendered in their place, which shows where any template puts them.
-    """
-    marks = (f"\ue000{number}\ue001" for number in itertools.count())
-    mark = next(mark for mark in marks if mark not in rendered)
-    marked = [message | {"content": mark} if message["role"] == "assistant" else message for message in messages]
-    return render_chat(marked, chat_format, add_generation_prompt=False).split(mark)
+
+def _without(message: Any, keys: tuple[str, ...]) -> Any:
+    if not isinstance(message, dict):
+        return message
+    return {key: value for key, value in message.items() if key not in keys}
 
 
-def _woven(between: list[str], contents: list[str]) -> str | None:
-    if len(between) != len(contents) + 1:
-        return None
-    return between[0] + "".join(itertools.chain(*zip(contents, between[1:], strict=True)))
+def _text(row: dict[str, Any], key: str) -> str:
+    text = row[key]
+    if not isinstance(text, str):
+        raise InputError(f"'{key}' is {shown(text)} where a text is expected.")
+    return text
 
 
 def _content(document: Document) -> bytes:
@@ -279,8 +295,10 @@ def _cut(document: Document, share: float) -> tuple[Document, Document]:
             place = min(places, key=lambda found: abs(found - wanted))
             break
     target = document.spans[0][1]
-    head, tail = text[:place], text[place:]
-    return Document(document.source, ((head, target),)), Document(document.source, ((tail, target),))
+    return (
+        Document(document.source, ((text[:place], target),), clipped(document.literal, 0, place)),
+        Document(document.source, ((text[place:], target),), clipped(document.literal, place, len(text))),
+    )
 
 
 def _valid(text: str) -> str:
@@ -291,11 +309,3 @@ def _valid(text: str) -> str:
 def _listed(documents: Sequence[Document]) -> str:
     sources = [document.source for document in documents[:3]]
     return ", ".join(sources) + (" and so on" if len(documents) > 3 else "")
-
-
-def _shown(value: object) -> str:
-    return _short(json.dumps(value, ensure_ascii=False))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -110,7 +110,12 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="TEXT",
-        help="text files, .jsonl files (text, prompt and completion, or messages) or folders of both",
+        help="files of text (.txt, .md), of rows (.jsonl, .json: text, prompt and completion, or messages), or folders",
+    )
+    add(
+        "--control-tokens",
+        action="store_true",
+        help="let texts spell control tokens, such as <|im_end|>; if not given they are plain text",
     )
     add("--sequence-length", type=int, default=512, help="tokens of a window; %(default)s")
     add("--batch-size", type=int, default=8, help="windows at a time; %(default)s")
@@ -137,7 +142,7 @@ def _perplexity(chosen: argparse.Namespace) -> None:
     dtype: Dtype | None = chosen.dtype or ("float32" if backend() == "cpu" else None)
     subjects = _subjects(chosen.model, dtype)
     with tempfile.TemporaryDirectory(prefix="dbrx_fn-") as folder:
-        text = _tokens(subjects[0], chosen.data, Path(folder) / "tokens")
+        text = _tokens(subjects[0], chosen, Path(folder) / "tokens")
         rows = _rows(subjects, text, dtype, chosen.batch_size, chosen.sequence_length)
         text_bytes = text.bytes
         del text
@@ -194,9 +199,9 @@ def _fingerprint(path: Path) -> str | None:
         return None
 
 
-def _tokens(first: Subject, data: Sequence[str], folder: Path) -> TokenFile:
+def _tokens(first: Subject, chosen: argparse.Namespace, folder: Path) -> TokenFile:
     tokenizer = read_tokenizer(tokenizer_folder(first.path))
-    documents = read_documents(data, tokenizer.chat_format)
+    documents = read_documents(chosen.data, tokenizer.chat_format, control_tokens=chosen.control_tokens)
     with byte_progress("tokenizing") as progress:
         text = write_token_file(folder, documents, tokenizer, progress)
     check_targets(text)

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from dbrx_fn.chat import render_chat
+from dbrx_fn.chat import encode_chat
 from dbrx_fn.command import Parser, program, run
 from dbrx_fn.config import Config, Dtype
 from dbrx_fn.errors import InputError
@@ -86,6 +86,11 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", "-p", required=True, help="text to continue; - reads it from standard input")
     add("--max-tokens", "-m", type=int, default=100, help="the most tokens to make; %(default)s if not given")
     add("--chat", action="store_true", help="put the prompt as a question in the model's chat format")
+    add(
+        "--control-tokens",
+        action="store_true",
+        help="with --chat, let the prompt spell control tokens, such as <|im_end|>; if not given it is plain text",
+    )
     add("--system", "--system-prompt", help="system prompt in place of the model's default one; implies --chat")
     sampling = options.add_argument_group(
         "sampling", "What isn't given is as the checkpoint's generation_config.json says; without one, as is said here."
@@ -252,8 +257,8 @@ def _load(path: Path, dtype: Dtype | None) -> tuple[Params, Config]:
 def _encode(tokenizer: Tokenizer, text: str, options: argparse.Namespace) -> list[int]:
     if not options.chat and options.system is None:
         return tokenizer.encode(text)
-    chat = render_chat([{"role": "user", "content": text}], tokenizer.chat_format, system=options.system)
-    return tokenizer.encode(chat, add_special_tokens=False)
+    message = {"role": "user", "content": text}
+    return encode_chat(tokenizer, [message], system=options.system, control_tokens_in_content=options.control_tokens)
 
 
 def _one_token(tokenizer: Tokenizer, text: str) -> int:

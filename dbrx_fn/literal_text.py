@@ -44,6 +44,12 @@ def overlaps(start: int, end: int, ranges: Ranges) -> bool:
     return place > 0 and ranges[place - 1][1] > start
 
 
+def clipped(ranges: Ranges, start: int, end: int) -> tuple[tuple[int, int], ...]:
+    """Returns what of the ranges, which are in order, lies from `start` to before `end`, counted from `start`."""
+    inside = ranges[max(bisect.bisect_right(ranges, (start, start)) - 1, 0) : bisect.bisect_left(ranges, (end, end))]
+    return tuple((max(a, start) - start, min(b, end) - start) for a, b in inside if b > start)
+
+
 def find_tokens(
     text: str, names: Collection[str], control: Collection[str], literal: Ranges
 ) -> Iterator[tuple[str, int, int]]:

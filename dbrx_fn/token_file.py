@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from dbrx_fn.atomic import new_folder
 from dbrx_fn.checksums import SEAL, disagreement, file_sum, read_note, sealed
 from dbrx_fn.config import Config
-from dbrx_fn.corpus import Document, text_pieces
+from dbrx_fn.corpus import Document
 from dbrx_fn.errors import InputError
 from dbrx_fn.json_file import shown
+from dbrx_fn.literal_text import clipped
 from dbrx_fn.regular_file import open_regular
+from dbrx_fn.text_pieces import text_pieces
 from dbrx_fn.tokenizer import Tokenizer
 
-_FORM = 2
+_FORM = 3
 """Changes with what the files hold for the same documents, so that older ones are made anew."""
 
 _OLD_KINDS = {"tokens": int, "target_count": int, "bytes": int, "documents": int, "masked": bool, "fingerprint": str}
@@ -174,6 +176,7 @@ def _fingerprint(documents: Sequence[Document], tokenizer: Tokenizer) -> str:
     digest = hashlib.sha256(f"{_FORM} {tokenizer.fingerprint()} {tokenizer.end_of_text}".encode())
     for document in documents:
         digest.update(f"\n{len(document.spans)}".encode())
+        digest.update(repr(document.literal).encode())
         for text, target in document.spans:
             content = text.encode()
             digest.update(f" {len(content)} {int(target)} ".encode())
@@ -203,9 +206,12 @@ def _write(
 
         add([separator], False)
         for document in documents:
+            place = 0
             for text, target in document.spans:
-                for piece in text_pieces(text):
-                    add(tokenizer.encode(piece, add_special_tokens=False), target)
+                for piece in text_pieces(text, whole=tokenizer.added_tokens):
+                    literal = clipped(document.literal, place, place + len(piece))
+                    add(tokenizer.encode(piece, add_special_tokens=False, literal=literal), target)
+                    place += len(piece)
                     done += len(piece.encode())
                     if progress is not None:
                         progress(done, total)

@@ -3,10 +3,10 @@
 import codecs
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dbrx_fn.chat import ChatFormat
+from dbrx_fn.chat_format import ChatFormat
 from dbrx_fn.errors import TokenizerError
 from dbrx_fn.literal_text import Ranges, checked_ranges
 from dbrx_fn.tiktoken_vocabulary import CLASS, read_tiktoken
@@ -42,10 +42,11 @@ class Tokenizer:
     Attributes:
         vocab_size: one more than the highest token; gaps below it are possible. The model's vocabulary may be larger.
         stop_tokens: the tokens that end a generated text.
-        end_of_text: the token between two documents: `<|endoftext|>`, or what the settings name as `eos_token`; None
-            where the vocabulary has neither.
+        end_of_text: the token between two documents: `<|endoftext|>`, or what the settings name as `eos_token`,
+            whichever stops generation; where neither does, the first stop token; None where the vocabulary has neither.
         control_tokens: texts and ids of the added tokens that steer the model: those marked as special, and those that
             stop generation. Added tokens that are neither, such as `<think>`, are words of the vocabulary.
+        added_tokens: texts of all added tokens.
         chat_format: how the checkpoint writes a conversation, for `dbrx_fn.chat.render_chat`.
     """
 
@@ -53,6 +54,7 @@ class Tokenizer:
     stop_tokens: frozenset[int]
     end_of_text: int | None
     control_tokens: Mapping[str, int]
+    added_tokens: frozenset[str]
     chat_format: ChatFormat
     _encode: Encode = field(repr=False)
     _before: tuple[int, ...] = field(repr=False)
@@ -146,9 +148,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(
         vocab_size=1 + max((*vocabulary.ordinary, *vocabulary.special)),
         stop_tokens=stop_tokens,
-        end_of_text=_read_end_of_text(vocabulary),
+        end_of_text=_read_end_of_text(vocabulary, stop_tokens),
         control_tokens=control_tokens,
-        chat_format=_read_chat_format(folder, settings, vocabulary),
+        added_tokens=frozenset(vocabulary.added),
+        chat_format=replace(
+            _read_chat_format(folder, settings, vocabulary),
+            control_tokens=tuple(control_tokens),
+            stop_tokens=tuple(content for content, number in control_tokens.items() if number in stop_tokens),
+        ),
         _encode=vocabulary.encoder(control_tokens),
         _before=vocabulary.before,
         _behind=vocabulary.behind,
@@ -172,10 +179,13 @@ def _read_stop_tokens(folder: Path, settings: Settings, vocabulary: Vocabulary) 
     return frozenset({vocabulary.token("eos_token", settings)} | turn_end)
 
 
-def _read_end_of_text(vocabulary: Vocabulary) -> int | None:
-    named = vocabulary.named.get("eos_token")
-    found = vocabulary.find("<|endoftext|>")
-    return vocabulary.find(named) if found is None and named is not None else found
+def _read_end_of_text(vocabulary: Vocabulary, stop_tokens: frozenset[int]) -> int | None:
+    named = [vocabulary.find(name) for name in ("<|endoftext|>", vocabulary.named.get("eos_token")) if name is not None]
+    found = [token for token in named if token is not None]
+    # A model that learns to end with another token never stops.
+    stops = [token for token in found if token in stop_tokens]
+    others = sorted(stop_tokens & (vocabulary.ordinary.keys() | vocabulary.special.keys()))
+    return next(iter([*stops, *others, *found] if found else []), None)
 
 
 def _read_chat_format(folder: Path, settings: Settings, vocabulary: Vocabulary) -> ChatFormat:

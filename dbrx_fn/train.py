@@ -48,6 +48,7 @@ _DEFAULTS: dict[str, Any] = {
     "data": [],
     "held_out": [],
     "held_out_share": 0.05,
+    "control_tokens": False,
     "resume": False,
     "model": None,
     "config": None,
@@ -102,9 +103,14 @@ def parser() -> argparse.ArgumentParser:
         "--data",
         nargs="+",
         metavar="PATH",
-        help="text files, .jsonl files (text, prompt and completion, or messages) or folders of both",
+        help="files of text (.txt, .md), of rows (.jsonl, .json: text, prompt and completion, or messages), or folders",
     )
     add("--held-out", nargs="+", metavar="PATH", help="the same, to evaluate on; never trained on")
+    add(
+        "--control-tokens",
+        action="store_true",
+        help="let texts spell control tokens, such as <|im_end|>; if not given they are plain text",
+    )
     number("--held-out-share", float, "share of the documents to hold out where --held-out isn't given")
     add("--model", help="checkpoint to start from, a folder or a Hugging Face repository; a fresh model if not given")
     add("--config", type=Path, help="config.json of a fresh model; the small model's that ships here if not given")
@@ -207,9 +213,9 @@ def _set_up(folder: RunFolder, plan: Plan, options: argparse.Namespace) -> None:
         chat_format = tokenizer.chat_format
         if plan.model is not None and options.tokenizer is not None:
             _warn_of_another_tokenizer(plan.model, tokenizer, options)
-    documents = read_documents(options.data, chat_format)
+    documents = read_documents(options.data, chat_format, control_tokens=options.control_tokens)
     if options.held_out:
-        held_out = read_documents(options.held_out, chat_format)
+        held_out = read_documents(options.held_out, chat_format, control_tokens=options.control_tokens)
         documents, removed = without_held_out(documents, held_out)
         if removed:
             print_message(f"{removed} documents are held out and left out of training")

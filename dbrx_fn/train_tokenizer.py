@@ -15,9 +15,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from dbrx_fn.atomic import write_file
 from dbrx_fn.chat import ChatFormat
 from dbrx_fn.command import Parser, program, run
-from dbrx_fn.corpus import read_documents, text_pieces
+from dbrx_fn.corpus import read_documents
 from dbrx_fn.errors import InputError
 from dbrx_fn.terminal import print_result
+from dbrx_fn.text_pieces import text_pieces
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
@@ -133,7 +134,8 @@ def parser() -> argparse.ArgumentParser:
 def _run(chosen: argparse.Namespace) -> None:
     if (chosen.out / "tokenizer.json").exists():
         raise InputError(f"{chosen.out} holds a tokenizer already: name another folder.")
-    documents = read_documents(chosen.data, ChatFormat(default_system=False))
+    # A tokenizer learns from characters only.
+    documents = read_documents(chosen.data, ChatFormat(default_system=False), control_tokens=True)
     tokenizer = train_bpe((text for document in documents for text, _ in document.spans), chosen.vocab_size)
     save_tokenizer(tokenizer, chosen.out)
     print_result(f"{chosen.out}: a tokenizer of {chosen.vocab_size} tokens from {len(documents)} documents")

@@ -1,10 +1,12 @@
 import hashlib
 from datetime import datetime
+from typing import Any
 
 import pytest
 
 from dbrx_fn.chat import CHATML, DEFAULT_SYSTEM_PROMPT, ChatFormat, render_chat
 from dbrx_fn.errors import InputError, TokenizerError
+from tests.templates.families import FAMILIES, Family
 
 USER = {"role": "user", "content": " Hi \n"}
 ASSISTANT = {"role": "assistant", "content": " Hello. "}
@@ -108,6 +110,52 @@ def test_templates_render_as_in_transformers(
     assert render_chat(conversation, chat_format, add_generation_prompt=add_generation_prompt) == expected[0]
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Adds <é>.",
+            "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "array"}}},
+        },
+    }
+]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": ["<é>"]}}}
+RICH: list[dict[str, Any]] = [
+    {"role": "user", "content": "Add."},
+    {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "hm"},
+    {"role": "tool", "name": "add", "content": '{"sum": "<é>"}'},
+    {"role": "assistant", "content": "<think>\nso\n</think>\n\nDone.", "name": None},
+    {"role": "user", "content": "Thanks."},
+]
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_families_render_as_in_transformers(family: Family, add_generation_prompt: bool) -> None:
+    utilities = pytest.importorskip("transformers.utils.chat_template_utils")
+    form = family.chat_format
+    conversations: list[tuple[list[dict[str, Any]], Any]] = [
+        (family.conversation(("one", " uno\n")), None),
+        (family.conversation(("one", "uno"), (" two ", "<think>\nhm\n</think>\n\ndos"))[:-1], None),
+        (family.conversation(("one", "uno"), ("two", "<think>\nhm\n</think>\n\ndos")), None),
+    ]
+    if family.tools:
+        conversations += [(RICH[:count], TOOLS) for count in range(1, 6)]
+    for conversation, tools in conversations:
+        # apply_chat_template leaves out what is null.
+        kept = [{key: value for key, value in message.items() if value is not None} for message in conversation]
+        expected, _ = utilities.render_jinja_template(
+            [kept],
+            tools=tools,
+            chat_template=form.template,
+            add_generation_prompt=add_generation_prompt,
+            **form.special_tokens,
+        )
+        rendered = render_chat(conversation, form, tools=tools, add_generation_prompt=add_generation_prompt)
+        assert rendered == expected[0]
+
+
 def test_template_sees_what_transformers_offers() -> None:
     template = (
         "{% for message in messages %}\n"
@@ -152,10 +200,21 @@ def test_template_failures_are_one_sentence(template: str, reason: str) -> None:
         ([SYSTEM], None, "nothing but a system message"),
         ([SYSTEM, USER], "Be brief.", "given twice"),
         ([SYSTEM, USER], "", "given twice"),
-        ([USER, {"role": "tool", "content": "4"}], None, "Message 2 has the unknown role 'tool'; use one of system"),
+        ([USER, {"role": "assistent", "content": "4"}], None, "Message 2 has the unknown role 'assistent'; use one of"),
         ([{"content": "Hi"}], None, "Message 1: 'role' is missing"),
         ([{"role": "user"}], None, "Message 1: 'content' is missing"),
-        ([{"role": "user", "content": [{"type": "text"}]}], None, "Message 1: 'content' is a list; it must be a text"),
+        ([{"role": "user", "content": 4}], None, "Message 1: 'content' is 4; it must be a text"),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}],
+            None,
+            "'content' has the part {'type': 'image'} where a text",
+        ),
+        (
+            [{"role": "user", "content": object()}],
+            None,
+            "Message 1 holds <object object at .*> where values of JSON's kinds",
+        ),
+        ([{"role": "user", "content": "a", "id": 2**64}], None, "Message 1 has a whole number of more than 64 bits"),
         (["Hi"], None, "Message 1 is a str; it must be a mapping"),
     ],
 )

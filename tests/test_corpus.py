@@ -1,6 +1,5 @@
-"""`read_documents`, `split`, `without_held_out`, `text_pieces`."""
+"""`read_documents`, `split`, `without_held_out`."""
 
-import itertools
 import json
 import os
 from collections.abc import Callable
@@ -12,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbrx_fn.chat import CHATML, ChatFormat, render_chat
-from dbrx_fn.corpus import Document, read_documents, split, text_pieces, without_held_out
-from dbrx_fn.errors import DbrxError, InputError, TokenizerError
+from dbrx_fn.corpus import Document, read_documents, split, without_held_out
+from dbrx_fn.errors import DbrxError, InputError
 
 SYSTEM = {"role": "system", "content": " Be brief. "}
 USER = {"role": "user", "content": "Hi"}
@@ -41,12 +40,12 @@ def refused(act: Callable[[], object], *words: str, kind: type[DbrxError] = Inpu
 
 
 def test_text_files_are_documents(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_bytes("\ufeffé\r\nx\n".encode())
+    (tmp_path / "a.md").write_bytes("\ufeffé\r\nx\n".encode())
     (tmp_path / "b").write_bytes(b"y")
-    documents = read_documents([str(tmp_path / "b"), tmp_path / "a.py"])
+    documents = read_documents([str(tmp_path / "b"), tmp_path / "a.md"])
     assert documents == [
-        Document(str(tmp_path / "b"), (("y", True),)),
-        Document(str(tmp_path / "a.py"), (("é\r\nx\n", True),)),
+        Document(str(tmp_path / "b"), (("y", True),), ((0, 1),)),
+        Document(str(tmp_path / "a.md"), (("é\r\nx\n", True),), ((0, 5),)),
     ]
 
 
@@ -56,7 +55,8 @@ def test_folders_are_searched_in_order(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text("" if name == "empty.txt" else name)
     lines(tmp_path / "b.jsonl", {"text": "first"}, {"text": ""}, {"text": "third"})
-    documents = read_documents([tmp_path])
+    with pytest.warns(UserWarning, match=r": files of other kinds are passed over \(1 of \.py\)\.$"):
+        documents = read_documents([tmp_path])
     assert [document.text for document in documents] == ["a.md", "b/a.txt", "b/z.TEXT", "first", "third", "c.txt"]
     assert documents[4].source == f"{tmp_path / 'b.jsonl'}, line 3"
 
@@ -65,7 +65,9 @@ def test_lines_of_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     both = {"prompt": "p", "completion": "c", "text": "t"}
     path.write_text(f'\ufeff{{"text": "a\u2028b", "id": 3}}\r\n\n{json.dumps(both)}\n  \n{{"text": "\\ud800."}}')
-    assert [(document.source.removeprefix(f"{path}, "), document.spans) for document in read_documents([path])] == [
+    with pytest.warns(UserWarning, match=r"Not used of the data: .*x\.jsonl: 'id' \(1\), .*'text' \(1\)\.$"):
+        documents = read_documents([path])
+    assert [(document.source.removeprefix(f"{path}, "), document.spans) for document in documents] == [
         ("line 1", (("a\u2028b", True),)),
         ("line 3", (("p", False), ("c", True))),
         ("line 5", (("\ufffd.", True),)),
@@ -80,39 +82,8 @@ def test_conversations_teach_what_the_assistant_says(tmp_path: Path) -> None:
         (" Hello.\n<|im_end|>", True),
         ("\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False),
         (" Hello.\n<|im_end|>", True),
-        ("\n<|im_start|>user\nHi<|im_end|>", False),
+        ("", False),
     )
-
-
-TEMPLATES = [
-    None,
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}",
-    "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}",
-]
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-@given(turns=st.lists(st.tuples(st.sampled_from(["user", "assistant"]), CONTENTS), min_size=1, max_size=6))
-def test_targets_are_exactly_the_assistants_turns(
-    template: str | None, turns: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    chat_format = ChatFormat(template, special_tokens={"eos_token": "</s>"})
-    turns = [*turns, ("assistant", "end")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    path = lines(tmp_path_factory.mktemp("chat") / "x.jsonl", {"messages": messages})
-    (document,) = read_documents([path], chat_format)
-    assert document.text == render_chat(messages, chat_format, add_generation_prompt=False)
-    end = {0: "<|im_end|>", 1: "<|im_end|>", 2: "</s>", 3: ""}[TEMPLATES.index(template)]
-    trimmed = template is not None and "trim" in template
-    said = [content.strip() if trimmed else content for role, content in turns if role == "assistant"]
-    expected = [content + end for content in said if content + end]
-    assert [text for text, target in document.spans if target] == expected
-    # What stands before a target is what generation gives the model to continue.
-    if template is None:
-        before = [read for (read, _), (_, target) in itertools.pairwise(document.spans) if target]
-        assert all(text.endswith("<|im_start|>assistant\n") for text in before)
-        assert len(before) == len(expected)
 
 
 @pytest.mark.parametrize(
@@ -124,10 +95,15 @@ def test_targets_are_exactly_the_assistants_turns(
         (b"{}", "the object has no keys, where 'text'"),
         (b'{"prompt": "a", "b": 1}', "the object has only 'prompt', 'b', where 'text'"),
         (b'{"text": 5}', "'text' is 5 where a text"),
-        (b'{"prompt": "a", "completion": null}', "'completion' is null where a text"),
-        (b'{"messages": "a"}', "'messages' is \"a\" where a list"),
+        (b'{"prompt": "a", "completion": null}', "'completion' is None where a text"),
+        (b'{"messages": "a"}', "'messages' is 'a' where a list"),
         (b'{"messages": []}', "conversation is empty"),
         (b'{"messages": [{"role": "user", "content": "a"}]}', "no message of the assistant"),
+        (
+            b'{"messages": [{"role": "assistant", "content": "a"}]}',
+            "no message of the assistant behind one of the user",
+        ),
+        (b'{"text": "a", "text": "b"}', "'text' is there twice"),
         (b'{"messages": [{"role": "tool", "content": "a"}]}', "Message 1 has the unknown role 'tool'"),
         (b'{"messages": [{"role": "assistant"}]}', "Message 1: 'content' is missing"),
     ],
@@ -138,13 +114,6 @@ def test_wrong_lines_are_named(line: bytes, words: str, tmp_path: Path) -> None:
     refused(lambda: read_documents([path]), f"{path}, line 3: ", words)
 
 
-def test_templates_that_hide_what_was_said(tmp_path: Path) -> None:
-    path = lines(tmp_path / "x.jsonl", {"messages": [USER, ASSISTANT]})
-    for template in ("{{ messages[1].content | upper }}", "{{ messages[0].content }}"):
-        refused(lambda: read_documents([path], ChatFormat(template)), f"{path}, line 1: ", "chat template changes")  # noqa: B023
-    refused(lambda: read_documents([path], ChatFormat("{{ 1 / 0 }}")), f"{path}, line 1: ", kind=TokenizerError)
-
-
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     refused(lambda: read_documents([]), "holds no text")
     refused(lambda: read_documents([tmp_path / "no.txt"]), f"{tmp_path / 'no.txt'} doesn't exist")
@@ -153,6 +122,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     refused(lambda: read_documents([tmp_path]), f"{tmp_path} holds no .txt")
     (tmp_path / "loop").symlink_to("loop")
     refused(lambda: read_documents([tmp_path / "loop"]), "can't be read (Too many levels of symbolic links)")
+    (tmp_path / "loop").unlink()
     (tmp_path / "a.txt").write_bytes("é".encode() + b"x\xff")
     refused(lambda: read_documents([tmp_path]), f"{tmp_path / 'a.txt'} isn't UTF-8 at byte 3")
     (tmp_path / "a.txt").write_bytes(b"")
@@ -235,26 +205,6 @@ def test_what_cannot_be_split() -> None:
     chat = Document("x.jsonl, line 1", (("prompt", False), ("completion", True)))
     refused(lambda: split([chat, chat], 0.5, 0), "x.jsonl, line 1 is the only text and can't be cut")
     refused(lambda: without_held_out(texts("a b", " a\nb"), texts("a b")), "0.txt, 1.txt holds nothing")
-
-
-# Pieces
-
-
-@given(text=st.text(st.sampled_from("ab. \n\r\u3000"), max_size=80), size=st.integers(1, 20))
-def test_pieces_are_cut_between_words_only(text: str, size: int) -> None:
-    pieces = list(text_pieces(text, size))
-    assert "".join(pieces) == text
-    assert all(pieces)
-    for before, after in itertools.pairwise(pieces):
-        assert len(before) >= size
-        assert before.endswith("\n")
-        assert not before[-2:-1].isspace()
-        assert not after[0].isspace()
-
-
-def test_pieces_are_of_the_size() -> None:
-    pieces = list(text_pieces("seven.\n" * 100, 70))
-    assert [len(piece) for piece in pieces] == [70] * 10
 
 
 def test_default_format_is_dbrxs(tmp_path: Path) -> None:

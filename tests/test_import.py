@@ -15,7 +15,17 @@ import dbrx_fn
 
 PUBLIC = {
     *("load", "load_tokenizer", "forward", "init_cache", "grow_cache", "init_params", "check_params", "param_count"),
-    *("stream_text", "stream_tokens", "render_chat", "Piece", "Sampling", "Tokenizer", "Cache", "Params"),
+    *(
+        "stream_text",
+        "stream_tokens",
+        "encode_chat",
+        "render_chat",
+        "Piece",
+        "Sampling",
+        "Tokenizer",
+        "Cache",
+        "Params",
+    ),
     *("Config", "AttnConfig", "FFNConfig", "DBRX", "SMALL"),
     *("loss", "score", "LossParts", "Routing", "Recipe", "State", "Measured", "init_state", "train_step"),
     *("save", "quantize", "dequantize", "Quantization", "Format"),

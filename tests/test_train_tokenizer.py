@@ -12,8 +12,8 @@ import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dbrx_fn.corpus import text_pieces
 from dbrx_fn.errors import InputError
+from dbrx_fn.text_pieces import text_pieces
 from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
 from dbrx_fn.train_tokenizer import SPECIAL_TOKENS, main, save_tokenizer, train_bpe
 
@@ -182,11 +182,14 @@ def test_values_that_cannot_work(
 
 def test_a_tokenizer_is_never_replaced(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = content(folder)
-    status, out, err = ran(["--data", __file__, "--vocab-size", 300, "--out", folder], capsys)
+    (tmp_path / "a.txt").write_text("\n".join(LEARNED))
+    status, out, err = ran(["--data", tmp_path / "a.txt", "--vocab-size", 300, "--out", folder], capsys)
     assert (status, out, err) == (2, "", f"error: {folder} holds a tokenizer already: name another folder.\n")
     assert content(folder) == before
     (tmp_path / "file").write_text("")
-    status, out, err = ran(["--data", __file__, "--vocab-size", 300, "--out", tmp_path / "file" / "t"], capsys)
+    status, out, err = ran(
+        ["--data", tmp_path / "a.txt", "--vocab-size", 300, "--out", tmp_path / "file" / "t"], capsys
+    )
     there = tmp_path / "file" / "t"
     assert (status, out, err) == (2, "", f"error: {there} can't be written (Not a directory): name another place.\n")
 
