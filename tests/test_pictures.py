@@ -159,13 +159,19 @@ def test_everything_written_stands_out_from_what_is_behind_it(name: str) -> None
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_pictures_fit_a_page(name: str, tmp_path: Path) -> None:
-    write_picture(drawn(name), tmp_path / "picture.png")
-    content = (tmp_path / "picture.png").read_bytes()
-    assert content.startswith(b"\x89PNG\r\n")
-    width, height = (int.from_bytes(content[place : place + 4]) for place in (16, 20))
+def test_pictures_fit_a_page(name: str) -> None:
+    width, height = drawn(name).bbox.size
     assert min(width, height) >= 200
     assert max(width, height) <= 6000
+
+
+def test_a_png_has_the_figure_in_its_size(tmp_path: Path) -> None:
+    figure = drawn("loads of one layer")
+    write_picture(figure, tmp_path / "picture.png")
+    content = (tmp_path / "picture.png").read_bytes()
+    assert content.startswith(b"\x89PNG\r\n")
+    size = [int.from_bytes(content[place : place + 4]) for place in (16, 20)]
+    assert size == pytest.approx(figure.bbox.size, abs=1)
 
 
 def test_a_name_on_several_lines_is_whole() -> None:
