@@ -38,8 +38,8 @@ _PRODUCTS = (
 )
 """Rows and columns of the product, and the inner axis, the least work first."""
 _CPU_SETS = tuple(size * _MIB for size in (1, 4, 16, 64, 256))
-_GPU_SETS = tuple(waves * WAVE for waves in (1, 2, 4, 8, 16, 64, 256))
-"""From 8 MiB, which a cache holds, to 2 GiB, which none does."""
+_GPU_SETS = tuple(waves * WAVE for waves in (1, 2, 4, 8, 32, 128))
+"""From 16 MiB, which a cache holds, to 2 GiB, which none does."""
 _MOST_RESULTS = 2**30
 """Bytes of results that are there at once."""
 

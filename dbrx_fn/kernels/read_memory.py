@@ -10,8 +10,8 @@ from dbrx_fn.compile import typed
 from dbrx_fn.kernels.cuda_module import Kernel, launch
 
 _THREADS = 256
-_BLOCKS = 528
-"""Four for each of the 132 multiprocessors."""
+_BLOCKS = 8 * 132
+"""As many as run at once. With fewer, the next launch would run beside this one and find in the cache what it read."""
 _AHEAD = 4
 WAVE = _BLOCKS * _THREADS * _AHEAD * 16
 """Bytes that are read at once; arrays are a multiple of that."""
