@@ -77,7 +77,8 @@ class Conversation:
         read = {"role", "content", *names, *(_REASONING if names.intersection(_REASONING) else ())}
         found = []
         for number, message in enumerate(self.messages):
-            for key in message.keys() - read:
+            # Reasoning is there under two names.
+            for key in [key for key in message if key not in read and key not in _REASONING[1:]]:
                 without = {name: value for name, value in message.items() if name != key}
                 empty = message[key] in ("", [], {})
                 if not empty and self._leaves_out((*self.messages[:number], without), number + 1):
