@@ -43,6 +43,7 @@ from dbrx_fn.errors import CacheError as CacheError
 from dbrx_fn.errors import CheckpointError as CheckpointError
 from dbrx_fn.errors import ConfigError as ConfigError
 from dbrx_fn.errors import DbrxError as DbrxError
+from dbrx_fn.errors import GenerationError as GenerationError
 from dbrx_fn.errors import InputError as InputError
 from dbrx_fn.errors import TokenizerError as TokenizerError
 from dbrx_fn.errors import TrainingError as TrainingError

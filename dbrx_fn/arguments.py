@@ -11,7 +11,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, wraps
 from pathlib import Path
@@ -152,7 +152,7 @@ def _kind(hint: Any) -> _Kind:
         # An array's shape and dtype aren't of its class.
         if not hasattr(kind, "dim_str"):
             classes.add(kind)
-        words.append(_in_words(kind))
+        words.append(_in_words(kind) + (" of whole numbers" if typing.get_args(part) == (int,) else ""))
     return _Kind(frozenset(classes), tuple(others), tuple(values), tuple(words))
 
 
@@ -161,7 +161,7 @@ def _in_words(kind: Any) -> str:
         return _WORDS[kind]
     if kind is Callable:
         return "a function"
-    if kind is Sequence:
+    if kind in (Sequence, Iterable):
         return "a sequence"
     if hasattr(kind, "dim_str"):
         return f"{' or '.join(kind.dtypes)} [{kind.dim_str}]"

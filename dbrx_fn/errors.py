@@ -25,6 +25,10 @@ class CacheError(DbrxError):
     """A cache that is too small, or that was made for another batch, model or dtype."""
 
 
+class GenerationError(DbrxError):
+    """A text that can't go on: the model's numbers are no longer finite."""
+
+
 class TrainingError(DbrxError):
     """A training run that can't go on: its numbers are no longer finite."""
 

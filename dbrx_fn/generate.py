@@ -2,29 +2,40 @@
 
 import argparse
 import json
+import os
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
 from tqdm import tqdm
 
+from dbrx_fn.backend import backend
 from dbrx_fn.chat import encode_chat
 from dbrx_fn.command import Parser, program, run
 from dbrx_fn.config import Config, Dtype
 from dbrx_fn.errors import InputError
-from dbrx_fn.generation import check_limits, stream_text, token_budget, warm_up
-from dbrx_fn.generation_config import read_sampling
+from dbrx_fn.generation import Piece, check_limits, stream_text, token_budget, warm_up
+from dbrx_fn.generation_config import read_generation_config
 from dbrx_fn.hub import SMALL, checkpoint_path, tokenizer_folder
 from dbrx_fn.loader import computing_dtype, load
 from dbrx_fn.model import CHUNK_SIZE
 from dbrx_fn.params import Params
 from dbrx_fn.sampling import Sampling, random_key
-from dbrx_fn.terminal import byte_progress, print_message
+from dbrx_fn.terminal import byte_progress, print_message, size_text, visible
 from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
+
+_MOST_TOKENS = 100
+"""What is made where neither the options nor the checkpoint say."""
+
+_PROMPT_SHOWN = 400
+"""Characters of the prompt's end that a terminal shows before the text."""
+
+_LARGEST_PROMPT = 256 * 2**20
+"""Bytes that are read from standard input."""
 
 
 @dataclass
@@ -38,23 +49,36 @@ class Report:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = "interrupted"
     load_time: float = 0.0
-    compile_time: float = 0.0
+    warm_up_time: float = 0.0
     time_to_first_token: float | None = None
     prompt_rate: float | None = None
     generation_rate: float | None = None
     peak_memory: int = 0
 
-    def summary(self) -> str:
-        """The figures that a person looks at, as a small table."""
+    def note(self, piece: Piece, elapsed: float) -> None:
+        """Counts a piece that came `elapsed` seconds after the start."""
+        self.tokens.append(piece.token)
+        self.text += piece.text
+        if self.time_to_first_token is None:
+            self.time_to_first_token = elapsed
+            self.prompt_rate = self.prompt_tokens / elapsed
+        else:
+            self.generation_rate = (len(self.tokens) - 1) / (elapsed - self.time_to_first_token)
+        if piece.finish_reason is not None:
+            self.finish_reason = piece.finish_reason
+
+    def summary(self, *, drawn: bool) -> str:
+        """The figures that a person looks at, as a small table; of what was `drawn`, the seed that draws it again."""
         return "\n".join(
             (
                 f"prompt          {self.prompt_tokens:8d} tokens  {_rate(self.prompt_rate)}",
                 f"generation      {len(self.tokens):8d} tokens  {_rate(self.generation_rate)}",
                 f"first token     {_seconds(self.time_to_first_token)}",
-                f"compiling       {_seconds(self.compile_time)}",
+                f"warm-up         {_seconds(self.warm_up_time)}",
                 f"loading         {_seconds(self.load_time)}",
                 f"peak memory     {self.peak_memory / 2**30:8.2f} GiB",
                 f"finish reason   {self.finish_reason}",
+                *([f"seed            {self.seed}"] if drawn else []),
             )
         )
 
@@ -75,6 +99,9 @@ def parser() -> argparse.ArgumentParser:
     options = Parser(
         prog=program("generate"),
         description="Continue a prompt with a DBRX model, or answer it with --chat, printing the text as it is made.",
+        epilog="Standard output is the text that was made and nothing else; on a terminal the prompt that it continues"
+        " stands before it. The summary, warnings and errors go to standard error. Exit status: 0; 2 after an error,"
+        " without JSON; 130 after Ctrl-C, with what was made until then.",
     )
     add = options.add_argument
     add(
@@ -84,7 +111,12 @@ def parser() -> argparse.ArgumentParser:
         " owner/name; if not given, the small model that ships with this package",
     )
     add("--prompt", "-p", required=True, help="text to continue; - reads it from standard input")
-    add("--max-tokens", "-m", type=int, default=100, help="the most tokens to make; %(default)s if not given")
+    add(
+        "--max-tokens",
+        "-m",
+        type=int,
+        help=f"the most tokens to make; max_new_tokens of generation_config.json if not given, or {_MOST_TOKENS}",
+    )
     add("--chat", action="store_true", help="put the prompt as a question in the model's chat format")
     add(
         "--control-tokens",
@@ -105,7 +137,13 @@ def parser() -> argparse.ArgumentParser:
     add("--frequency-penalty", type=float, default=0.0, help="the same for each time that they are in the text")
     add("--logit-bias", action="append", default=[], metavar="ID:BIAS", help="added to a token's logit; repeatable")
     add = options.add_argument
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends the text before this; repeatable")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends the text before this; repeatable; stop_strings of generation_config.json if not given",
+    )
     add("--extra-eos-token", action="extend", nargs="+", default=[], metavar="TOKEN", help="ends the text too")
     add("--seed", type=int, help="for drawing; another one each time if not given")
     add(
@@ -120,16 +158,19 @@ def parser() -> argparse.ArgumentParser:
         help="convert the parameters to this when loading; if not given they stay as they are, and on a CPU become"
         " float32 where memory allows",
     )
-    add("--json", action="store_true", help="print one JSON object at the end, instead of the text")
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON object at the end, instead of the text; none after an error",
+    )
     return options
 
 
 def _run(options: argparse.Namespace) -> None:
-    seed = secrets.randbits(32) if options.seed is None else options.seed
-    report = Report(model=options.model, seed=seed)
+    report = Report(options.model, secrets.randbits(32) if options.seed is None else options.seed)
     _sampling(options, Sampling())
     key = random_key(report.seed)
-    check_limits(options.max_tokens, options.stop)
+    check_limits(1 if options.max_tokens is None else options.max_tokens, options.stop)
     if options.prefill_step_size < 1:
         raise InputError(f"--prefill-step-size is {options.prefill_step_size} where it must be at least 1.")
     text = _prompt(options.prompt)
@@ -137,22 +178,24 @@ def _run(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     path = checkpoint_path(options.model)
     folder = tokenizer_folder(path)
-    sampling = _sampling(options, read_sampling(folder))
+    defaults = read_generation_config(folder)
+    sampling = _sampling(options, defaults.sampling)
     tokenizer = read_tokenizer(folder)
     params, config = _load(path, options.dtype)
     report.load_time = time.perf_counter() - start
 
     prompt = _encode(tokenizer, text, options)
     report.prompt_tokens = len(prompt)
-    budget = token_budget(prompt, config, options.max_tokens)
-    if budget < options.max_tokens:
+    wanted = options.max_tokens or defaults.max_tokens or _MOST_TOKENS
+    budget = token_budget(prompt, config, wanted)
+    if budget < wanted:
         print_message(f"warning: the context of {config.max_seq_len} tokens leaves room for {budget} after the prompt.")
     stop_tokens = tokenizer.stop_tokens | {_one_token(tokenizer, token) for token in options.extra_eos_token}
 
     start = time.perf_counter()
     # Nothing to wait for once MLX has the kernels; the first time on a machine it is seconds, or a minute on CUDA.
     waiting = "compiling, which takes longest the first time"
-    with tqdm(desc=waiting, bar_format="{desc}", disable=None, leave=False):
+    with tqdm(desc=waiting, bar_format="{desc}", disable=True if backend() == "cpu" else None, leave=False):
         warm_up(
             params,
             config,
@@ -161,8 +204,10 @@ def _run(options: argparse.Namespace) -> None:
             sampling=sampling,
             chunk_size=options.prefill_step_size,
         )
-    report.compile_time = time.perf_counter() - start
+    report.warm_up_time = time.perf_counter() - start
 
+    if not options.json and not _chats(options):
+        _show_prompt(text)
     pieces = stream_text(
         params,
         config,
@@ -172,35 +217,44 @@ def _run(options: argparse.Namespace) -> None:
         sampling=sampling,
         key=key,
         stop_tokens=stop_tokens,
-        stop_strings=options.stop,
+        stop_strings=options.stop or defaults.stop_strings,
         chunk_size=options.prefill_step_size,
     )
-    start = time.perf_counter()
+    _print_pieces(pieces, report, options, drawn=sampling.temperature > 0)
+
+
+def _print_pieces(pieces: Iterator[Piece], report: Report, options: argparse.Namespace, *, drawn: bool) -> None:
+    """Prints the text as it comes, and the figures when it ends; raises an interruption again after that."""
     interruption: KeyboardInterrupt | None = None
+    terminal = sys.stdout.isatty()
+    start = time.perf_counter()
     try:
         for piece in pieces:
-            now = time.perf_counter()
-            report.tokens.append(piece.token)
-            report.text += piece.text
-            if len(report.tokens) == 1:
-                report.time_to_first_token = first = now - start
-                report.prompt_rate = report.prompt_tokens / first
-            else:
-                report.generation_rate = (len(report.tokens) - 1) / (now - start - first)
-            if piece.finish_reason is not None:
-                report.finish_reason = piece.finish_reason
+            report.note(piece, time.perf_counter() - start)
             if not options.json:
-                print(piece.text, end="", flush=True)
+                print(visible(piece.text) if terminal else piece.text, end="", flush=True)
     except KeyboardInterrupt as stop:
         interruption = stop
     report.peak_memory = mx.get_peak_memory()
     if options.json:
         print(json.dumps(asdict(report), indent=2))
     else:
-        print(flush=True)
-    print(report.summary(), file=sys.stderr)
+        print("\n" if terminal else "", flush=True)
+    print(report.summary(drawn=drawn), file=sys.stderr)
     if interruption is not None:
         raise interruption
+
+
+def _show_prompt(text: str) -> None:
+    """Shows on a terminal what the text continues, dimmed; what is piped on is the text alone."""
+    if sys.stdout.isatty():
+        shown = visible(text if len(text) <= _PROMPT_SHOWN else f"…{text[-_PROMPT_SHOWN:]}")
+        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+        print(shown if plain else f"\x1b[2m{shown}\x1b[22m", end="", flush=True)
+
+
+def _chats(options: argparse.Namespace) -> bool:
+    return options.chat or options.system is not None
 
 
 def _sampling(options: argparse.Namespace, default: Sampling) -> Sampling:
@@ -236,7 +290,12 @@ def _prompt(option: str) -> str:
             source = "standard input"
             if sys.stdin is None:
                 raise InputError("The prompt from standard input can't be read, since that is closed.")
-            text = sys.stdin.buffer.read().decode("utf-8")
+            read = sys.stdin.buffer.read(_LARGEST_PROMPT + 1)
+            if len(read) > _LARGEST_PROMPT:
+                raise InputError(
+                    f"The prompt from standard input has more than {size_text(_LARGEST_PROMPT)}: shorten it."
+                )
+            text = read.decode("utf-8")
         else:
             # Bytes of the command line that aren't UTF-8 reach Python as lone surrogates.
             text = option.encode("utf-8", "surrogateescape").decode("utf-8")
@@ -255,7 +314,7 @@ def _load(path: Path, dtype: Dtype | None) -> tuple[Params, Config]:
 
 
 def _encode(tokenizer: Tokenizer, text: str, options: argparse.Namespace) -> list[int]:
-    if not options.chat and options.system is None:
+    if not _chats(options):
         return tokenizer.encode(text)
     message = {"role": "user", "content": text}
     return encode_chat(tokenizer, [message], system=options.system, control_tokens_in_content=options.control_tokens)

@@ -4,19 +4,22 @@
 token that it yields.
 """
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 
+from dbrx_fn.arguments import checked
 from dbrx_fn.backend import attended, backend
 from dbrx_fn.cache import capacity_bucket, grow_cache, init_cache
 from dbrx_fn.config import Config
-from dbrx_fn.errors import InputError
+from dbrx_fn.errors import GenerationError, InputError
+from dbrx_fn.json_file import shown
 from dbrx_fn.model import CHUNK_SIZE, chunk_widths, forward, time_bucket
 from dbrx_fn.params import Params
-from dbrx_fn.sampling import Sampling, init_history, sample
+from dbrx_fn.sampling import Key, Sampling, init_history, sample
 from dbrx_fn.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -40,15 +43,16 @@ class Piece:
     finish_reason: FinishReason | None
 
 
+@checked
 def stream_tokens(
     params: Params,
     config: Config,
-    prompt: Sequence[int],
+    prompt: Iterable[int],
     *,
     max_tokens: int = 100,
     sampling: Sampling = GREEDY,
-    key: mx.array | None = None,
-    stop_tokens: frozenset[int] = frozenset(),
+    key: Key | None = None,
+    stop_tokens: Iterable[int] = (),
     chunk_size: int = CHUNK_SIZE,
 ) -> Iterator[int]:
     """Yields the tokens that follow `prompt`, the stop token among them if one comes.
@@ -59,15 +63,18 @@ def stream_tokens(
         prompt: token ids, at least one, at most `config.max_seq_len`.
         max_tokens: the most to make; fewer if the context ends before.
         sampling: how to choose them; the likeliest, if not given.
-        key: an `mx.random.key` for drawing; key 0, if not given.
+        key: an `mx.random.key`, needed for drawing: where `sampling` has a temperature.
         stop_tokens: ids that end the text.
         chunk_size: prompt tokens worked on at once.
 
     Raises:
-        InputError: before the first token, if the prompt or `max_tokens` can't work.
+        InputError: before the first token, if an argument can't work.
+        GenerationError: if the model's logits aren't finite, so that no token can be chosen.
     """
-    prompt = [int(token) for token in prompt]
+    _check_drawing(sampling, key)
+    prompt = token_ids("The prompt", prompt, config)
     max_tokens = token_budget(prompt, config, max_tokens)
+    stop_tokens = frozenset(token_ids("stop_tokens", stop_tokens, config))
     cache = init_cache(config, 1, _first_capacity(len(prompt), max_tokens))
     history = init_history([prompt], config.vocab_size) if sampling.uses_history else None
     key = mx.random.key(0) if key is None else key
@@ -83,21 +90,27 @@ def stream_tokens(
             token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
             mx.async_eval(token)
         made = cast(int, current.item())
+        if made == config.vocab_size:
+            raise GenerationError(
+                f"After {len(prompt) + max_tokens - 1 - remaining} tokens the model's numbers are no longer finite: try"
+                " dtype float32 (--dtype float32), and if that doesn't help, its weights are damaged."
+            )
         yield made
         if made in stop_tokens:
             return
 
 
+@checked
 def stream_text(
     params: Params,
     config: Config,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[int],
+    prompt: str | Iterable[int],
     *,
     max_tokens: int = 100,
     sampling: Sampling = GREEDY,
-    key: mx.array | None = None,
-    stop_tokens: frozenset[int] | None = None,
+    key: Key | None = None,
+    stop_tokens: Iterable[int] | None = None,
     stop_strings: Sequence[str] = (),
     chunk_size: int = CHUNK_SIZE,
 ) -> Iterator[Piece]:
@@ -112,17 +125,18 @@ def stream_text(
         prompt: text, or its tokens.
         max_tokens: the most to make.
         sampling: how to choose them.
-        key: for drawing.
+        key: for drawing; needed where `sampling` has a temperature.
         stop_tokens: ids that end the text; `tokenizer.stop_tokens`, if not given.
         stop_strings: strings that end the text.
         chunk_size: prompt tokens worked on at once.
 
     Raises:
         InputError: as `stream_tokens`, or if a stop string is empty.
+        GenerationError: as `stream_tokens`.
     """
     check_limits(max_tokens, stop_strings)
     stop_tokens = tokenizer.stop_tokens if stop_tokens is None else stop_tokens
-    tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids("The prompt", prompt, config)
     budget = token_budget(tokens, config, max_tokens)
     stream = tokenizer.stream()
     held = ""
@@ -150,13 +164,13 @@ def check_limits(max_tokens: int, stop_strings: Sequence[str] = ()) -> None:
     """Raises `InputError` for limits that suit no prompt: `max_tokens` not positive, an empty stop string."""
     if max_tokens < 1:
         raise InputError(f"max_tokens is {max_tokens} where it must be at least 1.")
-    if isinstance(stop_strings, str):
-        raise InputError(f"stop_strings is the string {stop_strings!r} where a list of strings is expected.")
+    if isinstance(stop_strings, str) or not all(isinstance(stop, str) for stop in stop_strings):
+        raise InputError(f"stop_strings is {shown(stop_strings)} where a list of strings is expected.")
     if not all(stop_strings):
         raise InputError("A stop string is empty: give at least one character.")
 
 
-def token_budget(prompt: Sequence[int], config: Config, max_tokens: int) -> int:
+def token_budget(prompt: Iterable[int], config: Config, max_tokens: int) -> int:
     """How many tokens can be made after `prompt`: `max_tokens`, or what the context leaves if that is fewer.
 
     Raises:
@@ -164,6 +178,7 @@ def token_budget(prompt: Sequence[int], config: Config, max_tokens: int) -> int:
             is not positive.
     """
     check_limits(max_tokens)
+    prompt = token_ids("The prompt", prompt, config)
     if not prompt:
         raise InputError("The prompt is empty: give at least one token to continue from.")
     if len(prompt) > config.max_seq_len:
@@ -171,14 +186,36 @@ def token_budget(prompt: Sequence[int], config: Config, max_tokens: int) -> int:
             f"The prompt has {len(prompt)} tokens and the model's context holds {config.max_seq_len} (max_seq_len in"
             " config.json): shorten it."
         )
-    strange = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
-    if strange is not None:
-        raise InputError(
-            f"The prompt holds token {strange}, past the model's vocabulary of {config.vocab_size}: the tokenizer"
-            " belongs to another model."
-        )
     # The last token made is never fed back, so it needs no position.
     return min(max_tokens, config.max_seq_len - len(prompt) + 1)
+
+
+def token_ids(name: str, tokens: Iterable[int] | mx.array, config: Config) -> list[int]:
+    """The tokens as plain integers of the model's vocabulary; an argument's `name` is for the error.
+
+    Raises:
+        InputError: if they are none.
+    """
+    values: Any = tokens.tolist() if isinstance(tokens, mx.array) else tokens
+    try:
+        ids = [operator.index(token) for token in values]
+    except TypeError:
+        raise InputError(f"{name} is {shown(tokens)} where a sequence of token ids is expected.") from None
+    strange = next((token for token in ids if not 0 <= token < config.vocab_size), None)
+    if strange is not None:
+        raise InputError(
+            f"{name} holds token {strange}, past the model's vocabulary of {config.vocab_size}: the tokenizer belongs"
+            " to another model."
+        )
+    return ids
+
+
+def _check_drawing(sampling: Sampling, key: Key | None) -> None:
+    if key is None and sampling.temperature > 0:
+        raise InputError(
+            f"The temperature is {sampling.temperature:g} and no key is given to draw with: give"
+            " key=mx.random.key(seed), of another seed for another text."
+        )
 
 
 def warm_up(

@@ -26,6 +26,9 @@ Key = UInt32[mx.array, "2"]
 _COLDEST = 1e-6
 """Below this temperature a division may leave float32, where all positive logits would then be equal."""
 
+_LARGEST, _STRONGEST = 1e20, 1e6
+"""What is added to logits, and what multiplies them, at most: so they stay float32s, divided by `_COLDEST` too."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -39,7 +42,7 @@ class Sampling:
         (https://arxiv.org/abs/1909.05858).
     `presence_penalty`: subtracted from logits of tokens in the text made so far.
     `frequency_penalty`: subtracted for each time that a token is in the text made so far.
-    `logit_bias`: (token, bias) pairs; a bias is added to its token's logit.
+    `logit_bias`: (token, bias) pairs; a bias is added to its token's logit. -inf forbids it, inf forces it.
 
     Raises:
         InputError: naming an option whose value can't work.
@@ -63,16 +66,16 @@ class Sampling:
                 f"logit_bias is {shown(self.logit_bias)} where it must be pairs of a token's id and a number."
             )
         object.__setattr__(self, "logit_bias", tuple((int(token), float(bias)) for token, bias in self.logit_bias))
-        for name, ok, expected in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 or a positive number"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or a positive integer"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number"),
-            ("presence_penalty", math.isfinite(self.presence_penalty), "a number"),
-            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number"),
+        for name, lowest, highest, expected in (
+            ("temperature", 0, _LARGEST, f"from 0 to {_LARGEST:g}"),
+            ("top_k", 0, math.inf, "0 (all tokens) or a positive integer"),
+            ("top_p", math.nextafter(0, 1), 1, "above 0 and at most 1"),
+            ("min_p", 0, 1, "from 0 to 1"),
+            ("repetition_penalty", 1 / _STRONGEST, _STRONGEST, f"from {1 / _STRONGEST:g} to {_STRONGEST:g}"),
+            ("presence_penalty", -_LARGEST, _LARGEST, f"from {-_LARGEST:g} to {_LARGEST:g}"),
+            ("frequency_penalty", -_LARGEST, _LARGEST, f"from {-_LARGEST:g} to {_LARGEST:g}"),
         ):
-            if not ok:
+            if not lowest <= getattr(self, name) <= highest:
                 raise InputError(f"{name} is {getattr(self, name)!r} where it must be {expected}.")
 
     @property
@@ -130,7 +133,9 @@ def sample(
         sampling: how to choose.
 
     Returns:
-        The tokens, int32 `[batch]`, the key for the next call, and the history with these tokens counted.
+        The tokens, int32 `[batch]`, the key for the next call, and the history with these tokens counted. A row whose
+        logits hold NaN or infinity, or nothing but -inf, has the vocabulary's size for its token, which is no token: so
+        whoever reads the tokens learns of it without another wait for the device.
 
     Raises:
         InputError: if `logit_bias` names a token past the vocabulary.
@@ -174,7 +179,7 @@ def _numbers(sampling: Sampling) -> _Numbers:
         "presence_penalty": mx.array(sampling.presence_penalty, mx.float32),
         "frequency_penalty": mx.array(sampling.frequency_penalty, mx.float32),
         "biased_tokens": None if tokens is None else mx.array(tokens, mx.int32),
-        "biases": None if biases is None else mx.array(biases, mx.float32),
+        "biases": None if biases is None else mx.array([min(bias, _LARGEST) for bias in biases], mx.float32),
     }
 
 
@@ -199,9 +204,11 @@ def _sample(
         logits = apply_presence_penalty(logits, history["made"], numbers["presence_penalty"])
         logits = apply_frequency_penalty(logits, history["made"], numbers["frequency_penalty"])
     key, this_key = mx.random.split(key)
-    if greedy:
-        tokens = logits.argmax(axis=-1).astype(mx.int32)
-    else:
+    # NaN is the largest of all here, so this is finite where the row can be chosen from.
+    likeliest = logits.argmax(axis=-1, keepdims=True)
+    usable = mx.abs(mx.take_along_axis(logits, likeliest, axis=-1)[:, 0]) < math.inf
+    tokens = likeliest[:, 0].astype(mx.int32)
+    if not greedy:
         logits = logits / numbers["temperature"]
         if 0 < top_k < logits.shape[-1]:
             logits = apply_top_k(logits, k=top_k)
@@ -213,7 +220,7 @@ def _sample(
     if history is not None:
         made = history["made"].at[mx.arange(tokens.shape[0]), tokens].add(1)
         history = {"prompted": history["prompted"], "made": made}
-    return tokens, key, history
+    return mx.where(usable, tokens, logits.shape[-1]), key, history
 
 
 @typed

@@ -1,6 +1,7 @@
 """What all commands share of how they speak to a terminal: results, messages, warnings, progress."""
 
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,17 @@ def plain(text: str) -> str:
     terminal, and those for the direction of writing would turn a sentence around.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def visible(text: str) -> str:
+    """A text of any lines, as a model makes it, without what would steer a terminal: that is escaped."""
+    return "".join(c.encode("unicode_escape").decode() if _steers(c) else c for c in text)
+
+
+def _steers(character: str) -> bool:
+    control = unicodedata.category(character) == "Cc" and character not in "\n\t"
+    # Those that turn the direction of what comes after them.
+    return control or "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069"
 
 
 def print_result(text: str) -> None:

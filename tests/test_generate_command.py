@@ -120,7 +120,7 @@ def test_text_goes_to_standard_output_and_the_summary_to_standard_error(folder: 
     summary = err.decode()
     for line in ("prompt                 5 tokens", "generation            12 tokens", "finish reason   length"):
         assert line in summary
-    for line in ("first token", "compiling", "loading", "peak memory"):
+    for line in ("first token", "warm-up", "loading", "peak memory"):
         assert f"\n{line}" in summary
     assert snapshot(folder) == before
 
@@ -133,7 +133,7 @@ def test_json_tells_all(folder: Path, command: Command) -> None:
     assert report["finish_reason"] == "length"
     assert len(report["tokens"]) == 12
     assert report["text"] == read_tokenizer(folder).decode(report["tokens"])
-    for name in ("load_time", "compile_time", "time_to_first_token", "prompt_rate", "generation_rate", "peak_memory"):
+    for name in ("load_time", "warm_up_time", "time_to_first_token", "prompt_rate", "generation_rate", "peak_memory"):
         assert report[name] > 0, name
 
 
@@ -448,6 +448,12 @@ def test_damaged_checkpoint(damage: Callable[[Path], object], words: list[str], 
     assert snapshot(copy) == before
 
 
+@pytest.mark.parametrize("options", [[], ["--temp", "1"], ["--presence-penalty", "0.5"]])
+def test_weights_that_are_not_finite(options: list[object], copy: Path, refused: Refused) -> None:
+    edit_tensors(copy, lambda t: t.update({ROUTER: t[ROUTER] * float("nan")}))
+    refused(["--model", copy, "-p", "x", *options], "After 1 tokens the model's numbers are no longer finite", "dtype")
+
+
 def test_tokenizer_of_another_model(copy: Path, refused: Refused) -> None:
     edit_config(copy, vocab_size=16)
     edit_tensors(
@@ -495,7 +501,7 @@ def test_standard_input_that_is_no_utf8(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--temp=-1"], ["temperature is -1.0 where it must be 0 or a positive number"]),
+        (["--temp=-1"], ["temperature is -1.0 where it must be from 0 to 1e+20"]),
         (["--temp=nan"], ["temperature is nan"]),
         (["--temp=inf"], ["temperature is inf"]),
         (["--top-p=0"], ["top_p is 0.0 where it must be above 0 and at most 1"]),
@@ -504,8 +510,12 @@ def test_standard_input_that_is_no_utf8(
         (["--min-p=-0.1"], ["min_p is -0.1 where it must be from 0 to 1"]),
         (["--min-p=1.1"], ["min_p is 1.1"]),
         (["--top-k=-1"], ["top_k is -1 where it must be 0 (all tokens) or a positive integer"]),
-        (["--repetition-penalty=0"], ["repetition_penalty is 0.0 where it must be a positive number"]),
+        (["--repetition-penalty=0"], ["repetition_penalty is 0.0 where it must be from 1e-06 to 1e+06"]),
         (["--repetition-penalty=nan"], ["repetition_penalty is nan"]),
+        (["--temp=1e39"], ["temperature is 1e+39"]),
+        (["--repetition-penalty=1e-39"], ["repetition_penalty is 1e-39"]),
+        (["--presence-penalty=1e39"], ["presence_penalty is 1e+39"]),
+        (["--frequency-penalty=-1e39"], ["frequency_penalty is -1e+39"]),
         (["--presence-penalty=inf"], ["presence_penalty is inf where it must be a number"]),
         (["--frequency-penalty=nan"], ["frequency_penalty is nan where it must be a number"]),
         (["--max-tokens=0"], ["is 0 where it must be at least 1"]),

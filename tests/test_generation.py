@@ -2,10 +2,10 @@
 
 import codecs
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +19,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 import dbrx_fn.generation
 from dbrx_fn.cache import Cache, init_cache
-from dbrx_fn.errors import InputError
+from dbrx_fn.errors import GenerationError, InputError
 from dbrx_fn.generation import Piece, stream_text, stream_tokens, token_budget, warm_up
 from dbrx_fn.model import forward
 from dbrx_fn.params import Params
@@ -27,6 +27,7 @@ from dbrx_fn.sampling import Sampling
 from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
 from tests import oracle, trees
 
+T = TypeVar("T")
 CONTEXT = 600
 RAW: dict[str, Any] = {
     "architectures": ["DbrxForCausalLM"],
@@ -45,7 +46,7 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
 def made(prompt: Sequence[int] = PROMPT, **options: Any) -> list[int]:
-    return list(stream_tokens(PARAMS, CONFIG, prompt, **options))
+    return list(stream_tokens(PARAMS, CONFIG, prompt, **{"key": mx.random.key(0), **options}))
 
 
 def whole(tokens: Sequence[int]) -> NDArray[np.float32]:
@@ -112,10 +113,19 @@ def test_same_key_same_text() -> None:
     first = made(max_tokens=40, sampling=drawn, key=mx.random.key(5))
     assert made(max_tokens=40, sampling=drawn, key=mx.random.key(5)) == first
     assert made(max_tokens=40, sampling=drawn, key=mx.random.key(6)) != first
-    unkeyed = made(max_tokens=40, sampling=drawn)
-    assert unkeyed == made(max_tokens=40, sampling=drawn, key=mx.random.key(0))
     mx.random.seed(7)
-    assert made(max_tokens=40, sampling=drawn) == unkeyed
+    assert made(max_tokens=40, sampling=drawn, key=mx.random.key(5)) == first
+
+
+def test_drawing_without_a_key_is_refused(scratch: Path) -> None:
+    """Or else each text would be the same one, or no text could be made again."""
+    warm = Sampling(temperature=0.7)
+    for attempt in (
+        lambda: list(stream_tokens(PARAMS, CONFIG, PROMPT, sampling=warm)),
+        lambda: list(stream_text(COUNTING, CONFIG, saying([b"a"], scratch), [0], sampling=warm)),
+    ):
+        with pytest.raises(InputError, match=r"temperature is 0\.7 and no key is given.*mx\.random\.key"):
+            attempt()
 
 
 def test_penalties_see_prompt_and_text() -> None:
@@ -162,7 +172,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=9, frequency_penalty=0.1)])
 def test_next_token_is_under_way_before_one_is_waited_for(sampling: Sampling, events: list[str]) -> None:
-    stream = stream_tokens(PARAMS, CONFIG, PROMPT, max_tokens=5, sampling=sampling)
+    stream = stream_tokens(PARAMS, CONFIG, PROMPT, max_tokens=5, sampling=sampling, key=mx.random.key(0))
     assert events == []
     for _ in stream:
         events.append("yield")
@@ -262,6 +272,69 @@ def test_what_cannot_be_continued(prompt: list[int], max_tokens: int, words: str
         text = str(caught.value)
         assert text.startswith(words)
         assert text.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prompt": "To be"}, "prompt is 'To be' where it must be a sequence of whole numbers"),
+        ({"prompt": 7}, "prompt is 7 where it must be a sequence of whole numbers"),
+        ({"prompt": [1.5]}, r"The prompt is \[1\.5\] where a sequence of token ids"),
+        ({"prompt": ["a"]}, r"The prompt is \['a'\] where a sequence"),
+        ({"prompt": [[1, 2]]}, r"The prompt is \[\[1, 2\]\] where a sequence"),
+        ({"prompt": mx.array([1.0])}, r"where a sequence of token ids"),
+        ({"prompt": [1, 2**70]}, "The prompt holds token 1180591620717411303424, past"),
+        ({"stop_tokens": {64}}, "stop_tokens holds token 64, past the model's vocabulary of 64"),
+        ({"stop_tokens": "x"}, "stop_tokens is 'x' where it must be a sequence of whole numbers"),
+        ({"max_tokens": 2.5}, r"max_tokens is 2\.5 where it must be a whole number"),
+        ({"sampling": 0.7}, r"sampling is 0\.7 where it must be a Sampling"),
+        ({"sampling": Sampling(temperature=1.0), "key": 7}, r"key is 7 where it must be uint32 \[2\] or None"),
+        ({"params": CONFIG, "config": PARAMS}, "params is a Config where it must be a dict"),
+        ({"config": RAW}, "config is a dict where it must be a Config"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(options: dict[str, Any], words: str) -> None:
+    arguments: dict[str, Any] = {"params": PARAMS, "config": CONFIG, "prompt": PROMPT, "max_tokens": 2}
+    with pytest.raises(InputError, match=words) as caught:
+        list(stream_tokens(**arguments | options))
+    assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("sequence", [tuple, np.array, mx.array, lambda tokens: np.array(tokens, np.uint8)])
+def test_arrays_of_integers_are_prompts_too(sequence: Callable[[list[int]], Any]) -> None:
+    assert made(sequence(PROMPT), max_tokens=3) == made(PROMPT, max_tokens=3)
+
+
+def broken_after(token: int) -> Params:
+    """The model that counts, one of whose logits after this token is infinite, and 0 after all others."""
+    weight = np.array(COUNTING["lm_head"]["weight"])
+    # Times what the last norm makes of the token, more than 1, this leaves float32.
+    weight[40, token] = 3e38
+    return {**COUNTING, "lm_head": {"weight": mx.array(weight)}}
+
+
+def until_an_error(stream: Iterator[T]) -> tuple[list[T], str]:
+    """What an iterator yields before its `GenerationError`, and what that says."""
+    heard = []
+    try:
+        for each in stream:
+            heard.append(each)
+    except GenerationError as error:
+        return heard, str(error)
+    raise AssertionError(f"no error after {heard}")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-3])
+def test_numbers_that_are_not_finite_end_the_text_with_an_error(temperature: float, scratch: Path) -> None:
+    """What was made before them is given out."""
+    tokenizer, params = saying([b"a", b"b", b"c", b"d", b"e", b"f"], scratch), broken_after(4)
+    drawn: dict[str, Any] = {"sampling": Sampling(temperature=temperature), "key": mx.random.key(0)}
+    tokens, said = until_an_error(stream_tokens(params, CONFIG, [0], max_tokens=20, **drawn))
+    assert tokens == [1, 2, 3, 4]
+    assert said.startswith("After 5 tokens the model's numbers are no longer finite")
+    assert said.endswith(".")
+    pieces, _ = until_an_error(stream_text(params, CONFIG, tokenizer, [0], max_tokens=20, **drawn))
+    assert "".join(texts(pieces)) == "abcd"
 
 
 @pytest.mark.parametrize("token", [64, 2**40])
@@ -474,6 +547,7 @@ def test_text_of_random_bytes(temperature: float, scratch: Path) -> None:
             PROMPT,
             max_tokens=100,
             sampling=Sampling(temperature=temperature, logit_bias=tuple((n, -1e9) for n in range(20, 64))),
+            key=mx.random.key(0),
             stop_tokens=frozenset(),
         )
     )

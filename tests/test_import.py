@@ -29,7 +29,8 @@ PUBLIC = {
     *("Config", "AttnConfig", "FFNConfig", "DBRX", "SMALL"),
     *("loss", "score", "LossParts", "Routing", "Recipe", "State", "Measured", "init_state", "train_step"),
     *("save", "quantize", "dequantize", "Quantization", "Format"),
-    *("DbrxError", "ConfigError", "CheckpointError", "TokenizerError", "InputError", "CacheError", "TrainingError"),
+    *("DbrxError", "ConfigError", "CheckpointError", "TokenizerError", "InputError", "CacheError"),
+    *("GenerationError", "TrainingError"),
 }
 MODULES = [name for _, name, package in pkgutil.walk_packages(dbrx_fn.__path__, "dbrx_fn.") if not package]
 

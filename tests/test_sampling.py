@@ -263,6 +263,54 @@ def test_infinite_bias_forces(more: dict[str, Any]) -> None:
     assert drawn(LOGITS, sampling, 100).tolist() == [0, 0, 0, 0, 0, 1, 0]
 
 
+FAULTS = {"nan": math.nan, "inf": math.inf, "nothing left": -math.inf}
+
+
+@settings(max_examples=60)
+@given(
+    logits=all_logits,
+    fault=st.sampled_from(sorted(FAULTS)),
+    row=st.integers(0, BATCH - 1),
+    column=st.integers(0, VOCAB - 1),
+    temperature=st.sampled_from([0.0, 1.0]),
+    penalty=st.sampled_from([0.0, 0.5]),
+)
+def test_rows_that_cannot_be_chosen_from_get_a_token_past_the_vocabulary(
+    logits: Floats, fault: str, row: int, column: int, temperature: float, penalty: float
+) -> None:
+    """And the rows beside them the tokens that they would have had; the history counts nothing outside itself."""
+    sampling = Sampling(temperature=temperature, presence_penalty=penalty)
+    history = init_history([[0]] * BATCH, VOCAB) if penalty else None
+    expected = np.array(sample(mx.array(logits), KEY, history, sampling=sampling)[0])
+    broken = logits.copy()
+    broken[row, slice(None) if fault == "nothing left" else column] = FAULTS[fault]
+    tokens, _, after = sample(mx.array(broken), KEY, history, sampling=sampling)
+    expected[row] = VOCAB
+    np.testing.assert_array_equal(np.array(tokens), expected)
+    if after is not None:
+        assert np.array(after["made"]).sum(axis=1).tolist() == [1] * BATCH
+
+
+@settings(max_examples=60)
+@given(logits=all_logits, bias=st.sampled_from([-math.inf, -1e39, -1e20, 1e20, 1e39, math.inf]), data=st.data())
+def test_numbers_at_the_edge_never_make_logits_that_are_not_finite(
+    logits: Floats, bias: float, data: st.DataObject
+) -> None:
+    edge = [1e-6, 1.0, 1e6]
+    sampling = Sampling(
+        temperature=data.draw(st.sampled_from([0.0, 1e-20, 1.0, 1e20])),
+        repetition_penalty=data.draw(st.sampled_from(edge)),
+        presence_penalty=data.draw(st.sampled_from([-1e20, 0.0, 1e20])),
+        frequency_penalty=data.draw(st.sampled_from([-1e20, 0.0, 1e20])),
+        logit_bias=((2, bias),),
+    )
+    history: History | None = init_history([[1, 2]] * BATCH, VOCAB)
+    key = KEY
+    for _ in range(3):
+        tokens, key, history = sample(mx.array(logits), key, history, sampling=sampling)
+        assert (np.array(tokens) < VOCAB).all()
+
+
 # History
 
 
@@ -331,6 +379,14 @@ def test_history_is_used_for_penalties_only(sampling: Sampling, expected: bool) 
         *(("repetition_penalty", value) for value in (0.0, -1.0, math.nan, math.inf)),
         *(("presence_penalty", value) for value in (math.nan, math.inf, -math.inf)),
         *(("frequency_penalty", value) for value in (math.nan, math.inf)),
+        *(("temperature", value) for value in (1e21, 1e39, "warm", None)),
+        *(("top_k", value) for value in (2.5, 3.0, "3")),
+        *(("repetition_penalty", value) for value in (1e-7, 1e7)),
+        *(("presence_penalty", value) for value in (1e21, -1e21)),
+        ("logit_bias", ((1.5, 1.0),)),
+        ("logit_bias", ((1, "x"),)),
+        ("logit_bias", (1, 2)),
+        ("logit_bias", 5),
         ("logit_bias", ((-1, 1.0),)),
         ("logit_bias", ((0, 1.0), (1, math.nan))),
     ],

@@ -157,7 +157,8 @@ def _small(out: Path, dtype: str) -> None:
         tokenizer = out / "small" / "tokenizer"
         write_checkpoint(folder, quantize(params, config, packed), config, tokenizer_files=tokenizer)
         settings = json.loads((folder / "generation_config.json").read_bytes())
-        settings |= {"do_sample": True, "temperature": SAMPLING.temperature, "top_p": SAMPLING.top_p}
+        drawn = {name: getattr(SAMPLING, name) for name in ("temperature", "top_k", "top_p")}
+        settings |= {"do_sample": True, **drawn}
         write_file(folder / "generation_config.json", (json.dumps(settings, indent=2) + "\n").encode())
 
 
