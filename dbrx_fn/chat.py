@@ -7,6 +7,7 @@ from dbrx_fn.chat_format import CHATML as CHATML
 from dbrx_fn.chat_format import DEFAULT_SYSTEM_PROMPT as DEFAULT_SYSTEM_PROMPT
 from dbrx_fn.chat_format import ChatFormat as ChatFormat
 from dbrx_fn.conversation import mark, read_conversation
+from dbrx_fn.prompt_length import encode_prompt
 from dbrx_fn.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -57,6 +58,7 @@ def encode_chat(
     system: str | None = None,
     add_generation_prompt: bool = True,
     control_tokens_in_content: bool = False,
+    most: int | None = None,
 ) -> list[int]:
     """Encodes a conversation as the tokens of a prompt.
 
@@ -72,13 +74,16 @@ def encode_chat(
         add_generation_prompt: whether the tokens end with the opening of the assistant's turn.
         control_tokens_in_content: whether texts that spell control tokens become those tokens, as in transformers and
             mlx-lm unless they are told otherwise.
+        most: the tokens that the model's context holds, if a conversation that can't fit is to be refused before it
+            takes memory.
 
     Raises:
-        InputError: as of `render_chat`, or the template treats a text that spells a control token as no other text.
+        InputError: as of `render_chat`, or the template treats a text that spells a control token as no other text, or
+            a long conversation has more than `most` tokens.
         TokenizerError: as of `render_chat`.
     """
     conversation = read_conversation(messages, tokenizer.chat_format, tools=tools, system=system)
     conversation.check_used()
     marked = mark(conversation, control_tokens=control_tokens_in_content)
     rendered, _ = marked.marks.take_out(marked.render(len(conversation), add_generation_prompt))
-    return tokenizer.encode(rendered.text, add_special_tokens=False, literal=rendered.literal)
+    return encode_prompt(tokenizer, rendered.text, most, add_special_tokens=False, literal=rendered.literal)

@@ -24,6 +24,7 @@ from dbrx_fn.hub import SMALL, checkpoint_path, tokenizer_folder
 from dbrx_fn.loader import computing_dtype, load
 from dbrx_fn.model import CHUNK_SIZE
 from dbrx_fn.params import Params
+from dbrx_fn.prompt_length import encode_prompt
 from dbrx_fn.sampling import Sampling, random_key
 from dbrx_fn.terminal import byte_progress, print_message, size_text, visible
 from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
@@ -184,7 +185,7 @@ def _run(options: argparse.Namespace) -> None:
     params, config = _load(path, options.dtype)
     report.load_time = time.perf_counter() - start
 
-    prompt = _encode(tokenizer, text, options)
+    prompt = _encode(tokenizer, text, options, config.max_seq_len)
     report.prompt_tokens = len(prompt)
     wanted = options.max_tokens or defaults.max_tokens or _MOST_TOKENS
     budget = token_budget(prompt, config, wanted)
@@ -313,11 +314,13 @@ def _load(path: Path, dtype: Dtype | None) -> tuple[Params, Config]:
         return load(path, dtype=dtype or computing_dtype(path), progress=progress)
 
 
-def _encode(tokenizer: Tokenizer, text: str, options: argparse.Namespace) -> list[int]:
+def _encode(tokenizer: Tokenizer, text: str, options: argparse.Namespace, most: int) -> list[int]:
     if not _chats(options):
-        return tokenizer.encode(text)
+        return encode_prompt(tokenizer, text, most)
     message = {"role": "user", "content": text}
-    return encode_chat(tokenizer, [message], system=options.system, control_tokens_in_content=options.control_tokens)
+    return encode_chat(
+        tokenizer, [message], system=options.system, control_tokens_in_content=options.control_tokens, most=most
+    )
 
 
 def _one_token(tokenizer: Tokenizer, text: str) -> int:

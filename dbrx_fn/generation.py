@@ -19,6 +19,7 @@ from dbrx_fn.errors import GenerationError, InputError
 from dbrx_fn.json_file import shown
 from dbrx_fn.model import CHUNK_SIZE, chunk_widths, forward, time_bucket
 from dbrx_fn.params import Params
+from dbrx_fn.prompt_length import encode_prompt
 from dbrx_fn.sampling import Key, Sampling, init_history, sample
 from dbrx_fn.tokenizer import Tokenizer
 
@@ -136,7 +137,10 @@ def stream_text(
     """
     check_limits(max_tokens, stop_strings)
     stop_tokens = tokenizer.stop_tokens if stop_tokens is None else stop_tokens
-    tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids("The prompt", prompt, config)
+    if isinstance(prompt, str):
+        tokens = encode_prompt(tokenizer, prompt, config.max_seq_len)
+    else:
+        tokens = token_ids("The prompt", prompt, config)
     budget = token_budget(tokens, config, max_tokens)
     stream = tokenizer.stream()
     held = ""
