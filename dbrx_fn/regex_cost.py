@@ -6,7 +6,7 @@ choice is open if something must follow it, since only then can it be tried agai
 
 - An open part that repeats without limit occurs once in an alternative. It doesn't match both letters and spaces, so it
   ends with the word.
-- The other open choices of an alternative are at most `_MOST_CHOICES` together.
+- The other open choices of an alternative are few, all combinations counted.
 - A group of choices isn't repeated, unless nothing must follow it.
 """
 
@@ -20,7 +20,7 @@ from dbrx_fn.json_file import shown
 _LONGEST = 4096
 _DEEPEST = 8
 _MOST_ALTERNATIVES = 256
-_MOST_CHOICES = 256
+_MOST_CHOICES, _MOST_BESIDE_UNLIMITED = 64, 8
 _MOST_TIMES = 100
 """The most that a count in braces may be."""
 
@@ -52,8 +52,11 @@ class _Part:
         return self.place or self.least > 0
 
 
-def check_regex(expression: str) -> None:
+def check_regex(expression: str) -> bool:
     """Makes sure that an expression for Oniguruma is one whose time is bounded.
+
+    Returns:
+        Whether it can match nothing, between two characters.
 
     Raises:
         RegexCostError: it isn't, or it uses what is not understood here, such as references back.
@@ -66,6 +69,7 @@ def check_regex(expression: str) -> None:
         raise RegexCostError("a parenthesis closes nothing")
     for alternative in alternatives:
         _check_sequence(alternative, is_open=False, looking=False)
+    return any(map(_can_be_empty, alternatives))
 
 
 class _Parser:
@@ -177,7 +181,7 @@ def _check_sequence(parts: tuple[_Part, ...], *, is_open: bool, looking: bool) -
 
     Returns:
         choices: how many open choices it has, but for repetitions without limit.
-        unlimited: how many open repetitions without limit it has.
+        unlimited: how many repetitions without limit it has that may be matched again, but the last parts.
     """
     choices, unlimited = 1, 0
     for part in reversed(parts):
@@ -186,8 +190,9 @@ def _check_sequence(parts: tuple[_Part, ...], *, is_open: bool, looking: bool) -
         unlimited += more_unlimited
         if unlimited > 1:
             raise RegexCostError(f"{shown(part.text)} and a later part repeat without limit before something")
-        if choices > _MOST_CHOICES:
-            raise RegexCostError(f"{shown(part.text)} and what follows leave more than {_MOST_CHOICES} choices")
+        most = _MOST_BESIDE_UNLIMITED if unlimited else _MOST_CHOICES
+        if choices > most:
+            raise RegexCostError(f"{shown(part.text)} and what follows leave more than {most} choices")
         is_open = is_open or part.required
     return choices, unlimited
 
@@ -199,7 +204,7 @@ def _check_part(part: _Part, *, is_open: bool, looking: bool) -> tuple[int, int]
         return (part.most - part.least + 1 if is_open and not part.possessive else 1), 0
     if (is_open or looking) and _is_wide(part.text):
         raise RegexCostError(f"{shown(part.text)} repeats over whole lines before something")
-    return 1, int(is_open and not part.possessive)
+    return 1, int(is_open or looking)
 
 
 def _check_group(part: _Part, group: tuple[tuple[_Part, ...], ...], *, is_open: bool, looking: bool) -> tuple[int, int]:
@@ -210,15 +215,23 @@ def _check_group(part: _Part, group: tuple[tuple[_Part, ...], ...], *, is_open: 
         # What repeats is fixed, so it is like a class of characters.
         for inner_part in group[0]:
             _check_part(replace(inner_part, most=None), is_open=is_open, looking=looking)
-        return 1, int(is_open and not part.possessive)
+        return 1, 1
     alone = bool(part.kind and part.kind[0] in "=!<>") or repeats or part.possessive
     inner = [
         _check_sequence(alternative, is_open=is_open and not alone, looking=looking or part.place)
         for alternative in group
     ]
+    unlimited = max(unlimited for _, unlimited in inner)
     if alone or not is_open:
-        return (part.most - part.least + 1 if is_open and part.most is not None else 1), 0
-    return sum(choices for choices, _ in inner) + (part.least == 0), max(unlimited for _, unlimited in inner)
+        return (part.most - part.least + 1 if is_open and part.most is not None else 1), unlimited
+    return sum(choices for choices, _ in inner) + (part.least == 0), unlimited
+
+
+def _can_be_empty(parts: tuple[_Part, ...]) -> bool:
+    return all(
+        part.place or part.least == 0 or (part.group is not None and any(map(_can_be_empty, part.group)))
+        for part in parts
+    )
 
 
 def _is_fixed(part: _Part) -> bool:

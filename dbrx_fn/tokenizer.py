@@ -2,6 +2,7 @@
 
 import codecs
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -130,7 +131,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     if not folder.is_dir():
         raise TokenizerError(f"{folder} isn't a folder; give the folder that holds the checkpoint's tokenizer files.")
     settings = Settings(folder / "tokenizer_config.json")
-    if (folder / "tokenizer.json").is_file():
+    if os.path.lexists(folder / "tokenizer.json"):
         vocabulary = read_tokenizer_json(folder / "tokenizer.json", settings)
     elif settings.text("tokenizer_class") == CLASS:
         vocabulary = read_tiktoken(folder, settings)
@@ -191,7 +192,7 @@ def _read_end_of_text(vocabulary: Vocabulary, stop_tokens: frozenset[int]) -> in
 def _read_chat_format(folder: Path, settings: Settings, vocabulary: Vocabulary) -> ChatFormat:
     template: str | None
     template_file = folder / "chat_template.jinja"
-    if template_file.is_file():
+    if os.path.lexists(template_file):
         template, source = read_text(template_file), str(template_file)
     else:
         template, source = _read_template(settings), f"'chat_template' in {settings.path}"

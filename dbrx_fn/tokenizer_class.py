@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbrx_fn.json_file import shown
 from dbrx_fn.tokenizer_settings import Settings
 
 _AS_IT_STANDS = (
@@ -113,5 +112,5 @@ def _padding_token(file: Settings) -> dict[str, str]:
     if padding is None:
         return {}
     if not isinstance(padding, dict) or not isinstance(padding.get("pad_token"), str):
-        raise file.wrong("'padding'", "null, or an object with a 'pad_token'", shown(padding))
+        raise file.wrong("'padding'", "null, or an object with a 'pad_token'", padding)
     return {"pad_token": padding["pad_token"]}

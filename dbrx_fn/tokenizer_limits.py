@@ -13,6 +13,8 @@ from dbrx_fn.regex_cost import RegexCostError, check_regex
 from dbrx_fn.tokenizer_settings import Settings, is_token_id
 from dbrx_fn.vocabulary import BYTES
 
+_LARGEST_ID = 2**22 - 1
+"""The library takes memory for all ids up to the largest; the largest vocabulary known has 260 thousand."""
 _MOST_STEPS = 32
 """Normalizers, or parts of the cutting into words, in one file; the most known are 9."""
 _MOST_GROWTH = 16
@@ -65,8 +67,8 @@ def _check_model(file: Settings, *, byte_level: bool) -> None:
     if not isinstance(vocabulary, dict) or not isinstance(merges, list):
         raise file.wrong("the model", "an object with a 'vocab' and a list of 'merges'", model)
     for name, number in vocabulary.items():
-        if not is_token_id(number):
-            raise file.wrong(f"the id of {shown(name)}", "a whole number from 0 to 2147483647", number)
+        if not is_token_id(number) or number > _LARGEST_ID:
+            raise file.wrong(f"the id of {shown(name)}", f"a whole number from 0 to {_LARGEST_ID}", number)
     if len(set(vocabulary.values())) < len(vocabulary):
         raise file.wrong("each id in the model's 'vocab'", "one token's", "an id that two tokens have")
     if model.get("dropout"):
@@ -78,6 +80,8 @@ def _check_model(file: Settings, *, byte_level: bool) -> None:
         if model.get(key):
             raise file.wrong(f"'{key}' of the model", "null, as in every byte-level tokenizer", model[key])
     unknown = model.get("unk_token")
+    if unknown is not None and not isinstance(unknown, str):
+        raise file.wrong("'unk_token' of the model", "a text, or null", unknown)
     if unknown is not None and unknown not in vocabulary and not (byte_level and vocabulary.keys() >= BYTES.keys()):
         raise file.wrong("'unk_token' of the model", "a token of its 'vocab', or null", unknown)
 
@@ -115,30 +119,36 @@ def _prepended(file: Settings, step: Step) -> int:
 
 
 def _replaced(file: Settings, step: Step) -> int:
-    content = len(_text(file, step, "content").encode())
-    pattern = step["pattern"].get("String") if isinstance(step.get("pattern"), dict) else None
-    _cut_at(file, step)
-    # An expression can match nothing, before each character.
-    return 1 + content if pattern is None else max(1, -(-content // len(pattern.encode())))
+    content = len(_text(file, step, "content").encode("utf-8", "replace"))
+    string, empty = _pattern(file, step)
+    if empty:
+        # The library fails where that is the end of the text.
+        raise file.wrong("'pattern' of Replace", "one that matches a character at least", step["pattern"])
+    return max(1, -(-content // max(1, len(string.encode("utf-8", "replace")))))
 
 
 def _cut_at(file: Settings, step: Step) -> int:
-    """Checks the pattern of a step that cuts or replaces what matches."""
+    _pattern(file, step)
+    return 1
+
+
+def _pattern(file: Settings, step: Step) -> tuple[str, bool]:
+    """Returns the text that a step looks for, if it is no expression, and whether it can match nothing."""
     pattern = step.get("pattern")
     kind, value = next(iter(pattern.items())) if isinstance(pattern, dict) and len(pattern) == 1 else (None, None)
     if kind not in ("String", "Regex") or not isinstance(value, str) or not value:
         raise file.wrong(
             f"'pattern' of {step['type']}", "an object with one 'String' or 'Regex' that isn't empty", pattern
         )
-    if kind == "Regex":
-        try:
-            check_regex(value)
-        except RegexCostError as error:
-            raise TokenizerError(
-                f"{file.path}: the expression {shown(value)} of {step['type']} may take too long ({error}); take the "
-                "file of a DBRX checkpoint."
-            ) from error
-    return 1
+    if kind == "String":
+        return value, False
+    try:
+        return "", check_regex(value)
+    except RegexCostError as error:
+        raise TokenizerError(
+            f"{file.path}: the expression {shown(value)} of {step['type']} may take too long ({error}); take the file "
+            "of a DBRX checkpoint."
+        ) from error
 
 
 def _text(file: Settings, step: Step, key: str) -> str:

@@ -81,24 +81,24 @@ def _snapshot(root: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (status.st_size, status.st_mtime_ns) for path, status in found.items()}
 
 
-def _peak_memory() -> int:
-    """Bytes of the process's largest resident set since `_forget_peak`; 0 where the system doesn't say."""
+def peak_memory() -> int:
+    """Bytes of the process's largest resident set since `forget_peak`; 0 where the system doesn't say."""
     if not _STATUS.exists():
         return 0
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     if _STATUS.exists():
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _limit_memory() -> None:
+def limit_memory(more: int = _ADDRESS_SPACE) -> None:
     """No more address space than the process has and a bit, so that nothing can take the machine's memory."""
     if _STATUS.exists():
         size = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmSize"))
-        limit = int(size.split()[1]) * 1024 + _ADDRESS_SPACE
+        limit = int(size.split()[1]) * 1024 + more
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
@@ -131,8 +131,8 @@ def _load_one(
 ) -> dict[str, Any]:
     folder = root / "dbrx"
     before = _snapshot(root)
-    _forget_peak()
-    memory = _peak_memory()
+    forget_peak()
+    memory = peak_memory()
     result: dict[str, Any] = {"text": "", "spoilt": []}
     try:
         if converting:
@@ -148,7 +148,7 @@ def _load_one(
     # Whatever it is, and PanicException of Rust's libraries is no Exception.
     except BaseException:
         result |= {"outcome": "traceback", "text": traceback.format_exc()}
-    result["grown"] = _peak_memory() - memory
+    result["grown"] = peak_memory() - memory
     made = (str(root / "made"), str(root / ".made.converting"))
     result["wrote"] = sorted(name for name, _ in _snapshot(root).items() ^ before.items() if not name.startswith(made))
     return result
@@ -162,7 +162,7 @@ def main(way: str, count: int, root: Path, *, converting: bool) -> None:
         write_base(original, base)
     whole = {base: Loaded(original) for base, original in originals.items()}
     tokenizer = _text(load_tokenizer(originals["fused"]))
-    _limit_memory()
+    limit_memory()
     for number in range(count):
         base = BASES[number % len(BASES)]
         case = root / "case"
