@@ -28,13 +28,17 @@ def encode_prompt(
     Raises:
         InputError: the prompt has more than `most` tokens.
     """
+    if most is not None and len(text) > 2 * _PIECE:
+        _check_length(tokenizer, text, most)
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens, literal=literal)
+
+
+def _check_length(tokenizer: Tokenizer, text: str, most: int) -> None:
     counted = 0
-    counted_to = len(text) if most is not None and len(text) > 2 * _PIECE else 0
-    for start in range(0, counted_to, _PIECE):
+    for start in range(0, len(text), _PIECE):
         counted += len(tokenizer.encode(text[start : start + _PIECE], add_special_tokens=False)) - _CUT_ERROR
-        if most is not None and counted > most:
+        if counted > most:
             raise InputError(
                 f"The prompt has more than {most} tokens, which is what the model's context holds (max_seq_len in"
                 " config.json): shorten it."
             )
-    return tokenizer.encode(text, add_special_tokens=add_special_tokens, literal=literal)
