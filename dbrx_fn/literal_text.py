@@ -4,6 +4,7 @@ import bisect
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 
 import tokenizers
 
@@ -13,6 +14,11 @@ Ranges = Sequence[tuple[int, int]]
 """Characters of a text from a start to before an end."""
 
 _WORD = re.compile(r"\w")
+_MOST_ROUNDS = 8
+"""A round that finds wrong tokens leaves fewer of them, unless a normalizer takes out what stands for others."""
+
+_Match = tuple[str, int, int]
+"""A control token's text, and where it starts and ends."""
 
 
 def checked_ranges(text: str, literal: Ranges) -> list[tuple[int, int]]:
@@ -89,41 +95,35 @@ class LiteralEncoder:
 
     The library finds the control tokens outside of the ranges, in a copy of the text whose ranges hold other
     characters. The stretches between those tokens are encoded by a second tokenizer, which takes every control token's
-    text as ordinary text.
+    text as ordinary text. Both are made when a range holds such a text for the first time.
 
     Args:
         backend: the tokenizer as it is.
         control: the control tokens' texts and ids, all of them added tokens of the backend.
+
+    Raises:
+        ValueError: the added tokens have so many characters that none is left for the copy.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, control: Mapping[str, int]) -> None:
         self._backend = backend
         self._control = control
-        added = list(backend.get_added_tokens_decoder().values())
-        self._added = {token.content: token for token in added}
-        used = {character for token in added for character in token.content}
+        self._added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+        used = {character for content in self._added for character in content}
         # No normalizer changes these characters or joins them with their neighbours.
-        self._letter = next(chr(code) for code in range(0xA000, 0xA48D) if chr(code) not in used)
-        self._symbol = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
+        self._letter = _unused(range(0xA000, 0xA48D), used)
+        self._symbol = _unused(range(0xE000, 0xF8FF), used)
         # A normalizer can make a control token's text out of another text.
         exact = backend.normalizer is None or not any(self._added[content].normalized for content in control)
         self._pattern = any_of(control) if exact else re.compile("")
-        self._finder: tokenizers.Tokenizer | None = None
-        self._plain: tokenizers.Tokenizer | None = None
 
     def encode(self, text: str, literal: Ranges) -> list[int]:
         """Returns the tokens of a text whose literal ranges, which are in order, make no control token."""
-        if not self._can_match(text, literal):
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
-        if self._plain is None:
-            self._plain = without_control_tokens(self._backend, self._control)
-        tokens: list[int] = []
-        place = 0
-        for content, start, end in self._control_tokens(text, literal):
-            tokens += self._plain.encode(text[place:start], add_special_tokens=False).ids
-            tokens.append(self._control[content])
-            place = end
-        return tokens + list(self._plain.encode(text[place:], add_special_tokens=False).ids)
+        if self._can_match(text, literal):
+            control_tokens = self._outside(text, literal)
+            if control_tokens != self._find(text):
+                return self._encode_between(text, control_tokens)
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def _can_match(self, text: str, literal: Ranges) -> bool:
         if self._pattern is None or not literal:
@@ -135,25 +135,45 @@ class LiteralEncoder:
             place = found.start() + 1
         return False
 
-    def _control_tokens(self, text: str, literal: Ranges) -> list[tuple[str, int, int]]:
-        """Returns control tokens outside of the ranges: text, start and end, with the white space that they take."""
-        if self._finder is None:
-            self._finder = finder(self._backend)
+    def _encode_between(self, text: str, control_tokens: list[_Match]) -> list[int]:
+        tokens: list[int] = []
+        place = 0
+        for content, start, end in control_tokens:
+            tokens += self._plain.encode(text[place:start], add_special_tokens=False).ids
+            tokens.append(self._control[content])
+            place = end
+        return tokens + list(self._plain.encode(text[place:], add_special_tokens=False).ids)
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        return without_control_tokens(self._backend, self._control)
+
+    @cached_property
+    def _finder(self) -> tokenizers.Tokenizer:
+        return finder(self._backend)
+
+    def _find(self, text: str) -> list[_Match]:
+        """Returns the control tokens of a text, with the white space that they take."""
+        encoding = self._finder.encode(text)
+        named = zip(map(self._finder.id_to_token, encoding.ids), encoding.offsets, strict=True)
+        return [(content, *place) for content, place in named if content is not None and content in self._control]
+
+    def _outside(self, text: str, literal: Ranges) -> list[_Match]:
+        """Returns the control tokens that share no character with the ranges."""
         masked = list(text)
         for start, end in literal:
             masked[start:end] = [self._mask(character) for character in masked[start:end]]
-        while True:
-            encoding = self._finder.encode("".join(masked))
-            named = zip(map(self._finder.id_to_token, encoding.ids), encoding.offsets, strict=True)
-            found = [(content, *place) for content, place in named if content is not None and content in self._control]
+        for _ in range(_MOST_ROUNDS):
+            found = self._find("".join(masked))
             wrong = [match for match in found if overlaps(*self._core(text, *match), literal)]
             if not wrong:
-                return found
+                break
             # The ranges' white space, which was left as it was, can be a part of a control token's text.
             for _, start, end in wrong:
                 for first, last in literal:
                     for place in range(max(start, first), min(end, last)):
                         masked[place] = self._symbol
+        return [match for match in found if match not in wrong]
 
     def _mask(self, character: str) -> str:
         if character.isspace():
@@ -168,6 +188,13 @@ class LiteralEncoder:
         if self._added[content].rstrip:
             end -= len(taken) - len(taken.rstrip())
         return start, max(start, end)
+
+
+def _unused(codes: range, used: Collection[str]) -> str:
+    for code in codes:
+        if chr(code) not in used:
+            return chr(code)
+    raise ValueError("the added tokens use all letters or symbols that stand for others")
 
 
 def finder(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -139,7 +139,8 @@ def _tokens_around(
 
 
 def _encoder(path: Path, backend: tokenizers.Tokenizer, control: Mapping[str, int]) -> Encode:
-    literal_encoder = LiteralEncoder(backend, control)
+    with library_errors(f"{path} can't be used", "take the file of a DBRX checkpoint"):
+        literal_encoder = LiteralEncoder(backend, control)
 
     def encode(text: str, literal: Ranges) -> list[int]:
         with library_errors(f"{path} can't encode this text", "change the text, or take the file of a DBRX checkpoint"):

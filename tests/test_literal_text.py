@@ -35,6 +35,11 @@ PIECES = [
     "\ud83d",
     "\ude00",
 ]
+NORMALIZERS = [
+    *(None, normalizers.NFC(), normalizers.Lowercase(), normalizers.NFKD(), normalizers.Prepend("x")),
+    # What stands for literal characters is taken out again.
+    *(normalizers.Replace(tokenizers.Regex(r"\p{Co}"), ""), normalizers.BertNormalizer()),
+]
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 
 
@@ -171,7 +176,7 @@ def test_any_flags_and_normalizers(tmp_path_factory: pytest.TempPathFactory, dat
     flags = {content: data.draw(booleans) for content in (*CONTROL, STOP, *WORDS)}
     for content in TURN:
         flags[content] |= {"special": True, "normalized": False, "single_word": False}
-    normalizer = data.draw(st.sampled_from([None, normalizers.NFC(), normalizers.Lowercase(), normalizers.NFKD()]))
+    normalizer = data.draw(st.sampled_from(NORMALIZERS))
     folder = write(tmp_path_factory.mktemp("flags"), normalizer=normalizer, flags=flags.__getitem__)
     tokenizer = read_tokenizer(folder)
     text = data.draw(TEXTS.flatmap(lambda text: st.sampled_from([text, text.upper()])))
@@ -185,6 +190,13 @@ def test_any_flags_and_normalizers(tmp_path_factory: pytest.TempPathFactory, dat
     inside = (len(start) + 2, len(around) - len(end) - 2)
     found = [token for token in tokenizer.encode(around, literal=[inside]) if token in controls]
     assert found == [tokenizer.control_tokens[content] for content in TURN]
+
+    # Where nothing in a range is a control token, the library's tokens of the whole are right.
+    harmless = data.draw(st.lists(st.sampled_from(["a", " ", "\n", "é", "e\u0301", "im", "<think>"]), max_size=9))
+    if not controls & set(tokenizer.encode("".join(harmless))):
+        around = f"{start}x {''.join(harmless)} x{end}"
+        inside = (len(start) + 2, len(around) - len(end) - 2)
+        assert tokenizer.encode(around, literal=[inside]) == tokenizer.encode(around)
 
 
 def test_a_control_token_that_the_model_makes_itself(tmp_path: Path) -> None:
