@@ -69,6 +69,9 @@ ONLY_B = {
 }
 
 
+YI = "".join(map(chr, range(0xA000, 0xA48D)))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -82,6 +85,7 @@ ONLY_B = {
         (replaced("normalizer", {"type": "Sequence", "normalizers": [REPLACE] * 8}), "times as long"),
         (replaced("post_processor", ONLY_B), "'single' of TemplateProcessing must be the sequence A once"),
         (replaced("added_tokens", [token("\ud800", 320)]), "'added_tokens' entry 0 must be a text"),
+        (replaced("added_tokens", [token(YI, 320)]), "the added tokens use all letters"),
     ],
 )
 def test_what_is_refused_at_load(change: Callable[[dict[str, Any]], None], reason: str, tmp_path: Path) -> None:
