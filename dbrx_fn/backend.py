@@ -41,14 +41,19 @@ def cheap_chunk() -> int:
     return 64 if backend() == "cpu" else 512
 
 
-def slow_exp() -> bool:
-    """Whether `exp` is what `dbrx_fn.cpu` goes around: a Mac's CPU back end has a fast one."""
+def on_linux_cpu() -> bool:
+    """Whether there is need of `dbrx_fn.cpu`: a Mac's CPU back end computes the same fast."""
     return backend() == "cpu" and sys.platform == "linux"
 
 
 def sigmoid(x: mx.array) -> mx.array:
     """1 / (1 + e^-x)."""
-    return cpu.sigmoid(x) if slow_exp() else mx.sigmoid(x)
+    return cpu.sigmoid(x) if on_linux_cpu() else mx.sigmoid(x)
+
+
+def normalized(weight: mx.array, x: mx.array, eps: float) -> mx.array:
+    """`x` `[... d_model]` less its mean, over its deviation, times `weight` `[d_model]`; computed in float32."""
+    return cpu.layer_norm(weight, x, eps) if on_linux_cpu() else mx.fast.layer_norm(x, weight, None, eps)
 
 
 def attended(time: int, held: int, capacity: int) -> int:
@@ -81,7 +86,7 @@ def attention(
         wraps: whether queries stand past the last key. If not, query t sees none past `seen - time + t`.
     """
     scale = q.shape[-1] ** -0.5
-    if slow_exp():
+    if on_linux_cpu():
         return cpu.attention(q, k, v, scale, mask, wraps=wraps)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if mask is None else mask)
 

@@ -9,6 +9,7 @@ Writing a token does not copy the cache as long as nobody holds the old one: MLX
 `logits, cache = forward(params, tokens, cache)`.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -21,6 +22,7 @@ from dbrx_fn.compile import compiled, typed
 from dbrx_fn.config import Config
 from dbrx_fn.errors import CacheError
 from dbrx_fn.json_file import shown
+from dbrx_fn.layers.rotary import turns
 
 Keys = Float[mx.array, "batch kv_heads capacity head_dim"]
 
@@ -28,17 +30,19 @@ Keys = Float[mx.array, "batch kv_heads capacity head_dim"]
 class Window(TypedDict):
     """Where one chunk of tokens stands in the cache, the same for all layers.
 
-    `offsets`: int32 `[batch]`, position of each row's first new token.
+    `cosines`, `sines`: by which queries and keys turn (`dbrx_fn.layers.rotary.turns`); those of all rows, if they stand
+        at the same positions.
     `slots`: int32 `[batch time]`, where each token's key and value go.
     `kept`: bool `[batch time]`, which of those slots must keep what they hold; `None` where none must.
     `mask`: `[batch 1 time attended]`, added to attention scores: a token sees what is at its own position or before.
         So many of the cache's positions are looked at.
-    `near_offsets`: int32 `[batch + 3]`, `offsets` and zeros, for kernels. MLX keeps CUDA arrays of up to 8 bytes in the
-        host's memory, where a kernel that reads them waits 6 to 17 us.
-    All but the first are `None` for a cache of capacity 0.
+    `near_offsets`: int32 `[batch + 3]`, the position of each row's first new token and zeros, for kernels. MLX keeps
+        CUDA arrays of up to 8 bytes in the host's memory, where a kernel that reads them waits 6 to 17 us.
+    All but the first two are `None` for a cache of capacity 0.
     """
 
-    offsets: mx.array
+    cosines: mx.array
+    sines: mx.array
     slots: mx.array | None
     kept: mx.array | None
     mask: mx.array | None
@@ -151,8 +155,8 @@ def window(
     time: int,
     capacity: int,
     attended: int,
-    dtype: str,
     wraps: bool,
+    config: Config,
 ) -> Window:
     """Where `time` tokens a row, of which the first `lengths` are real, go after the `offsets` that are there.
 
@@ -160,19 +164,28 @@ def window(
     its padding (`wraps`), that goes round to the row's start and writes there what is there already.
     The mask is additive because on CUDA that costs less than half of what a boolean one does.
     """
+    turns_at = functools.partial(turns, head_dim=config.head_dim, theta=config.attn.rope_theta)
     if capacity == 0:
-        return {"offsets": offsets, "slots": None, "kept": None, "mask": None, "near_offsets": None}
-    float_type = getattr(mx, dtype)
+        cosines, sines = turns_at(mx.arange(time, dtype=mx.int32)[None])
+        return {"cosines": cosines, "sines": sines, "slots": None, "kept": None, "mask": None, "near_offsets": None}
+    float_type = getattr(mx, config.dtype)
     near_offsets = mx.pad(offsets, (0, 3))
     # Of the longer array, so that one token's slot too lies in the GPU's memory.
     positions = (near_offsets[:, None] + mx.arange(time, dtype=mx.int32))[: offsets.size]
     visible = mx.arange(attended, dtype=mx.int32) <= positions[:, None, :, None]
     mask = mx.where(visible, mx.array(0, float_type), mx.array(mx.finfo(float_type).min, float_type))
-    if not wraps:
-        return {"offsets": offsets, "slots": positions, "kept": None, "mask": mask, "near_offsets": near_offsets}
-    kept = mx.arange(time, dtype=mx.int32) >= lengths[:, None]
-    slots = positions % capacity
-    return {"offsets": offsets, "slots": slots, "kept": kept, "mask": mask, "near_offsets": near_offsets}
+    cosines, sines = turns_at(positions)
+    slots, kept = positions, None
+    if wraps:
+        slots, kept = positions % capacity, mx.arange(time, dtype=mx.int32) >= lengths[:, None]
+    return {
+        "cosines": cosines,
+        "sines": sines,
+        "slots": slots,
+        "kept": kept,
+        "mask": mask,
+        "near_offsets": near_offsets,
+    }
 
 
 @typed

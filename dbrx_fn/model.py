@@ -195,8 +195,8 @@ def _run_blocks(
         time=time,
         capacity=capacity,
         attended=attended(time, max(cache.lengths) + time, capacity),
-        dtype=config.dtype,
         wraps=max(cache.lengths) + time > capacity,
+        config=config,
     )
     n_layers = cache.config.n_layers
     jitter_keys = [None] * n_layers if jitter_key is None else list(mx.random.split(jitter_key, n_layers))

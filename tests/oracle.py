@@ -73,6 +73,22 @@ def rope(x: Floats, theta: float) -> Floats:
     return rotated
 
 
+def turned(x: Floats, position: int, theta: float) -> Floats:
+    """One head's entries `x` [head_dim] at a position, by the reference's angles, which are float32, as it was trained.
+
+    Its frequencies are 1 / theta^(2i / head_dim) with every step rounded, and an angle is the rounded product.
+    """
+    half = len(x) // 2
+    rotated = np.empty_like(x)
+    for i in range(half):
+        exponent = np.float32(2 * i) / np.float32(2 * half)
+        frequency = np.float32(1) / np.float32(theta ** float(exponent))
+        angle = float(np.float32(position) * frequency)
+        rotated[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
+        rotated[i + half] = x[i] * math.sin(angle) + x[i + half] * math.cos(angle)
+    return rotated
+
+
 def attention(config: Config, x: Floats, wqkv: Floats, out_proj: Floats) -> Floats:
     """Causal grouped-query attention over one sequence.
 

@@ -68,3 +68,25 @@ def test_attention_of_half_floats_adds_up_in_float32() -> None:
     exact = cpu.attention(q, k, v, 0.3, None, wraps=False)
     assert made.dtype == mx.bfloat16
     assert mx.array_equal(made, exact.astype(mx.bfloat16))
+
+
+@pytest.mark.parametrize("width", [24, 512, 6144])
+def test_layer_norm_is_float64s(width: int) -> None:
+    x = np.random.default_rng(width).standard_normal((7, width)).astype(np.float32) * 3 + 1
+    weight = np.random.default_rng(0).standard_normal(width).astype(np.float32)
+    centered = x.astype(np.float64) - x.astype(np.float64).mean(axis=1, keepdims=True)
+    expected = centered / np.sqrt((centered**2).mean(axis=1, keepdims=True) + 1e-5) * weight
+    found = cpu.layer_norm(mx.array(weight), mx.array(x), 1e-5)
+    assert np.abs(np.array(found) - expected).max() < 5e-6
+    rounded = cpu.layer_norm(mx.array(weight), mx.array(x).astype(mx.bfloat16), 1e-5)
+    assert rounded.dtype == mx.bfloat16
+    assert np.abs(np.array(rounded.astype(mx.float32)) - expected).max() < 3e-2 * np.abs(expected).max()
+
+
+def test_layer_norms_gradients_are_mlxs_own() -> None:
+    x, weight = mx.random.normal((2, 5, 24), key=mx.random.key(0)), mx.random.normal((24,), key=mx.random.key(1))
+    over = mx.random.normal((2, 5, 24), key=mx.random.key(2))
+    ours = mx.grad(lambda w, x: (cpu.layer_norm(w, x, 1e-5) * over).sum(), argnums=[0, 1])(weight, x)
+    stock = mx.grad(lambda w, x: (mx.fast.layer_norm(x, w, None, 1e-5) * over).sum(), argnums=[0, 1])(weight, x)
+    for found, expected in zip(ours, stock, strict=True):
+        np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-5)

@@ -8,12 +8,12 @@ import pytest
 from numpy.typing import NDArray
 
 from dbrx_fn.backend import quantized_matmul
-from dbrx_fn.cache import window
 from dbrx_fn.kernels import combine, decode_attention, norm_router, project_qkv
 from dbrx_fn.kernels import layer_norm as layer_norm_kernel
 from dbrx_fn.kernels.cuda_module import on_hopper
 from dbrx_fn.kernels.read_memory import WAVE, read_memory
 from dbrx_fn.layers.norm import EPS
+from dbrx_fn.layers.rotary import inverse_frequencies, turn, turns
 from dbrx_fn.params import Format
 from tests.kernel_operands import dense, error, matrix, normal
 from tests.trees import as_float64, relative_error
@@ -69,9 +69,11 @@ def test_project_qkv(
     theta, all_heads = 5e5, n_heads + 2 * kv_n_heads
     x, weight = normal(0, batch, 1, d_model, scale=2) + 3, normal(1, d_model, scale=0.2) + 1
     wqkv = matrix(form, 2, all_heads * head_dim, d_model, scale=3 * d_model**-0.5)
-    offsets = integers(3, 32_000, batch)
+    # The first row's is the context's last position.
+    offsets = mx.concatenate([mx.array([32_767], mx.int32), integers(3, 32_768, batch - 1)])
+    frequencies = inverse_frequencies(head_dim, theta)
     q, k, v = project_qkv.project_qkv(
-        weight, wqkv, x, offsets, kv_n_heads=kv_n_heads, head_dim=head_dim, clip=clip, theta=theta
+        weight, wqkv, x, offsets, frequencies, kv_n_heads=kv_n_heads, head_dim=head_dim, clip=clip
     )
 
     normed = mx.fast.layer_norm(x, weight, None, EPS)
@@ -82,7 +84,7 @@ def test_project_qkv(
     if clip is not None:
         qkv = mx.clip(qkv, -clip, clip)
     stock = qkv.reshape(batch, 1, all_heads, head_dim).swapaxes(1, 2)
-    turned = mx.fast.rope(stock, head_dim, traditional=False, base=theta, scale=1.0, offset=offsets)
+    turned = turn(stock, *turns(offsets[:, None], head_dim=head_dim, theta=theta))
 
     expected = as_float64(x) - as_float64(x).mean(axis=-1, keepdims=True)
     expected = expected / np.sqrt((expected**2).mean(axis=-1, keepdims=True) + EPS) * as_float64(weight)
@@ -90,8 +92,8 @@ def test_project_qkv(
     if clip is not None:
         expected = np.clip(expected, -clip, clip)
     first, second = np.split(expected, 2, axis=-1)
-    frequencies = theta ** (-np.arange(head_dim // 2) / (head_dim // 2))
-    angles = np.array(offsets)[:, None, None, None] * frequencies
+    # Angles are float32, rounded, as the model was trained with.
+    angles = (np.array(offsets).astype(np.float32)[:, None, None, None] * np.array(frequencies)).astype(np.float64)
     cosines, sines = np.cos(angles), np.sin(angles)
     rotated = np.concatenate([first * cosines - second * sines, first * sines + second * cosines], axis=-1)
     here = n_heads + kv_n_heads
@@ -123,13 +125,11 @@ def test_decode_attention(lengths: list[int], n_heads: int, kv_n_heads: int, hea
     keys, values = (normal(seed, batch, kv_n_heads, capacity, head_dim) for seed in (1, 2))
     offsets = mx.array(lengths, mx.int32) - 1
     # What is behind a row's tokens must not be read.
-    there = (mx.arange(capacity) <= offsets[:, None])[:, None, :, None]
-    known_keys, known_values = (mx.where(there, held, mx.nan) for held in (keys, values))
+    there = (mx.arange(capacity) <= offsets[:, None])[:, None]
+    known_keys, known_values = (mx.where(there[..., None], held, mx.nan) for held in (keys, values))
     ours = decode_attention.decode_attention(q, known_keys, known_values, offsets)
 
-    mask = window(
-        offsets, mx.ones_like(offsets), time=1, capacity=capacity, attended=capacity, dtype="bfloat16", wraps=False
-    )["mask"]
+    mask = mx.where(there[:, None], mx.array(0, mx.bfloat16), mx.array(mx.finfo(mx.bfloat16).min, mx.bfloat16))
     twin = mx.fast.scaled_dot_product_attention(q, keys, values, scale=head_dim**-0.5, mask=mask)
     expected = np.zeros((batch, n_heads, head_dim))
     q64, keys64, values64 = (as_float64(array) for array in (q, keys, values))

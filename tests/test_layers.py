@@ -19,6 +19,7 @@ from dbrx_fn.layers.linear import linear
 from dbrx_fn.layers.moe import moe
 from dbrx_fn.layers.norm import layer_norm
 from dbrx_fn.layers.norm_attn_norm import norm_attn_norm
+from dbrx_fn.layers.rotary import inverse_frequencies, turn, turns
 from dbrx_fn.layers.router import router
 from dbrx_fn.model import score
 from dbrx_fn.params import init_params
@@ -52,7 +53,7 @@ def nothing_cached(config: Config) -> tuple[mx.array, mx.array, Window]:
     """Keys, values and window of a cache of capacity 0."""
     cache = init_cache(config, 1, 0)
     zero = mx.zeros(1, mx.int32)
-    place = window(zero, zero, time=TIME, capacity=0, attended=0, dtype=config.dtype, wraps=False)
+    place = window(zero, zero, time=TIME, capacity=0, attended=0, wraps=False, config=config)
     return cache.keys[0], cache.values[0], place
 
 
@@ -92,13 +93,33 @@ def test_the_clip_binds_where_it_must_and_nowhere_else() -> None:
     assert relative_error(tight, np.array(free)) > 0.1
 
 
+@pytest.mark.parametrize(("head_dim", "theta"), [(128, 5e5), (64, 1e4), (12, 5e5)])
+def test_heads_turn_by_the_references_angles_up_to_the_contexts_end(head_dim: int, theta: float) -> None:
+    positions = [0, 1, 17, 1_000, 4_095, 12_001, 20_011, 31_999, 32_767]
+    heads = normal(0, 1, 3, len(positions), head_dim)
+    place = turns(mx.array([positions], mx.int32), head_dim=head_dim, theta=theta)
+    found = np.array(turn(mx.array(heads), *place))
+    for head, got in zip(heads[0].astype(np.float64), found[0], strict=True):
+        expected = [oracle.turned(x, at, theta) for x, at in zip(head, positions, strict=True)]
+        np.testing.assert_allclose(got, expected, rtol=0, atol=4e-7 * np.abs(head).max())
+
+
+def test_cosines_and_sines_are_right_at_every_position() -> None:
+    positions = np.arange(32_768, dtype=np.int32)
+    cosines, sines = turns(mx.array(positions[None]), head_dim=128, theta=5e5)
+    frequencies = np.array(inverse_frequencies(128, 5e5))
+    angles = (positions[:, None].astype(np.float32) * frequencies).astype(np.float64)
+    assert np.abs(np.array(cosines)[0, 0, :, 0] - np.cos(angles)).max() < 1e-7
+    assert np.abs(np.array(sines)[0, 0] - np.stack([-np.sin(angles), np.sin(angles)], axis=1)).max() < 1e-7
+
+
 def test_attention_writes_clipped_and_rotated_keys() -> None:
     config = config_with(0.5)
     params = {"Wqkv": {"weight": mx.array(normal(1, config.qkv_dim, 36))}, "out_proj": {"weight": mx.eye(36)}}
     x = normal(0, 1, TIME, 36)
     cache = init_cache(config, 1, 16)
     start, lengths = mx.array([0], mx.int32), mx.array([TIME], mx.int32)
-    place = window(start, lengths, time=TIME, capacity=16, attended=16, dtype="float32", wraps=False)
+    place = window(start, lengths, time=TIME, capacity=16, attended=16, wraps=False, config=config)
     _, keys, values = attn(params, mx.array(x), cache.keys[0], cache.values[0], place, config=config)
 
     qkv = np.clip(x[0].astype(np.float64) @ as_float64(params["Wqkv"]["weight"]).T, -0.5, 0.5)

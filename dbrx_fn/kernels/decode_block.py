@@ -13,6 +13,7 @@ import mlx.core as mx
 from dbrx_fn.cache import Window, write
 from dbrx_fn.config import Config
 from dbrx_fn.kernels import combine, decode_attention, experts, linears, norm_router, project_qkv
+from dbrx_fn.layers.rotary import inverse_frequencies
 from dbrx_fn.layers.router import Routing
 
 
@@ -48,10 +49,10 @@ def decode_block(
         first["attn"]["Wqkv"],
         x,
         offsets,
+        inverse_frequencies(config.head_dim, config.attn.rope_theta),
         kv_n_heads=config.attn.kv_n_heads,
         head_dim=config.head_dim,
         clip=config.attn.clip_qkv,
-        theta=config.attn.rope_theta,
     )
     keys, values = write(keys, k, slots, None), write(values, v, slots, None)
     attended = decode_attention.decode_attention(q, keys, values, offsets)

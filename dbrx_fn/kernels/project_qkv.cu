@@ -93,16 +93,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) project_qkv(
 #if NORM_WIDTH
     const u16 *norm,
 #endif
-    MATRIX(matrix), const int *offsets, u16 *q, u16 *k, u16 *v, int tokens, int inner, int n_heads, int kv_n_heads,
-    float clip, float log2_theta, float eps) {
+    MATRIX(matrix), const int *offsets, const float *inverse_frequencies, u16 *q, u16 *k, u16 *v, int tokens, int inner,
+    int n_heads, int kv_n_heads, float clip, float eps) {
   __shared__ Partial partial;
-  __shared__ float positions[8 * TILES];
+  __shared__ float positions[8 * TILES], frequencies[8];
   const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
   const int first_token = blockIdx.y * 8 * TILES, head = blockIdx.x / PARTS, pair = 8 * (blockIdx.x % PARTS);
   PairedRows rows{ROW(matrix, head * HEAD_DIM + pair + group, inner, quarter), inner};
   rows.advance(warp);
 
   if (threadIdx.x < 8 * TILES) positions[threadIdx.x] = offsets[min(first_token + int(threadIdx.x), tokens - 1)];
+  // By another warp, which waits at the same time.
+  if (warp == 1 && threadIdx.x % 32 < 8) frequencies[threadIdx.x % 32] = inverse_frequencies[pair + threadIdx.x % 32];
 #if NORM_WIDTH
   __shared__ __align__(16) u16 normed[NORM_WIDTH];
   normalize(x, norm, normed, eps);
@@ -127,8 +129,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) project_qkv(
     float second = clamp(partial.total(tile, 0, entry + 2, of), clip);
     const bool turned = head < n_heads + kv_n_heads;
     if (turned) {
-      // As MLX has it, in float32 and in this order: at a position of 30,000 half a bit of the frequency turns by 2e-3.
-      const float angle = within_turn(positions[token - first_token] * exp2f(-(float(i) / HALF) * log2_theta));
+      // As layers/rotary.py has it, rounded to float32: at a position of 30,000 that turns by up to 1e-3.
+      const float angle = within_turn(__fmul_rn(positions[token - first_token], frequencies[of / 4]));
       const float cosine = __cosf(angle), sine = __sinf(angle), before = first;
       first = before * cosine - second * sine, second = before * sine + second * cosine;
     }

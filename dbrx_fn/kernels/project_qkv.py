@@ -6,7 +6,7 @@ Stock operations take a launch for each of these and more, and the projection is
 import math
 
 import mlx.core as mx
-from jaxtyping import BFloat16, Int32
+from jaxtyping import BFloat16, Float32, Int32
 
 from dbrx_fn.compile import typed
 from dbrx_fn.kernels.cuda_module import Kernel, launch
@@ -29,11 +29,11 @@ def project_qkv(
     matrix: Linear,
     x: BFloat16[mx.array, "batch 1 d_model"],
     offsets: Int32[mx.array, " batch_or_more"],
+    inverse_frequencies: Float32[mx.array, "{head_dim}//2"],
     *,
     kv_n_heads: int,
     head_dim: int,
     clip: float | None,
-    theta: float,
 ) -> tuple[
     BFloat16[mx.array, "batch n_heads 1 {head_dim}"],
     BFloat16[mx.array, "batch {kv_n_heads} 1 {head_dim}"],
@@ -46,10 +46,10 @@ def project_qkv(
         matrix: `Wqkv`: all heads of the queries, then of the keys, then of the values.
         x: the residual stream, of few rows.
         offsets: the token's position, of each row, and perhaps more numbers behind.
+        inverse_frequencies: of the rotary positions (`dbrx_fn.layers.rotary`).
         kv_n_heads: heads of keys, and of values; the others are queries'.
         head_dim: entries of a head.
         clip: none, if `None`.
-        theta: base of the rotary frequencies.
     """
     batch, _, d_model = x.shape
     all_heads = matrix["weight"].shape[0] // head_dim
@@ -67,18 +67,10 @@ def project_qkv(
     }
     q, k, v = launch(
         Kernel("project_qkv", tuple(defines.items())),
-        [*([x, weight] if alone else [layer_norm(weight, x, eps=EPS)]), *leaves(matrix), offsets],
+        [*([x, weight] if alone else [layer_norm(weight, x, eps=EPS)]), *leaves(matrix), offsets, inverse_frequencies],
         [((batch, heads, 1, head_dim), mx.bfloat16) for heads in (n_heads, kv_n_heads, kv_n_heads)],
         blocks=(all_heads * head_dim // 16, -(-batch // rows), 1),
         threads=32 * _WARPS,
-        scalars=(
-            batch,
-            d_model,
-            n_heads,
-            kv_n_heads,
-            math.inf if clip is None else float(clip),
-            math.log2(theta),
-            EPS,
-        ),
+        scalars=(batch, d_model, n_heads, kv_n_heads, math.inf if clip is None else float(clip), EPS),
     )
     return q, k, v

@@ -8,9 +8,8 @@ normalizing queries and keys would cost both. MosaicML added it to its GPT in 20
 (https://github.com/mosaicml/examples/pull/197, with what was tried), from where it came to MPT and llm-foundry, with
 which DBRX was trained. At inference it isn't optional: the clamp is part of the function that was trained.
 
-Rotary embedding (https://arxiv.org/abs/2104.09864) in its half-rotation form: entry i of a head turns together with
-entry i + head_dim/2. Grouped queries (https://arxiv.org/abs/2305.13245): `n_heads / kv_n_heads` query heads share
-one key and value head, so the cache is that many times smaller.
+Rotary positions are `dbrx_fn.layers.rotary`'s. Grouped queries (https://arxiv.org/abs/2305.13245): `n_heads /
+kv_n_heads` query heads share one key and value head, so the cache is that many times smaller.
 """
 
 from typing import Any
@@ -23,6 +22,7 @@ from dbrx_fn.cache import Keys, Window, write
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
 from dbrx_fn.layers.linear import linear
+from dbrx_fn.layers.rotary import turn
 
 
 @compiled
@@ -43,7 +43,7 @@ def attn(
         keys: this layer's cached keys; of capacity 0, `x` is all there is.
         values: this layer's cached values.
         window: where `x` stands in the cache (`dbrx_fn.cache.window`).
-        config: sizes, `clip_qkv` and `rope_theta`.
+        config: sizes and `clip_qkv`.
 
     Returns:
         The attention's output, and keys and values with the new tokens' written in.
@@ -53,9 +53,9 @@ def attn(
     if config.attn.clip_qkv is not None:
         qkv = mx.clip(qkv, -config.attn.clip_qkv, config.attn.clip_qkv)
     heads = qkv.reshape(batch, time, -1, config.head_dim).swapaxes(1, 2)
-    kv_n_heads = config.attn.kv_n_heads
-    q, k, v = mx.split(heads, [config.n_heads, config.n_heads + kv_n_heads], axis=1)
-    q, k = (_rotate(heads, window["offsets"], config) for heads in (q, k))
+    turning = config.n_heads + config.attn.kv_n_heads
+    q, k = mx.split(turn(heads[:, :turning], window["cosines"], window["sines"]), [config.n_heads], axis=1)
+    v = heads[:, turning:]
     if window["slots"] is not None:
         keys = write(keys, k, window["slots"], window["kept"])
         values = write(values, v, window["slots"], window["kept"])
@@ -66,9 +66,3 @@ def attn(
     mixed = attention(q, k, v, mask, wraps=window["kept"] is not None)
     out = linear(params["out_proj"], mixed.swapaxes(1, 2).reshape(batch, time, -1))
     return out, keys, values
-
-
-def _rotate(heads: mx.array, offsets: mx.array, config: Config) -> mx.array:
-    return mx.fast.rope(
-        heads, config.head_dim, traditional=False, base=config.attn.rope_theta, scale=1.0, offset=offsets
-    )

@@ -3,6 +3,7 @@
 import mlx.core as mx
 from jaxtyping import Float
 
+from dbrx_fn.backend import normalized
 from dbrx_fn.compile import typed
 from dbrx_fn.kernels import layer_norm as kernel
 from dbrx_fn.kernels.twin import with_gradients_of
@@ -21,7 +22,7 @@ def _layer_norm(
     weight: Float[mx.array, " d_model"], x: Float[mx.array, "*batch d_model"]
 ) -> Float[mx.array, "*batch d_model"]:
     def stock(weight: mx.array, x: mx.array) -> mx.array:
-        return mx.fast.layer_norm(x, weight, None, EPS)
+        return normalized(weight, x, EPS)
 
     if kernel.fits(weight, x):
         return with_gradients_of(stock, lambda weight, x: kernel.layer_norm(weight, x, eps=EPS), weight, x)
