@@ -1,21 +1,9 @@
-"""Python arguments of the wrong kind, each as one sentence: what was given, and what is expected in its place."""
+"""What a tree of arrays and a key for random numbers are, where annotations don't tell."""
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from dbrx_fn.config import Config
 from dbrx_fn.errors import InputError
-
-
-def check_kind(name: str, value: object, kind: type, example: str) -> None:
-    """Raises `InputError` if `value` isn't of this class; `example` says where such a value comes from."""
-    if not isinstance(value, kind):
-        raise InputError(f"{name} is of type {type(value).__name__} where a {kind.__name__} is expected: {example}.")
-
-
-def check_config(config: object) -> None:
-    """Raises `InputError` if this is no config."""
-    check_kind("config", config, Config, "dbrx_fn.load gives params and config, in this order")
 
 
 def check_tree(params: object) -> None:

@@ -18,12 +18,14 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from dbrx_fn.errors import InputError
-from dbrx_fn.file_lock import try_lock
+from dbrx_fn.file_lock import is_still, try_lock
 from dbrx_fn.json_file import shown
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, *, replacing: Collection[str] = (), files: Collection[str] = ()) -> Iterator[Path]:
+def new_folder(
+    path: Path, *, replacing: Collection[str] = (), files: Collection[str] = (), beside: Path | None = None
+) -> Iterator[Path]:
     """Yields a hidden folder beside `path` to write into, which becomes `path` when the block ends well.
 
     Its files are flushed to the disk first. If the block raises, nothing stays.
@@ -33,6 +35,7 @@ def new_folder(path: Path, *, replacing: Collection[str] = (), files: Collection
         replacing: names of files; a folder that holds no others is replaced. That takes two steps, between which
             there is neither the old one nor the new.
         files: patterns of the names that the block writes, by which `remove_leftovers` knows what a killed one left.
+        beside: the hidden folder, where the caller has made one; if the block raises, its content is the caller's.
 
     Raises:
         InputError: if `path` exists and may not be replaced, or an `OSError`, such as a full disk, ends the block.
@@ -44,17 +47,18 @@ def new_folder(path: Path, *, replacing: Collection[str] = (), files: Collection
         made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path, files or replacing)
-        with _hidden(path, folder=True) as (beside, _):
-            yield beside
-            for place, _, names in os.walk(beside):
+        with _hidden(path, folder=True) if beside is None else contextlib.nullcontext((beside, -1)) as (hidden, _):
+            yield hidden
+            for place, _, names in os.walk(hidden):
                 for name in names:
                     flush(Path(place, name))
                 flush(Path(place))
             # Renaming replaces an empty folder, so one that was made in the meantime would be lost.
             _check_free(path, replacing)
-            if os.path.lexists(path):
+            # Without leave to replace, renaming fails where another process has made the folder just now.
+            if replacing and os.path.lexists(path):
                 path.rename(replaced)
-            beside.rename(path)
+            hidden.rename(path)
         for folder in (path.parent, *(folder.parent for folder in made)):
             flush(folder)
     except OSError as error:
@@ -128,7 +132,7 @@ def _hidden(path: Path, *, folder: bool) -> Iterator[tuple[Path, int]]:
         descriptor = os.open(beside, flags, 0o666)
         try:
             # Until it is locked it looks like a leftover, and another process may just be removing it.
-            if try_lock(descriptor) is not False and _is_still(beside, os.fstat(descriptor)):
+            if try_lock(descriptor) is not False and is_still(beside, os.fstat(descriptor)):
                 yield beside, descriptor
                 return
         finally:
@@ -146,7 +150,7 @@ def _remove_leftover(path: Path, files: Collection[str]) -> None:
     try:
         status = os.fstat(descriptor)
         # Locked and no more of this name, it has become what it was made for.
-        if not try_lock(descriptor) or not _is_still(path, status):
+        if not try_lock(descriptor) or not is_still(path, status):
             return
         if stat.S_ISREG(status.st_mode):
             path.unlink()
@@ -171,14 +175,6 @@ def _foreign_file(folder: Path, files: Collection[str]) -> str | None:
         if not own or not stat.S_ISREG(entry.lstat().st_mode):
             return shown(entry.name)
     return None
-
-
-def _is_still(path: Path, status: os.stat_result) -> bool:
-    """Whether a name is still that of a file whose status this is."""
-    try:
-        return os.path.samestat(path.lstat(), status)
-    except FileNotFoundError:
-        return False
 
 
 def _check_name(path: Path) -> None:

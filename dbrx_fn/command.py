@@ -31,7 +31,7 @@ TERMINATED = 143
 """The exit statuses by which shells know that Ctrl-C or SIGTERM ended a command."""
 
 _OUTPUT = "standard output"
-_SAME_PRESS = 1.0
+SAME_PRESS = 1.0
 """Seconds. `timeout` and some that start programs send one signal twice."""
 
 
@@ -189,7 +189,7 @@ def _signals_raise() -> Iterator[None]:
         if began is None:
             began = now
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
-        if now - began > _SAME_PRESS:
+        if now - began > SAME_PRESS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 

@@ -32,7 +32,8 @@ from jaxtyping import Bool, Float, Float32, Int32, Integer, UInt32
 from mlx import nn
 from numpy.typing import ArrayLike
 
-from dbrx_fn.argument_checks import check_config, check_key, check_tree
+from dbrx_fn.argument_checks import check_key, check_tree
+from dbrx_fn.arguments import checked
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
 from dbrx_fn.errors import InputError
@@ -57,6 +58,7 @@ class LossParts(NamedTuple):
     expert_probability: mx.array
 
 
+@checked
 def loss(
     params: Params,
     tokens: mx.array,
@@ -93,11 +95,8 @@ def loss(
     """
     check_tree(params)
     check_batch(tokens, mask, lengths)
-    check_config(config)
     if jitter_key is not None:
         check_key("jitter_key", jitter_key)
-    if isinstance(z_loss_weight, bool) or not isinstance(z_loss_weight, int | float):
-        raise InputError(f"z_loss_weight is of type {type(z_loss_weight).__name__} where a number is expected.")
     logits, routing = score(params, tokens[:, :-1], config, jitter_key=jitter_key, recompute=recompute)
     parts = loss_parts(logits, routing.logits, routing.top_experts, tokens[:, 1:], mask, lengths)
     total = parts.cross_entropy + config.ffn.moe_loss_weight * parts.load_balance + z_loss_weight * parts.router_z

@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 
-def open_regular(path: Path) -> io.FileIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Opens a regular file, or a link to one, to read its bytes.
 
     A pipe would wait for whoever writes to it, and a device may never end.
@@ -16,7 +16,7 @@ def open_regular(path: Path) -> io.FileIO:
         ValueError: if it isn't a regular file.
     """
     # With this flag, opening a pipe waits for nobody.
-    file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ValueError("it is no regular file")

@@ -3,34 +3,43 @@
     run.json                          what the run was asked for
     tokenizer/                        the tokenizer that made the tokens
     data/train/, data/held_out/       the tokens (dbrx_fn.token_file)
-    checkpoints/step-00000500/        a plain checkpoint, which `generate` and mlx-lm load, with
-        training/                     what else it takes to go on: the optimizer's state and the key
-    metrics.jsonl                     a line every few steps
+    checkpoints/step-00000500/        a plain checkpoint, and what it takes to go on (dbrx_fn.run_checkpoint)
+    metrics.jsonl                     a line every few steps (dbrx_fn.metrics_file)
+    model/                            the last step's model
 
-A checkpoint's tensors are the float32 master weights, so that nothing is stored twice.
+A run is set up in a hidden folder beside its place, `.NAME-set-up`. Whoever sets a run up or trains it holds a lock on
+the folder itself.
 """
 
 import contextlib
-import glob
+import fnmatch
 import json
+import os
 import re
+import secrets
+import shlex
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
-from dbrx_fn.atomic import hidden_beside, is_leftover, new_folder, write_file
+from dbrx_fn.atomic import flush, hidden_beside, is_leftover, new_folder, write_file
+from dbrx_fn.checksums import disagreement, file_sum
 from dbrx_fn.config import Config
 from dbrx_fn.errors import CheckpointError, DbrxError, InputError, TrainingError
-from dbrx_fn.file_lock import locked
+from dbrx_fn.file_lock import folder_claimed, locked
+from dbrx_fn.json_file import LARGEST_VOCABULARY, parse_json, read_bounded
 from dbrx_fn.loader import load
-from dbrx_fn.saver import write_checkpoint, write_tensors
+from dbrx_fn.params import Params
+from dbrx_fn.run_checkpoint import leaves, not_finite_leaf, read_run_checkpoint, write_run_checkpoint
+from dbrx_fn.run_plan import Plan
+from dbrx_fn.saver import CHECKPOINT_FILES, TOKENIZER_FILES, write_checkpoint
 from dbrx_fn.training import State
 
-_STEP = re.compile(r"step-(\d{8,})")
+_STEP = re.compile(r"step-([0-9]{8,})")
 
 
 class RunFolder:
@@ -40,79 +49,184 @@ class RunFolder:
         self.path = path
         self.settings_file = path / "run.json"
         self.tokenizer = path / "tokenizer"
-        self.train_data = path / "data" / "train"
-        self.held_out_data = path / "data" / "held_out"
+        self.data = path / "data"
+        self.train_data = self.data / "train"
+        self.held_out_data = self.data / "held_out"
         self.checkpoints = path / "checkpoints"
         self.metrics_file = path / "metrics.jsonl"
+        self.model = path / "model"
 
     @property
     def started(self) -> bool:
         """Whether a run has been set up here."""
         return self.settings_file.exists()
 
+    # Set up, and held
+
+    @contextlib.contextmanager
+    def set_up(self) -> Iterator["RunFolder"]:
+        """Yields a hidden folder to set the run up in, which becomes this one when the block ends well.
+
+        What a killed process left of another set-up is removed. If the block raises, nothing stays.
+
+        Raises:
+            InputError: if this folder exists, can't be written or is being set up by another process, or the hidden
+                one holds what no run wrote.
+        """
+        hidden = RunFolder(self.path.parent / f".{self.path.name}-set-up")
+        taken = f"{self.path} is being set up by another process: wait until it ends, or name another --out."
+        made = [folder for folder in self.path.parents if not folder.exists()]
+        with folder_claimed(hidden.path, taken, self.path):
+            hidden._clear()
+            # An empty folder is as good as none.
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+            try:
+                with new_folder(self.path, beside=hidden.path):
+                    yield hidden
+            except BaseException:
+                with contextlib.suppress(OSError, InputError):
+                    hidden._clear()
+                raise
+        for folder in made:
+            flush(folder.parent)
+
+    def _clear(self) -> None:
+        """Empties a folder of what a killed process left of a set-up."""
+        own = {self.tokenizer, self.data, self.settings_file}
+        left = list(self.path.iterdir())
+        foreign = [entry for entry in left if entry not in own and not is_leftover(entry)]
+        if foreign:
+            raise InputError(f"{foreign[0]} is in the way and no run wrote it: move it elsewhere, and start again.")
+        for entry in left:
+            _remove(entry)
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes from training here; the lock goes with the process, however it ends.
 
         Raises:
-            InputError: if another one does already.
+            InputError: if another one does already, there is no run, or a part of it is a link, through which a
+                folder that a stranger made would have others written to.
         """
+        if not self.started:
+            raise InputError(f"{self.path} holds no run to resume (there is no run.json): start one without --resume.")
         taken = f"{self.path} is being trained by another process: wait until it ends."
-        with locked(self.settings_file, taken):
+        with locked(self.path, taken):
+            parts = (self.settings_file, self.tokenizer, self.data, self.checkpoints, self.metrics_file, self.model)
+            links = [part for part in parts if part.is_symlink()]
+            if links:
+                raise InputError(
+                    f"{links[0]} is a link, which no run writes through: put what it leads to in its place."
+                )
             yield
+
+    def clean(self) -> None:
+        """Removes what killed processes left half-written in this folder."""
+        for folder in (self.path, self.checkpoints):
+            for entry in folder.iterdir() if folder.is_dir() else ():
+                if is_leftover(entry):
+                    _remove(entry)
+
+    # Settings
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Notes what the run was asked for; from then on it has started."""
         write_file(self.settings_file, (json.dumps(settings, indent=2) + "\n").encode())
 
-    def read_settings(self) -> dict[str, Any]:
-        """What `write_settings` noted.
+    def read_plan(self) -> Plan:
+        """What the run was asked for.
 
         Raises:
-            InputError: if nothing was started here, or the file is damaged.
+            InputError: if the file is damaged.
         """
         try:
-            settings = json.loads(self.settings_file.read_bytes())
-        except FileNotFoundError:
-            raise InputError(
-                f"{self.path} holds no run to resume (there is no run.json): start one without --resume."
-            ) from None
-        except (OSError, ValueError, RecursionError) as error:
-            reason = getattr(error, "strerror", error)
+            settings = parse_json(read_bounded(self.settings_file), unique=True)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise InputError(f"{self.settings_file} can't be read ({reason}): start the run anew elsewhere.") from None
-        return cast(dict[str, Any], settings)
+        return Plan.from_dict(settings, self.settings_file)
+
+    # Checkpoints
 
     def saved_steps(self) -> list[int]:
         """Steps that there are checkpoints of, ascending."""
         if not self.checkpoints.is_dir():
             return []
         names = (_STEP.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
-        return sorted(int(name[1]) for name in names if name)
+        steps = sorted(int(name[1]) for name in names if name)
+        return [step for step in steps if self.checkpoint(step).exists()]
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint after `step` steps."""
         return self.checkpoints / f"step-{step:08d}"
 
-    def save(self, state: State, step: int, config: Config, *, keep: int) -> None:
-        """Writes the checkpoint after `step` steps, and then removes all but the last `keep`.
+    def save(self, state: State, step: int, plan: Plan, data: Mapping[str, str]) -> None:
+        """Writes the checkpoint after `step` steps, and then removes all but the last `plan.keep`.
+
+        Args:
+            state: after this step.
+            step: how many it has made.
+            plan: the run's.
+            data: fingerprints of its token files.
 
         Raises:
             InputError: if it can't be written; what was there stays.
             TrainingError: if the state holds NaN or infinity.
         """
-        broken = [path for path, array in _leaves(state) if not mx.isfinite(array).all().item()]
-        if broken:
-            raise self.not_finite(f"{broken[0]} holds NaN or infinity after", step)
+        if broken := not_finite_leaf(state):
+            raise self.not_finite(f"{broken} holds NaN or infinity after", step)
         with new_folder(self.checkpoint(step)) as folder:
-            write_checkpoint(folder, state["params"], config, tokenizer_files=self.tokenizer)
-            training = folder / "training"
-            training.mkdir()
-            # Paths hold dots of their own, so tensors are numbered in the tree's order.
-            rest = _leaves(_resumable(state))
-            write_tensors(training / "state.safetensors", {f"{n:06d}": array for n, (_, array) in enumerate(rest)}, {})
-            (training / "state.json").write_text(json.dumps({"step": step, "tensors": [path for path, _ in rest]}))
-        for old in self.saved_steps()[:-keep]:
+            write_run_checkpoint(
+                folder,
+                state,
+                step,
+                config=plan.config,
+                steps=plan.recipe.steps,
+                run=_decides(plan, data),
+                tokenizer=self.tokenizer,
+            )
+        for old in self.saved_steps()[: -plan.keep]:
             _remove(self.checkpoint(old))
+
+    def load(self, fresh: State, plan: Plan, data: Mapping[str, str]) -> tuple[State, int, int | None]:
+        """The state of the newest whole checkpoint; damaged ones that are newer are put aside, with a warning.
+
+        Args:
+            fresh: a state of the same structure.
+            plan: the run's.
+            data: fingerprints of its token files.
+
+        Returns:
+            The state, its step, and how many steps the run was to make when it was saved (`None` if that wasn't
+            noted); `fresh`, 0 and `None`, if there is no checkpoint.
+
+        Raises:
+            CheckpointError: if there are checkpoints and none is whole.
+            InputError: if one is of another run, or the run's tokenizer isn't the one that it was saved with.
+        """
+        steps, damaged = self.saved_steps(), []
+        for step in reversed(steps):
+            folder = self.checkpoint(step)
+            try:
+                state, noted = read_run_checkpoint(folder, step, fresh, config=plan.config, run=_decides(plan, data))
+            except CheckpointError as error:
+                damaged.append((folder, str(error)))
+                continue
+            self._check_tokenizer(folder, noted.files)
+            for other, reason in damaged:
+                self._put_aside(other, reason, step)
+            if not noted.files:
+                said = f"{folder} has no checksums, as an earlier version wrote it: damage isn't seen."
+                warnings.warn(said, stacklevel=2)
+            return state, step, noted.steps
+        if damaged:
+            reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in damaged[:3])
+            raise CheckpointError(
+                f"{self.checkpoints} holds no whole checkpoint ({reasons}): put one there that is, or move the folder"
+                " elsewhere, and --resume begins with the first step."
+            )
+        return fresh, 0, None
 
     def not_finite(self, what: str, step: int) -> TrainingError:
         """The error of a run whose numbers left the range at `step`; `what` is the sentence up to the step."""
@@ -124,96 +238,83 @@ class RunFolder:
         )
         return TrainingError(f"{what} step {step}, so training stops; {after} --learning-rate.")
 
-    def load(self, fresh: State) -> tuple[State, int]:
-        """The state of the last checkpoint and its step; `fresh` and 0, if there is none.
+    def how_to_go_on(self) -> str:
+        """What an interrupted command keeps here, and what going on with it does, as a clause."""
+        if not self.started:
+            return "nothing is kept"
+        saved = self.saved_steps()
+        where = f"goes on after step {saved[-1]:,}" if saved else "begins with the first step, as none was saved"
+        return f"--out {shlex.quote(str(self.path))} --resume {where}"
 
-        Args:
-            fresh: a state of the same structure.
+    def _check_tokenizer(self, checkpoint: Path, files: Mapping[str, Any]) -> None:
+        """Makes sure that the run's tokenizer is the one that its checkpoints hold a copy of."""
+        for name in TOKENIZER_FILES if files else ():
+            file = self.tokenizer / name
+            try:
+                reason = disagreement(file_sum(file, LARGEST_VOCABULARY), files[name]) if name in files else None
+                if name not in files and os.path.lexists(file):
+                    reason = "there was none"
+            except (OSError, ValueError) as error:
+                reason = str(getattr(error, "strerror", None) or error)
+            if reason:
+                raise InputError(
+                    f"{file} isn't as it was when {checkpoint} was saved ({reason}): put it back as it is there."
+                )
 
-        Raises:
-            CheckpointError: if the checkpoint doesn't fit the run, or is damaged.
-        """
-        steps = self.saved_steps()
-        if not steps:
-            return fresh, 0
-        folder = self.checkpoint(steps[-1])
-        training = folder / "training"
-        try:
-            params, _ = load(folder, dtype="float32")
-            names = json.loads((training / "state.json").read_bytes())["tensors"]
-            arrays = cast(dict[str, mx.array], mx.load(str(training / "state.safetensors")))
-            found = [arrays[f"{n:06d}"] for n in range(len(names))]
-            mx.eval(found)
-        except (DbrxError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            before = "resumes from the one before it" if steps[1:] else "begins again"
-            raise CheckpointError(
-                f"The checkpoint {folder} can't be read ({str(error).rstrip('.')}): remove it, and the run {before}."
-            ) from None
-        expected = _leaves(fresh["params"]) + _leaves(_resumable(fresh))
-        if _outline(expected) != _outline(_leaves(params) + list(zip(names, found, strict=True))):
-            raise CheckpointError(f"The checkpoint {folder} belongs to another run: resume where it came from.")
-        rest = _like(_resumable(fresh), iter(found))
-        return {**rest, "params": params}, steps[-1]
+    def _put_aside(self, folder: Path, reason: str, step: int) -> None:
+        aside = folder.with_name(f"damaged-{folder.name}-{secrets.token_hex(4)}")
+        folder.rename(aside)
+        warnings.warn(
+            f"The checkpoint {folder} is damaged ({reason}) and is now called {aside.name}: the run goes on after step"
+            f" {step:,} instead.",
+            stacklevel=3,
+        )
 
-    def clean(self) -> None:
-        """Removes what killed runs left half-written, inside of this folder and, of its set-up, beside it."""
-        here = [entry for folder in (self.path, self.checkpoints) if folder.is_dir() for entry in folder.iterdir()]
-        beside = self.path.parent.glob(f".{glob.escape(self.path.name)}-????????.unfinished")
-        for entry in [*here, *beside]:
-            if is_leftover(entry):
-                _remove(entry)
+    # The model
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, without a last one that was cut short.
+    def write_model(self, params: Params, config: Config) -> None:
+        """Writes the last step's model, in place of an earlier one; the same one is left as it is.
 
         Raises:
-            InputError: if another is damaged, or the file can't be read.
+            InputError: if it can't be written, or files would be lost that no run wrote.
         """
+        if self._holds(params):
+            return
+        self.check_model()
+        replaced = os.listdir(self.model) if self.model.is_dir() else ()
+        with new_folder(self.model, replacing=replaced) as folder:
+            write_checkpoint(folder, params, config, tokenizer_files=self.tokenizer)
+
+    def check_model(self) -> None:
+        """Raises `InputError` if something would be lost that no run wrote, if `model/` were replaced."""
+        found = sorted(self.model.iterdir()) if self.model.is_dir() else [self.model]
+        for entry in found if os.path.lexists(self.model) else ():
+            own = any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in CHECKPOINT_FILES)
+            if not own or not entry.is_file():
+                raise InputError(f"{entry} is in the way of the run's model and no run wrote it: move it elsewhere.")
+
+    def _holds(self, params: Params) -> bool:
+        """Whether `model/` is made of these parameters."""
         try:
-            lines = self.metrics_file.read_bytes().split(b"\n")[:-1]
-        except FileNotFoundError:
-            return []
-        return [_metrics_line(line, f"{self.metrics_file}, line {n}") for n, line in enumerate(lines, start=1)]
-
-    def cut_metrics(self, step: int) -> None:
-        """Drops what was noted after `step`, which a resumed run does again."""
-        kept = [line for line in self.read_metrics() if line["step"] <= step]
-        write_file(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept).encode())
-
-
-def _resumable(state: State) -> State:
-    return {name: part for name, part in state.items() if name != "params"}
+            found = dict(leaves(load(self.model, lazy=True)[0]))
+            wanted = dict(leaves(params))
+            return found.keys() == wanted.keys() and all(
+                found[path].dtype == array.dtype and bool(mx.array_equal(found[path], array))
+                for path, array in wanted.items()
+            )
+        except (DbrxError, RuntimeError):
+            return False
 
 
-def _leaves(tree: State) -> list[tuple[str, mx.array]]:
-    return cast(list[tuple[str, mx.array]], tree_flatten(tree))
-
-
-def _outline(leaves: list[tuple[str, mx.array]]) -> list[tuple[str, tuple[int, ...], mx.Dtype]]:
-    return [(path, array.shape, array.dtype) for path, array in leaves]
-
-
-def _like(tree: Any, arrays: Iterator[mx.array]) -> Any:
-    """`tree` with its arrays replaced, in `tree_flatten`'s order; `tree_unflatten` would split paths at their dots."""
-    if isinstance(tree, dict):
-        return {name: _like(part, arrays) for name, part in tree.items()}
-    return next(arrays)
+def _decides(plan: Plan, data: Mapping[str, str]) -> dict[str, Any]:
+    return {**plan.decides(), "data": dict(data)}
 
 
 def _remove(path: Path) -> None:
-    """Removes a file, or a folder under a hidden name first, so that half of it is never taken for the whole."""
-    if not path.is_dir():
+    """Removes a file or link; a folder under a hidden name first, so that half of it is never taken for the whole."""
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
     hidden = path if is_leftover(path) else hidden_beside(path)
     path.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _metrics_line(line: bytes, source: str) -> dict[str, Any]:
-    try:
-        noted: dict[str, Any] = json.loads(line)
-        int(noted["step"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{source}: this isn't what a run notes there ({error}): mend it, or move the file.") from None
-    return noted

@@ -1,7 +1,8 @@
 """What a training run does, as a value: the part of its command that `run.json` keeps."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from dbrx_fn.config import Config, config_from_dict, config_to_dict
 from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.json_file import shown
 from dbrx_fn.training import Recipe
+
+_DECIDES = ("config", "recipe", "batch_size", "sequence_length", "seed")
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,24 @@ class Plan:
                 f" {self.recipe.micro_batches}, is expected."
             )
 
+    def with_steps(self, steps: int) -> "Plan":
+        """The same with another number of steps; as everywhere, `InputError` if that can't work."""
+        return replace(self, recipe=replace(self.recipe, steps=steps))
+
     def as_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return {**asdict(self), "config": config_to_dict(self.config)}
 
+    def decides(self) -> dict[str, Any]:
+        """What decides the numbers of each step, as JSON gives it back; but for the steps, which may become more."""
+        whole = self.as_dict()
+        chosen = {name: whole[name] for name in _DECIDES}
+        chosen["recipe"] = {name: value for name, value in whole["recipe"].items() if name != "steps"}
+        decides: dict[str, Any] = json.loads(json.dumps(chosen))
+        return decides
+
     @staticmethod
-    def from_dict(raw: Mapping[str, Any], source: Path) -> "Plan":
+    def from_dict(raw: Any, source: Path) -> "Plan":
         """The inverse of `as_dict`.
 
         Raises:
@@ -74,6 +89,17 @@ class Plan:
             raise InputError(
                 f"{source} isn't what a run notes there ({str(error).rstrip('.')}): start the run anew elsewhere."
             ) from None
+
+
+def difference(here: object, there: object, name: str = "") -> str | None:
+    """The first place at which two values of JSON differ, in words; `None` if there is none."""
+    if isinstance(here, dict) and isinstance(there, dict):
+        for key in [*here, *(key for key in there if key not in here)]:
+            found = difference(here.get(key), there.get(key), f"{name}.{key}" if name else str(key))
+            if found:
+                return found
+        return None
+    return None if here == there else f"{name} is {shown(here)} here and {shown(there)} there"
 
 
 def _refuse_unknown(kind: Any, found: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from dbrx_fn.raw import Raw, raw
 from dbrx_fn.shards import SHARD_BYTES, plan_shards, write_index, write_shard
 from dbrx_fn.tensor_files import INDEX
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -41,7 +41,7 @@ _TOKENIZER_FILES = (
 )
 
 
-CHECKPOINT_FILES = (*_TOKENIZER_FILES, "config.json", INDEX, "model*.safetensors")
+CHECKPOINT_FILES = (*TOKENIZER_FILES, "config.json", INDEX, "model*.safetensors")
 """Patterns of the names of all files that a checkpoint is written in."""
 
 
@@ -161,7 +161,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         TokenizerError: if a file is far larger than any tokenizer's, which may be one without an end or of holes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             try:
                 content = read_bounded(source / name, LARGEST_VOCABULARY)

@@ -60,7 +60,7 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()
     for file in files:
-        for name, tensor in _header(file).items():
+        for name, tensor in read_header(file).items():
             tensors[name] = tensor
             counts[name] += 1
     twice = [f"{name} is there {count} times" for name, count in counts.items() if count > 1]
@@ -130,7 +130,12 @@ def _weight_map(index: object) -> dict[str, str]:
     return weight_map
 
 
-def _header(file: Path) -> dict[str, Tensor]:
+def read_header(file: Path) -> dict[str, Tensor]:
+    """Name, shape and dtype of every tensor in one safetensors file.
+
+    Raises:
+        CheckpointError: if it is no such file, or a damaged one.
+    """
     size = 0
     try:
         if not file.is_file():

@@ -6,6 +6,7 @@ special tokens after the others.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from dbrx_fn.chat import ChatFormat
 from dbrx_fn.command import Parser, program, run
 from dbrx_fn.corpus import read_documents
 from dbrx_fn.errors import InputError
+from dbrx_fn.file_lock import folder_claimed
 from dbrx_fn.terminal import print_result
 from dbrx_fn.text_pieces import text_pieces
 
@@ -132,12 +134,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(chosen: argparse.Namespace) -> None:
-    if (chosen.out / "tokenizer.json").exists():
-        raise InputError(f"{chosen.out} holds a tokenizer already: name another folder.")
-    # A tokenizer learns from characters only.
-    documents = read_documents(chosen.data, ChatFormat(default_system=False), control_tokens=True)
-    tokenizer = train_bpe((text for document in documents for text, _ in document.spans), chosen.vocab_size)
-    save_tokenizer(tokenizer, chosen.out)
+    out = chosen.out.resolve()
+    with folder_claimed(out, f"{chosen.out} is being written by another process: wait until it ends."):
+        if os.path.lexists(out / "tokenizer.json"):
+            raise InputError(f"{chosen.out} holds a tokenizer already: name another folder.")
+        # A tokenizer learns from characters only.
+        documents = read_documents(chosen.data, ChatFormat(default_system=False), control_tokens=True)
+        tokenizer = train_bpe((text for document in documents for text, _ in document.spans), chosen.vocab_size)
+        save_tokenizer(tokenizer, out)
     print_result(f"{chosen.out}: a tokenizer of {chosen.vocab_size} tokens from {len(documents)} documents")
 
 

@@ -11,16 +11,16 @@ Optimizer and schedules are `mlx.optimizers`'. Its AdamW is an object that holds
 the trace, given the state, and asked for the next, so nothing outlives the step.
 """
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 from jaxtyping import Bool, Float32, Integer, UInt32
 from mlx import optimizers
 from mlx.utils import tree_flatten, tree_map
 
-from dbrx_fn.argument_checks import check_config, check_key, check_kind, check_tree
+from dbrx_fn.argument_checks import check_key, check_tree
+from dbrx_fn.arguments import check_fields, checked
 from dbrx_fn.backend import memory_size
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config, Dtype
@@ -72,30 +72,25 @@ class Recipe:
     z_loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
+
         def require(ok: bool, name: str, expected: str) -> None:
             if not ok:
                 raise InputError(f"{name} is {shown(getattr(self, name))} where it must be {expected}.")
 
         for name in ("steps", "micro_batches"):
-            value = getattr(self, name)
-            require(type(value) is int and 1 <= value < _MOST_STEPS, name, "at least 1, a whole number")
-        fits = self.warmup is None or (type(self.warmup) is int and 0 <= self.warmup <= self.steps)
+            require(1 <= getattr(self, name) < _MOST_STEPS, name, "at least 1, a whole number")
+        fits = self.warmup is None or 0 <= self.warmup <= self.steps
         require(fits, "warmup", f"from 0 to the number of steps, {self.steps}, a whole number, or None")
         for name in ("learning_rate", "weight_decay", "z_loss_weight"):
-            require(_within(getattr(self, name), 0, math.inf), name, "0 or a positive number")
-        known = get_args(Schedule)
-        require(type(self.schedule) is str and self.schedule in known, "schedule", f"one of {', '.join(known)}")
-        require(_within(self.final_share, 0, 1), "final_share", "from 0 to 1")
-        pair = isinstance(self.betas, tuple) and len(self.betas) == 2
-        fits = pair and all(_within(beta, 0, 1) and beta != 1 for beta in self.betas)
-        require(fits, "betas", "two numbers from 0 to below 1, in a tuple")
-        require(_within(self.eps, 0, math.inf) and self.eps != 0, "eps", "a positive number")
-        fits = self.clip_norm is None or (_within(self.clip_norm, 0, math.inf) and self.clip_norm != 0)
-        require(fits, "clip_norm", "a positive number or None")
+            require(getattr(self, name) >= 0, name, "0 or a positive number")
+        require(0 <= self.final_share <= 1, "final_share", "from 0 to 1")
+        numbers = all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas)
+        require(numbers and len(self.betas) == 2, "betas", "two numbers from 0 to below 1, in a tuple")
+        require(self.eps > 0, "eps", "a positive number")
+        require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "a positive number or None")
         types = ("float32", "bfloat16")
-        fits = type(self.dtype) is str and self.dtype in types
-        require(fits, "dtype", f"one of {', '.join(types)}: gradients of float16 leave its range")
-        require(type(self.recompute) is bool, "recompute", "True or False")
+        require(self.dtype in types, "dtype", f"one of {', '.join(types)}: gradients of float16 leave its range")
 
     @property
     def warmup_steps(self) -> int:
@@ -126,6 +121,7 @@ class Gradients(NamedTuple):
     parts: LossParts
 
 
+@checked
 def init_state(params: Params, recipe: Recipe, key: mx.array) -> State:
     """The state before the first step: `params` (any float dtype, becoming float32), `optimizer`, `key`.
 
@@ -138,7 +134,6 @@ def init_state(params: Params, recipe: Recipe, key: mx.array) -> State:
         InputError: if one of them is something else, or the tree is quantized.
     """
     check_tree(params)
-    check_kind("recipe", recipe, Recipe, "dbrx_fn.Recipe(steps=1000)")
     check_key("key", key)
     leaves: dict[str, mx.array] = dict(tree_flatten(params))
     packed = [path for path, leaf in leaves.items() if not mx.issubdtype(leaf.dtype, mx.floating)]
@@ -167,6 +162,7 @@ def check_memory(config: Config) -> None:
         )
 
 
+@checked
 def train_step(
     state: State, tokens: mx.array, mask: mx.array | None, *, config: Config, recipe: Recipe
 ) -> tuple[State, Measured]:
@@ -187,11 +183,9 @@ def train_step(
             batch.
         CheckpointError: if the state's parameters don't fit the config.
     """
-    if not isinstance(state, dict) or state.keys() != {"params", "optimizer", "key"}:
+    if state.keys() != {"params", "optimizer", "key"}:
         raise InputError("state is no state of training: give what init_state made, or the step before returned.")
     check_batch(tokens, mask)
-    check_config(config)
-    check_kind("recipe", recipe, Recipe, "dbrx_fn.Recipe(steps=1000)")
     count = recipe.micro_batches
     if tokens.shape[0] % count:
         raise InputError(f"The batch has {tokens.shape[0]} rows, which {count} micro-batches don't divide evenly.")
@@ -277,6 +271,11 @@ def update(
     return nest(leaves, config), after, norm, rate
 
 
+def learning_rate(recipe: Recipe, done: int) -> float:
+    """The learning rate of the update after `done` of them."""
+    return float(_learning_rate(recipe)(mx.array(done)))
+
+
 def _by_decay(params: Params) -> dict[str, dict[str, mx.array]]:
     """The tree's leaves by path: matrices, whose weights decay, and norms, whose don't."""
     leaves: dict[str, mx.array] = dict(tree_flatten(params))
@@ -309,9 +308,3 @@ def _learning_rate(recipe: Recipe) -> Any:
         return after
     rise = optimizers.linear_schedule(highest / recipe.warmup_steps, highest, max(1, recipe.warmup_steps - 1))
     return optimizers.join_schedules([rise, after], [recipe.warmup_steps])
-
-
-def _within(value: object, least: float, most: float) -> bool:
-    """Whether this is a finite number of a range; bool, which Python counts as one, isn't."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and least <= cast(float, value) <= most and cast(float, value) < 1e300

@@ -21,6 +21,7 @@ from dbrx_fn.model import forward
 from dbrx_fn.params import Format, Params
 from dbrx_fn.quantization import Quantization, dequantize, quantize
 from dbrx_fn.run_folder import RunFolder
+from dbrx_fn.run_plan import Plan
 from dbrx_fn.saver import save
 from dbrx_fn.training import Recipe, State, init_state, train_step
 from tests import checkpoints, layouts_written
@@ -198,12 +199,13 @@ def test_a_run_that_is_resumed_after_each_step_is_the_one_that_never_stopped(
 
     run, rng = RunFolder(tmp_path / "run"), np.random.default_rng(0)
     run.tokenizer.mkdir(parents=True)
+    plan = Plan(config, how, 4, 8, seed=0, model=None, log_every=1, eval_every=1, save_every=1, keep=1)
     fresh = init_state(params, how, mx.random.key(0))
     state = fresh
     for step, expected in enumerate(undisturbed[1:], start=1):
         state, _ = train_step(state, random_tokens(rng, config), None, config=config, recipe=how)
-        run.save(state, step, config, keep=1)
-        state, found = run.load(fresh)
+        run.save(state, step, plan, data={})
+        state, found, _ = run.load(fresh, plan, data={})
         assert found == step
         assert_canonical(state)
         assert bits(state) == bits(expected), step

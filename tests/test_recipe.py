@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import dbrx_fn
-import dbrx_fn.train
+import dbrx_fn.training_run
 from dbrx_fn.config import FFNConfig
 from dbrx_fn.small import recipe
 
@@ -89,6 +89,6 @@ def test_ctrl_c_while_it_trains(out: Path, monkeypatch: pytest.MonkeyPatch, caps
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dbrx_fn.train, "train_step", interrupt)
+    monkeypatch.setattr(dbrx_fn.training_run, "train_step", interrupt)
     assert recipe.main(["--out", str(out), "--only", "small"]) == 130
     assert "interrupted: the same command goes on" in capsys.readouterr().err.splitlines()[-1]

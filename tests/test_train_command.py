@@ -6,7 +6,6 @@ import logging
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -23,9 +22,10 @@ from mlx.utils import tree_flatten
 
 from dbrx_fn import generate
 from dbrx_fn.config import config_from_dict
+from dbrx_fn.hub import SMALL
 from dbrx_fn.loader import load
 from dbrx_fn.params import Format, init_params
-from dbrx_fn.quantization import Quantization, quantize
+from dbrx_fn.quantization import Quantization, dequantize, quantize
 from dbrx_fn.run_folder import RunFolder
 from dbrx_fn.saver import save
 from dbrx_fn.token_file import read_token_file
@@ -221,11 +221,10 @@ def test_leftovers_of_killed_processes_are_removed_and_nothing_else(copy: Path, 
     leftovers = [
         copy / ".metrics.jsonl-0123abcd.unfinished",
         copy / "checkpoints" / ".step-00000016-0123abcd.unfinished",
-        copy.parent / ".copy-0123abcd.unfinished",
     ]
     others = [
         *(copy / ".git", copy / ".run-20251123", copy / "checkpoints" / ".notes-20251123"),
-        *(copy.parent / ".copy-20251123", copy.parent / ".copy-other-0123abcd.unfinished"),
+        *(copy.parent / ".copy-0123abcd.unfinished", copy.parent / ".copy-set-up"),
     ]
     for folder in leftovers + others:
         folder.mkdir()
@@ -236,7 +235,7 @@ def test_leftovers_of_killed_processes_are_removed_and_nothing_else(copy: Path, 
 
 
 def test_resume_takes_no_other_option(copy: Path, refused: Refused) -> None:
-    refused(["--out", str(copy), "--resume", "--learning-rate", "1"], "--learning-rate", "--resume with --out alone")
+    refused(["--out", str(copy), "--resume", "--learning-rate", "1"], "--learning-rate", "--resume with --out")
 
 
 def test_a_run_is_not_begun_twice(copy: Path, config: Path, text: Path, refused: Refused) -> None:
@@ -439,23 +438,6 @@ def test_without_matplotlib_there_are_no_pictures_but_a_warning(config: Path, te
     assert list(out.glob("*.png")) == []
 
 
-def test_ctrl_c_says_how_to_go_on(config: Path, text: Path, tmp_path: Path, trained: Trained) -> None:
-    out = tmp_path / "run"
-    given = arguments(out, config, [text], steps=100_000, save_every=2, eval_every=1000, log_every=1000)
-    running = subprocess.Popen([sys.executable, "-m", "dbrx_fn.train", *given], stderr=subprocess.PIPE, text=True)
-    try:
-        while not RunFolder(out).saved_steps() and running.poll() is None:
-            time.sleep(0.01)
-        running.send_signal(signal.SIGINT)
-        err = running.communicate(timeout=100)[1]
-    finally:
-        running.kill()
-    assert running.returncode == 130
-    assert "Traceback" not in err
-    assert err.splitlines()[-1] == f"interrupted: --out {out} --resume goes on from the last checkpoint."
-    assert [name for name in names(out / "checkpoints") if name.startswith(".")] == []
-
-
 def test_ctrl_c_before_the_run_began_keeps_nothing(
     config: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -602,7 +584,7 @@ def test_a_step_that_mlx_cannot_compute(
         assert isinstance(promised, mx.array)
         return state, promised
 
-    monkeypatch.setattr("dbrx_fn.train.train_step", fail)
+    monkeypatch.setattr("dbrx_fn.training_run.train_step", fail)
     said = "read" if lazily else "metal::malloc"
     refused(arguments(tmp_path / "run", config, [text]), "first step can't be computed", said, "--batch-size")
 
@@ -614,12 +596,31 @@ def test_a_model_without_weights(finished: Path, text: Path, tmp_path: Path, ref
     assert not (tmp_path / "run").exists()
 
 
-def test_a_quantized_model(finished: Path, text: Path, tmp_path: Path, refused: Refused) -> None:
+def test_a_quantized_model_is_trained_as_the_floats_that_it_stands_for(
+    finished: Path, text: Path, tmp_path: Path, trained: Trained
+) -> None:
+    """From the same floats, saved dense, comes the same run."""
     params, config = load(finished / "model")
-    four = Quantization(Format(4, 32), None, None, None, None)
-    save(tmp_path / "model", quantize(params, config, four), config, tokenizer_files=finished / "model")
-    refused(arguments(tmp_path / "run", None, [text], model=tmp_path / "model"), "is quantized", "dense")
-    assert not (tmp_path / "run").exists()
+    packed = quantize(params, config, Quantization(Format(4, 32), None, None, None, None))
+    save(tmp_path / "packed", packed, config, tokenizer_files=finished / "model")
+    save(tmp_path / "dense", dequantize(packed, config), config, tokenizer_files=finished / "model")
+    for name in ("packed", "dense"):
+        said = trained(arguments(tmp_path / f"{name}-run", None, [text], model=tmp_path / name))
+        assert ("is quantized: the floats that its integers stand for are trained" in said) == (name == "packed")
+    assert contents(tmp_path / "packed-run" / "model") == contents(tmp_path / "dense-run" / "model")
+    # It begins again from the same floats where there is no checkpoint yet.
+    shutil.rmtree(tmp_path / "packed-run" / "checkpoints")
+    trained(["--out", str(tmp_path / "packed-run"), "--resume"])
+    assert contents(tmp_path / "packed-run" / "model") == contents(tmp_path / "dense-run" / "model")
+
+
+def test_the_small_model_that_ships_here_is_fine_tuned(text: Path, tmp_path: Path, trained: Trained) -> None:
+    given = arguments(tmp_path / "run", None, [text], model=SMALL, steps=1, learning_rate=0)
+    assert f"{SMALL} is quantized" in trained(given)
+    params, config = load(SMALL)
+    expected: dict[str, mx.array] = dict(tree_flatten(dequantize(params, config)))
+    for path, array in parameters(tmp_path / "run" / "model").items():
+        assert np.array_equal(array, np.array(expected[path])), path
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
@@ -661,13 +662,15 @@ def test_nothing_to_resume(tmp_path: Path, refused: Refused) -> None:
     ("content", "word"),
     [
         (b"", "Expecting value"),
-        (b"\xff", "utf-8"),
+        (b"\xff", "byte 0 is not UTF-8"),
         (b"[]", "list"),
+        (b'{"seed": 1, "seed": 2}', "'seed' is there twice"),
+        (b"[" * 10**5, "nested too deeply"),
         (b"{}", "recipe"),
         (b'{"recipe": {"steps": "six"}}', "betas"),
         (b'{"recipe": {"steps": "six", "betas": []}, "config": {}}', "steps is 'six'"),
         (b'{"recipe": {"steps": 6, "warmup": 1.5, "betas": []}, "config": {}}', "warmup is 1.5"),
-        (b'{"recipe": {"steps": 6, "warmup": 1, "betas": [], "eps": "0"}, "config": {}}', "betas is ()"),
+        (b'{"recipe": {"steps": 6, "warmup": 1, "betas": [], "eps": 1}, "config": {}}', "betas is ()"),
     ],
 )
 def test_damaged_settings(content: bytes, word: str, copy: Path, refused: Refused) -> None:
@@ -683,33 +686,149 @@ def test_settings_that_cannot_be(name: str, value: object, copy: Path, refused: 
 
 
 @pytest.mark.parametrize(
-    "file", ["model.safetensors", "config.json", "training/state.json", "training/state.safetensors"]
+    "file", ["model.safetensors", "config.json", "tokenizer.json", "training/state.json", "training/state.safetensors"]
 )
-@pytest.mark.parametrize("damage", ["cut", "gone", "noise"])
-def test_damaged_checkpoints(
-    file: str, damage: str, copy: Path, finished: Path, refused: Refused, trained: Trained
-) -> None:
-    """Removed, as the message says, they are made again from the one before."""
+@pytest.mark.parametrize("damage", ["cut", "gone", "noise", "a bit"])
+def test_damaged_checkpoints(file: str, damage: str, copy: Path, finished: Path, trained: Trained) -> None:
+    """The one before is gone on from, which is told, and the damaged one is made again; what is left of it stays."""
     checkpoint = copy / "checkpoints" / "step-00000012"
     damaged = checkpoint / file
-    content = damaged.read_bytes()
+    content = bytearray(damaged.read_bytes())
     if damage == "gone":
         damaged.unlink()
+    elif damage == "cut":
+        damaged.write_bytes(content[: len(content) // 2])
     else:
-        damaged.write_bytes(content[: len(content) // 2] if damage == "cut" else b"\xff" * 50 + content[50:])
-    refused(["--out", str(copy), "--resume"], "step-00000012 can't be read", "resumes from the one before it")
-    shutil.rmtree(checkpoint)
+        content[-20:] = content[-20:-1] + bytes([content[-1] ^ 1]) if damage == "a bit" else b"\xff" * 20
+        damaged.write_bytes(content)
+    said = trained(["--out", str(copy), "--resume"])
+    aside = [entry for entry in (copy / "checkpoints").iterdir() if entry.name.startswith("damaged-step-00000012-")]
+    assert len(aside) == 1
+    assert f"warning: The checkpoint {checkpoint} is damaged (" in said
+    assert f"and is now called {aside[0].name}: the run goes on after step 8 instead." in said
+    assert "resumed after step 8" in said
+    shutil.rmtree(aside[0])
+    for part in ("checkpoints", "model"):
+        assert contents(copy / part) == contents(finished / part)
+    assert metrics(copy) == metrics(finished)
+
+
+def test_no_checkpoint_is_whole(copy: Path, finished: Path, refused: Refused, trained: Trained) -> None:
+    """Nothing is moved; without them the run begins again, as is said."""
+    for step in (8, 12):
+        file = copy / "checkpoints" / f"step-{step:08d}" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    said = refused(["--out", str(copy), "--resume"], "holds no whole checkpoint", "--resume begins with the first step")
+    assert all(f"step-{step:08d}: " in said for step in (8, 12))
+    assert names(copy / "checkpoints") == ["step-00000008", "step-00000012"]
+    shutil.rmtree(copy / "checkpoints")
     trained(["--out", str(copy), "--resume"])
-    assert contents(copy / "checkpoints") == contents(finished / "checkpoints")
+    for part in ("checkpoints", "model"):
+        assert contents(copy / part) == contents(finished / part)
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_another_step(copy: Path, finished: Path, trained: Trained) -> None:
+    (copy / "checkpoints" / "step-00000012").rename(copy / "checkpoints" / "step-00000011")
+    said = trained(["--out", str(copy), "--resume"])
+    assert "step-00000011 is damaged (it is of step 12)" in said
+    assert "resumed after step 8" in said
+    assert contents(copy / "model") == contents(finished / "model")
+
+
+def test_a_checkpoint_that_holds_nan_is_not_the_last_good(copy: Path, trained: Trained) -> None:
+    """As an earlier version might have saved it, without sums."""
+    checkpoint = copy / "checkpoints" / "step-00000012"
+    weights = dict(mx.load(str(checkpoint / "model.safetensors")))  # type: ignore[arg-type]
+    weights["lm_head.weight"][3, 3] = float("nan")
+    mx.eval(weights)
+    mx.save_safetensors(str(checkpoint / "model.safetensors"), weights, {"format": "pt"})
+    note = json.loads((checkpoint / "training" / "state.json").read_text())
+    (checkpoint / "training" / "state.json").write_text(json.dumps({key: note[key] for key in ("step", "tensors")}))
+    said = trained(["--out", str(copy), "--resume"])
+    assert "step-00000012 is damaged (params.lm_head.weight holds NaN or infinity)" in said
+    assert "resumed after step 8" in said
+
+
+def test_checkpoints_of_an_earlier_version_are_taken_with_a_warning(
+    copy: Path, finished: Path, trained: Trained
+) -> None:
+    shutil.rmtree(copy / "checkpoints" / "step-00000012")
+    shutil.rmtree(copy / "model")
+    file = copy / "checkpoints" / "step-00000008" / "training" / "state.json"
+    note = json.loads(file.read_text())
+    file.write_text(json.dumps({key: note[key] for key in ("step", "tensors")}))
+    said = trained(["--out", str(copy), "--resume"])
+    assert "step-00000008 has no checksums, as an earlier version wrote it: damage isn't seen." in said
+    assert contents(copy / "model") == contents(finished / "model")
 
 
 def test_a_checkpoint_of_another_run(
     copy: Path, text: Path, tmp_path: Path, refused: Refused, trained: Trained
 ) -> None:
     other = write_config(tmp_path / "config.json", n_layers=1)
-    trained(arguments(tmp_path / "other", other, [text]))
-    shutil.copytree(tmp_path / "other" / "checkpoints" / "step-00000006", copy / "checkpoints" / "step-00000016")
-    refused(["--out", str(copy), "--resume"], "step-00000016 belongs to another run")
+    trained(arguments(tmp_path / "other", other, [text], steps=16))
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "step-00000016", copy / "checkpoints" / "step-00000016")
+    said = refused(["--out", str(copy), "--resume"], "step-00000016 belongs to another run")
+    assert "config.n_layers is 2 here and 1 there" in said
+    assert names(copy / "checkpoints") == ["step-00000008", "step-00000012", "step-00000016"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("config", "n_heads"), 2),
+        (("config", "attn_config", "kv_n_heads"), 4),
+        (("config", "ffn_config", "moe_loss_weight"), 0.5),
+        (("recipe", "learning_rate"), 0.5),
+        (("recipe", "dtype"), "bfloat16"),
+        (("batch_size",), 8),
+        (("sequence_length",), 8),
+        (("seed",), 1),
+    ],
+)
+def test_settings_that_the_checkpoints_were_not_made_with(
+    path: tuple[str, ...], value: object, copy: Path, refused: Refused
+) -> None:
+    settings = json.loads((copy / "run.json").read_text())
+    inner = settings
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    (copy / "run.json").write_text(json.dumps(settings))
+    before = contents(copy)
+    said = refused(["--out", str(copy), "--resume"], "belongs to another run, or this one was changed")
+    assert f"{'.'.join(path)} is {value!r} here and" in said
+    assert contents(copy) == before
+
+
+def test_what_decides_nothing_may_be_changed(copy: Path, finished: Path, trained: Trained) -> None:
+    settings = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(settings | {"save_every": 3, "log_every": 1, "eval_every": 6, "keep": 1}))
+    shutil.rmtree(copy / "checkpoints" / "step-00000012")
+    trained(["--out", str(copy), "--resume"])
+    assert contents(copy / "model") == contents(finished / "model")
+    assert names(copy / "checkpoints") == ["step-00000012"]
+
+
+def test_data_of_another_run(copy: Path, config: Path, tmp_path: Path, refused: Refused, trained: Trained) -> None:
+    """Whole files, which say that they are of another text."""
+    other = tmp_path / "other"
+    trained(arguments(other, config, [write_text(tmp_path / "other.md", seed=5)], tokenizer=copy / "tokenizer"))
+    for name in ("train", "held_out"):
+        shutil.rmtree(copy / "data" / name)
+        shutil.copytree(other / "data" / name, copy / "data" / name)
+        refused(["--out", str(copy), "--resume"], "belongs to another run, or this one was changed", "data.")
+
+
+@pytest.mark.parametrize("what", ["changed", "gone", "added"])
+def test_a_tokenizer_that_is_another(what: str, copy: Path, refused: Refused) -> None:
+    """The checkpoints, which hold a copy of it, tell."""
+    file = copy / "tokenizer" / ("added_tokens.json" if what == "added" else "tokenizer.json")
+    if what == "gone":
+        file.unlink()
+    else:
+        file.write_text("{}")
+    refused(["--out", str(copy), "--resume"], f"{file} isn't as it was when", "put it back as it is there")
 
 
 @pytest.mark.parametrize("line", [b"{", b"[]", b"{}", b"\xff"])

@@ -71,7 +71,7 @@ class Life:
                 return True
             case "set-up":
                 # A kill that came late leaves a run that is set up.
-                return self.resumed or any(self.out.parent.glob(f".{self.out.name}-*"))
+                return self.resumed or (self.out.parent / f".{self.out.name}-set-up").exists()
             case "write":
                 return self.new_checkpoints(hidden=True) >= number
             case "removal" | "step":
@@ -95,7 +95,7 @@ class Life:
         """Where the kill hit, by what it left."""
         run = RunFolder(self.out)
         if not run.started:
-            return "set-up" if any(self.out.parent.glob(f".{self.out.name}-*")) else "before the set-up"
+            return "set-up" if (self.out.parent / f".{self.out.name}-set-up").exists() else "before the set-up"
         leftovers = [name for name in set(names(run.checkpoints)) - self.before if name.startswith(".")]
         if leftovers:
             newest = max([0, *run.saved_steps()])

@@ -310,11 +310,11 @@ def test_all_is_traced_in_the_first_step(micro_batches: int, recompute: bool, ca
     [
         ("steps", 0, "at least 1"),
         ("learning_rate", -1.0, "0 or a positive number"),
-        ("learning_rate", math.nan, "0 or a positive number"),
-        ("learning_rate", math.inf, "0 or a positive number"),
+        ("learning_rate", math.nan, "a number"),
+        ("learning_rate", math.inf, "a number"),
         ("warmup", -1, "from 0 to the number of steps, 10"),
         ("warmup", 11, "from 0 to the number of steps, 10"),
-        ("schedule", "exponential", "one of cosine, linear, constant"),
+        ("schedule", "exponential", "'cosine', 'linear' or 'constant'"),
         ("final_share", 1.5, "from 0 to 1"),
         ("betas", (0.9, 1.0), "two numbers from 0 to below 1"),
         ("betas", (0.9,), "two numbers from 0 to below 1"),
@@ -349,9 +349,9 @@ def test_batches_that_do_not_fit_are_refused(tokens: Any, mask: Any, sentence: s
 
 
 @pytest.mark.parametrize("name", ["steps", "warmup", "micro_batches"])
-@pytest.mark.parametrize("value", [2.0, True, "2"])
+@pytest.mark.parametrize("value", [2.5, True, "2"])
 def test_numbers_of_a_recipe_that_must_be_whole(name: str, value: Any) -> None:
-    with pytest.raises(InputError, match=rf"^{name} is {value!r} where it must be .*, a whole number"):
+    with pytest.raises(InputError, match=rf"^{name} is {value!r} where it must be a whole number"):
         replace(FIRST_MOMENT, **{name: value})
 
 
@@ -381,11 +381,11 @@ TOKENS = mx.array([[1, 2, 3]])
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((TREE, FIRST_MOMENT, 0), "^key is of type int where a key is expected"),
+        ((TREE, FIRST_MOMENT, 0), "^key is 0 where it must be an mx.array"),
         ((TREE, FIRST_MOMENT, mx.zeros(2)), r"^key is float32 \[2\] where a key is expected"),
-        ((TREE, None, KEY), "^recipe is of type NoneType where a Recipe is expected"),
-        ((FIRST_MOMENT, TREE, KEY), "^params is of type Recipe where a tree of arrays is expected"),
-        ((CONFIG, FIRST_MOMENT, KEY), "^params is of type Config where a tree of arrays is expected"),
+        ((TREE, None, KEY), "^recipe is None where it must be a Recipe"),
+        ((FIRST_MOMENT, TREE, KEY), "^params is a Recipe where it must be a dict"),
+        ((CONFIG, FIRST_MOMENT, KEY), "^params is a Config where it must be a dict"),
         (({}, FIRST_MOMENT, KEY), "^params is empty where"),
         (({"a": [1]}, FIRST_MOMENT, KEY), "^params is a tree that holds a value of type int where"),
     ],
@@ -407,10 +407,10 @@ def test_a_quantized_tree_can_not_be_trained() -> None:
     ("changes", "sentence"),
     [
         ({"state": TREE}, "^state is no state of training"),
-        ({"state": None}, "^state is no state of training"),
-        ({"config": TREE}, "^config is of type dict where a Config is expected"),
-        ({"config": FIRST_MOMENT}, "^config is of type Recipe where a Config is expected"),
-        ({"recipe": CONFIG}, "^recipe is of type Config where a Recipe is expected"),
+        ({"state": None}, "^state is None where it must be a dict"),
+        ({"config": TREE}, "^config is a dict where it must be a Config"),
+        ({"config": FIRST_MOMENT}, "^config is a Recipe where it must be a Config"),
+        ({"recipe": CONFIG}, "^recipe is a Config where it must be a Recipe"),
     ],
 )
 def test_a_step_of_other_things(changes: dict[str, Any], sentence: str) -> None:
@@ -422,11 +422,11 @@ def test_a_step_of_other_things(changes: dict[str, Any], sentence: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "more", "sentence"),
     [
-        ((CONFIG, TOKENS, None, TREE), {}, "^params is of type Config where a tree of arrays is expected"),
-        ((TREE, TOKENS, None, TREE), {}, "^config is of type dict where a Config is expected"),
-        ((TREE, None, TOKENS, CONFIG), {}, "^tokens is a NoneType where"),
-        ((TREE, TOKENS, None, CONFIG), {"jitter_key": 3}, "^jitter_key is of type int where a key is expected"),
-        ((TREE, TOKENS, None, CONFIG), {"z_loss_weight": "x"}, "^z_loss_weight is of type str where a number"),
+        ((CONFIG, TOKENS, None, TREE), {}, "^params is a Config where it must be a dict"),
+        ((TREE, TOKENS, None, TREE), {}, "^config is a dict where it must be a Config"),
+        ((TREE, None, TOKENS, CONFIG), {}, "^tokens is None where it must be an mx.array"),
+        ((TREE, TOKENS, None, CONFIG), {"jitter_key": 3}, "^jitter_key is 3 where it must be an mx.array or None"),
+        ((TREE, TOKENS, None, CONFIG), {"z_loss_weight": "x"}, "^z_loss_weight is 'x' where it must be a number"),
     ],
 )
 def test_a_loss_of_other_things(arguments: Any, more: dict[str, Any], sentence: str) -> None:

@@ -31,6 +31,7 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.evaluation import Evaluation, evaluate
 from dbrx_fn.generation import stream_text
 from dbrx_fn.loader import load
+from dbrx_fn.metrics_file import read_metrics
 from dbrx_fn.params import Format, param_count
 from dbrx_fn.pictures import write_picture
 from dbrx_fn.quantization import Quantization, dequantize, quantize
@@ -228,7 +229,8 @@ def _figures(out: Path, _: str) -> None:
         "busiest_expert": small.busiest_expert,
     }
     write_file(out / "figures.json", (json.dumps(figures, indent=2) + "\n").encode())
-    runs = {name: RunFolder(out / name).read_metrics() for name in ("small", "dense")}
+    configs = {"small": ARCHITECTURE, "dense": dense_config(ARCHITECTURE)}
+    runs = {name: read_metrics(RunFolder(out / name).metrics_file, config) for name, config in configs.items()}
     write_picture(draw_losses(runs), out / "loss.png")
     write_picture(draw_expert_load(small.expert_share), out / "expert_load.png")
     write_file(out / "samples.txt", _samples(out / "packed").encode())
