@@ -38,7 +38,12 @@ def peers(session: nox.Session) -> None:
     """The same numbers as transformers on torch's CPU build, and as mlx-lm."""
     install(session, "peers")
     # The tokenizers' comparisons with transformers stand beside their other tests, and are skipped without it.
-    tokenizers = ["tests/test_tokenizer.py", "tests/test_chat.py", "tests/test_train_tokenizer.py"]
+    tokenizers = [
+        "tests/test_tokenizer.py",
+        "tests/test_chat.py",
+        "tests/test_train_tokenizer.py",
+        "tests/test_chatml_template.py",
+    ]
     session.run("pytest", "-n", "auto", "tests/peers", *tokenizers, *session.posargs)
 
 

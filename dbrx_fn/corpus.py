@@ -29,11 +29,13 @@ class Document:
             prompt is. Each part is made into tokens by itself, so no token belongs to two of them.
         literal: ranges of characters of all parts together, in order, that are to make no control token, as
             `Tokenizer.encode` takes them.
+        is_chat: whether it is a conversation, written down as the chat format has it.
     """
 
     source: str
     spans: tuple[tuple[str, bool], ...]
     literal: tuple[tuple[int, int], ...] = ()
+    is_chat: bool = False
 
     @property
     def text(self) -> str:
@@ -226,7 +228,7 @@ class _Reader:
                 place = end
             # The last part is only read, even where it is empty: generation has ended before it.
             spans = [span for span in spans if span[0]] + [(text[place:], False)]
-            documents.append(Document(source, tuple(spans), taught.chat.literal))
+            documents.append(Document(source, tuple(spans), taught.chat.literal, is_chat=True))
             if taught.chat.literal:
                 self._spelled.append(source)
         return documents

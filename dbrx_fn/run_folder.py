@@ -27,18 +27,19 @@ from typing import Any
 import mlx.core as mx
 
 from dbrx_fn.atomic import flush, hidden_beside, is_leftover, new_folder, write_file
-from dbrx_fn.checksums import disagreement, file_sum
+from dbrx_fn.checksums import file_sum, folder_sums
 from dbrx_fn.config import Config
 from dbrx_fn.errors import CheckpointError, DbrxError, InputError, TrainingError
 from dbrx_fn.file_lock import folder_claimed, locked
-from dbrx_fn.json_file import LARGEST_VOCABULARY, parse_json, read_bounded
+from dbrx_fn.json_file import LARGEST_VOCABULARY, parse_json, read_bounded, shown
 from dbrx_fn.loader import load
 from dbrx_fn.params import Params
 from dbrx_fn.run_checkpoint import leaves, not_finite_leaf, read_run_checkpoint, write_run_checkpoint
-from dbrx_fn.run_plan import Plan
+from dbrx_fn.run_plan import Plan, difference
 from dbrx_fn.saver import CHECKPOINT_FILES, TOKENIZER_FILES, write_checkpoint
 from dbrx_fn.training import State
 
+_MADE_OF = "made_of"
 _STEP = re.compile(r"step-([0-9]{8,})")
 
 
@@ -130,9 +131,16 @@ class RunFolder:
 
     # Settings
 
-    def write_settings(self, settings: Mapping[str, Any]) -> None:
-        """Notes what the run was asked for; from then on it has started."""
-        write_file(self.settings_file, (json.dumps(settings, indent=2) + "\n").encode())
+    def begin(self, plan: Plan, data: Mapping[str, str]) -> None:
+        """Notes what the run was asked for and made of; from then on it has started.
+
+        Args:
+            plan: the run's.
+            data: fingerprints of its token files.
+        """
+        self._write_settings(
+            {**plan.as_dict(), _MADE_OF: {"tokenizer": folder_sums(self.tokenizer), "data": dict(data)}}
+        )
 
     def read_plan(self) -> Plan:
         """What the run was asked for.
@@ -140,12 +148,58 @@ class RunFolder:
         Raises:
             InputError: if the file is damaged.
         """
+        settings = self._read_settings()
+        settings.pop(_MADE_OF, None)
+        return Plan.from_dict(settings, self.settings_file)
+
+    def change_steps(self, steps: int) -> None:
+        """Notes another number of steps."""
+        settings = self._read_settings()
+        settings["recipe"]["steps"] = steps
+        self._write_settings(settings)
+
+    def check_made_of(self, data: Mapping[str, str]) -> None:
+        """Makes sure that the run has the tokenizer and the data that it began with; earlier versions didn't note them.
+
+        Args:
+            data: fingerprints of the token files that are there.
+
+        Raises:
+            InputError: naming what is another.
+        """
+        settings = self._read_settings()
+        if _MADE_OF not in settings:
+            return
+        noted, sums = settings[_MADE_OF], {}
+        for name in TOKENIZER_FILES:
+            file = self.tokenizer / name
+            try:
+                if os.path.lexists(file):
+                    sums[name] = file_sum(file, LARGEST_VOCABULARY)
+            except (OSError, ValueError) as error:
+                raise InputError(
+                    f"{file} can't be read ({getattr(error, 'strerror', None) or error}): put it back as it was, or"
+                    " start the run anew elsewhere."
+                ) from None
+        found = difference({"tokenizer": sums, "data": dict(data)}, noted)
+        if found:
+            raise InputError(
+                f"{self.path} isn't made of what {self.settings_file.name} notes ({found}): put back what was changed,"
+                " or start the run anew elsewhere."
+            )
+
+    def _write_settings(self, settings: Mapping[str, Any]) -> None:
+        write_file(self.settings_file, (json.dumps(settings, indent=2) + "\n").encode())
+
+    def _read_settings(self) -> dict[str, Any]:
         try:
             settings = parse_json(read_bounded(self.settings_file), unique=True)
+            if not isinstance(settings, dict):
+                raise ValueError(f"it holds {shown(settings)} where an object is expected")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{self.settings_file} can't be read ({reason}): start the run anew elsewhere.") from None
-        return Plan.from_dict(settings, self.settings_file)
+        return settings
 
     # Checkpoints
 
@@ -203,7 +257,7 @@ class RunFolder:
 
         Raises:
             CheckpointError: if there are checkpoints and none is whole.
-            InputError: if one is of another run, or the run's tokenizer isn't the one that it was saved with.
+            InputError: if one is of another run.
         """
         steps, damaged = self.saved_steps(), []
         for step in reversed(steps):
@@ -213,7 +267,6 @@ class RunFolder:
             except CheckpointError as error:
                 damaged.append((folder, str(error)))
                 continue
-            self._check_tokenizer(folder, noted.files)
             for other, reason in damaged:
                 self._put_aside(other, reason, step)
             if not noted.files:
@@ -245,21 +298,6 @@ class RunFolder:
         saved = self.saved_steps()
         where = f"goes on after step {saved[-1]:,}" if saved else "begins with the first step, as none was saved"
         return f"--out {shlex.quote(str(self.path))} --resume {where}"
-
-    def _check_tokenizer(self, checkpoint: Path, files: Mapping[str, Any]) -> None:
-        """Makes sure that the run's tokenizer is the one that its checkpoints hold a copy of."""
-        for name in TOKENIZER_FILES if files else ():
-            file = self.tokenizer / name
-            try:
-                reason = disagreement(file_sum(file, LARGEST_VOCABULARY), files[name]) if name in files else None
-                if name not in files and os.path.lexists(file):
-                    reason = "there was none"
-            except (OSError, ValueError) as error:
-                reason = str(getattr(error, "strerror", None) or error)
-            if reason:
-                raise InputError(
-                    f"{file} isn't as it was when {checkpoint} was saved ({reason}): put it back as it is there."
-                )
 
     def _put_aside(self, folder: Path, reason: str, step: int) -> None:
         aside = folder.with_name(f"damaged-{folder.name}-{secrets.token_hex(4)}")

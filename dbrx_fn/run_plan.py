@@ -99,7 +99,7 @@ def difference(here: object, there: object, name: str = "") -> str | None:
             if found:
                 return found
         return None
-    return None if here == there else f"{name} is {shown(here)} here and {shown(there)} there"
+    return None if here == there else f"{name or 'it'} is {shown(here)} here and {shown(there)} there"
 
 
 def _refuse_unknown(kind: Any, found: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +152,10 @@ def header_texts(layout: Written) -> dict[str, str]:
     return {"format": "pt" if layout == "fused" else "mlx"}
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path, stop_tokens: Collection[int] = ()) -> None:
     """Copies a checkpoint's tokenizer, chat template and stop tokens; the folder is made if it isn't there.
 
-    Stop tokens that only config.json names are written into generation_config.json.
+    Stop tokens that generation_config.json doesn't name are written into it: those of config.json, else `stop_tokens`.
 
     Raises:
         TokenizerError: if a file is far larger than any tokenizer's, which may be one without an end or of holes.
@@ -171,8 +171,11 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
                 ) from None
             (folder / name).write_bytes(content)
     generation, stops = _settings(source / "generation_config.json"), _settings(source / "config.json")
-    if generation.get("eos_token_id") is None and stops.get("eos_token_id") is not None:
-        generation["eos_token_id"] = stops["eos_token_id"]
+    ids = stops.get("eos_token_id")
+    if ids is None and stop_tokens:
+        ids = sorted(stop_tokens)
+    if generation.get("eos_token_id") is None and ids is not None:
+        generation["eos_token_id"] = ids
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 

@@ -9,8 +9,10 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from dbrx_fn.atomic import write_file
 from dbrx_fn.batches import Batches
 from dbrx_fn.chat import ChatFormat
+from dbrx_fn.chatml_template import chatml_template
 from dbrx_fn.command import Parser, program, run
 from dbrx_fn.config import read_config, read_config_file
 from dbrx_fn.corpus import Document, read_documents, split, without_held_out
@@ -212,13 +214,20 @@ def _set_up(folder: RunFolder, plan: Plan, options: argparse.Namespace) -> None:
         print_message(f"training a tokenizer of {size:,} tokens")
         save_tokenizer(train_bpe((text for d in documents for text, _ in d.spans), size), folder.tokenizer)
     else:
-        copy_tokenizer(Path(named), folder.tokenizer)
+        copy_tokenizer(Path(named), folder.tokenizer, tokenizer.stop_tokens)
+    if chat_format.template is None and any(document.is_chat for document in documents):
+        # Others know no built-in form.
+        template = chatml_template(default_system=chat_format.default_system)
+        write_file(folder.tokenizer / "chat_template.jinja", template.encode())
     train = _tokenize(folder, folder.train_data, documents)
     Batches(train, plan.batch_size, plan.sequence_length, plan.seed)
     check_targets(train)
+    fingerprints = {folder.train_data.name: train.fingerprint}
     if held_out:
-        check_targets(_tokenize(folder, folder.held_out_data, held_out))
-    folder.write_settings(plan.as_dict())
+        kept = _tokenize(folder, folder.held_out_data, held_out)
+        check_targets(kept)
+        fingerprints[folder.held_out_data.name] = kept.fingerprint
+    folder.begin(plan, fingerprints)
 
 
 def _warn_of_another_tokenizer(model: str, tokenizer: Tokenizer, options: argparse.Namespace) -> None:

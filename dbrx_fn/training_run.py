@@ -50,6 +50,7 @@ def train(folder: RunFolder, plan: Plan, steps: int | None = None) -> None:
     if steps is not None:
         plan = plan.with_steps(steps)
     data = _open_data(folder, plan)
+    folder.check_made_of(data.fingerprints)
     state, start, planned = _load_state(folder, plan, data)
     done = plan.recipe.steps
     if done < start or steps == start:
@@ -61,7 +62,7 @@ def train(folder: RunFolder, plan: Plan, steps: int | None = None) -> None:
         folder.check_model()
     cut_metrics(folder.metrics_file, start, plan.config)
     if steps is not None:
-        folder.write_settings(plan.as_dict())
+        folder.change_steps(steps)
     _tell(plan, data, start, planned)
     state = _go_on(folder, plan, data, state, start)
     _finish(folder, plan, state)

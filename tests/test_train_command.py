@@ -663,7 +663,7 @@ def test_nothing_to_resume(tmp_path: Path, refused: Refused) -> None:
     [
         (b"", "Expecting value"),
         (b"\xff", "byte 0 is not UTF-8"),
-        (b"[]", "list"),
+        (b"[]", "where an object is expected"),
         (b'{"seed": 1, "seed": 2}', "'seed' is there twice"),
         (b"[" * 10**5, "nested too deeply"),
         (b"{}", "recipe"),
@@ -817,18 +817,18 @@ def test_data_of_another_run(copy: Path, config: Path, tmp_path: Path, refused: 
     for name in ("train", "held_out"):
         shutil.rmtree(copy / "data" / name)
         shutil.copytree(other / "data" / name, copy / "data" / name)
-        refused(["--out", str(copy), "--resume"], "belongs to another run, or this one was changed", "data.")
+        refused(["--out", str(copy), "--resume"], "isn't made of what run.json notes", "data.")
 
 
 @pytest.mark.parametrize("what", ["changed", "gone", "added"])
 def test_a_tokenizer_that_is_another(what: str, copy: Path, refused: Refused) -> None:
-    """The checkpoints, which hold a copy of it, tell."""
     file = copy / "tokenizer" / ("added_tokens.json" if what == "added" else "tokenizer.json")
     if what == "gone":
         file.unlink()
     else:
         file.write_text("{}")
-    refused(["--out", str(copy), "--resume"], f"{file} isn't as it was when", "put it back as it is there")
+    shutil.rmtree(copy / "checkpoints")
+    refused(["--out", str(copy), "--resume"], "isn't made of what run.json notes", f"tokenizer.{file.name}")
 
 
 @pytest.mark.parametrize("line", [b"{", b"[]", b"{}", b"\xff"])

@@ -176,7 +176,7 @@ def test_of_many_that_set_a_run_up_one_does(tmp_path: Path) -> None:
             with run.set_up() as hidden:
                 hidden.tokenizer.mkdir()
                 (hidden.tokenizer / str(number)).touch()
-                hidden.write_settings({"number": number})
+                hidden.settings_file.write_text(json.dumps({"number": number}))
 
         ended = rivals(6, attempt)
         winners = [number for number, error in enumerate(ended) if error is None]

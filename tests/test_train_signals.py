@@ -184,7 +184,7 @@ def test_before_a_step_was_saved_it_is_said_that_the_run_begins_again(tmp_path: 
     out = tmp_path / "a run"
     assert RunFolder(out).how_to_go_on() == "nothing is kept"
     out.mkdir()
-    RunFolder(out).write_settings({})
+    (out / "run.json").touch()
     assert RunFolder(out).how_to_go_on() == (f"--out '{out}' --resume begins with the first step, as none was saved")
 
 
