@@ -7,7 +7,7 @@ from pathlib import Path
 import tokenizers
 
 from dbrx_fn.errors import TokenizerError
-from dbrx_fn.json_file import LARGEST_VOCABULARY
+from dbrx_fn.json_file import LARGEST_VOCABULARY, shown
 from dbrx_fn.library_errors import library_errors
 from dbrx_fn.literal_text import LiteralEncoder, Ranges
 from dbrx_fn.special_tokens import AddedToken, SpecialTokens, read_special_tokens, read_token
@@ -54,10 +54,9 @@ def read_tokenizer_json(path: Path, settings: Settings) -> Vocabulary:
         defaults=definition.defaults,
     )
     if not definition.holds_added_tokens and (left_out := contents - {token.content for token in tokens.added()}):
-        raise settings.wrong(
-            "'added_tokens_decoder'",
-            f"of all added tokens of {path.name}, as {min(left_out)!r}, since GPT2Tokenizer takes no others",
-            sorted(map(str, settings.value("added_tokens_decoder"))),
+        raise TokenizerError(
+            f"{settings.path}: 'added_tokens_decoder' lacks {shown(min(left_out))} of {path.name}, and GPT2Tokenizer "
+            "takes only tokens that are listed there; add it, or write PreTrainedTokenizerFast as the tokenizer_class."
         )
     backend = _backend(path, definition.content, tokens)
     added = {token.content: number for number, token in backend.get_added_tokens_decoder().items()}
@@ -99,7 +98,27 @@ def _backend(path: Path, content: str, tokens: SpecialTokens) -> tokenizers.Toke
         backend.no_truncation()
         backend.no_padding()
         backend.add_tokens([token.made() for token in tokens.added()])
+    _check_white_space(path, backend)
     return backend
+
+
+def _check_white_space(path: Path, backend: tokenizers.Tokenizer) -> None:
+    """Makes sure that no text holds added tokens at which the library fails."""
+    added = backend.get_added_tokens_decoder()
+    texts = {token.content: backend.id_to_token(number) or "" for number, token in added.items()}
+    nothing = next((content for content, text in texts.items() if not text), None)
+    if nothing is not None:
+        raise TokenizerError(
+            f"{path}: its normalizer leaves nothing of the added token {shown(nothing)}, which then is everywhere; set "
+            "'normalized' of the token to false."
+        )
+    stripping = next((token.content for token in added.values() if token.rstrip), None)
+    spaced = next((content for content, text in texts.items() if text[0].isspace()), None)
+    if stripping is not None and spaced is not None:
+        raise TokenizerError(
+            f"{path}: the added token {shown(stripping)} has 'rstrip' and {shown(spaced)} begins with white space, so "
+            "both can take the same characters; leave 'rstrip' out of the files."
+        )
 
 
 def _added_tokens(file: Settings) -> dict[int, AddedToken]:

@@ -1,5 +1,6 @@
 """Tokenizer folders that a stranger made to do harm: to crash, hang, fill memory, or be read in another way."""
 
+import copy
 import json
 import os
 import random
@@ -333,7 +334,7 @@ def anywhere(chooser: random.Random, folder: Path, content: Settings) -> None:
             if not isinstance(place[key], dict | list) or not place[key] or chooser.random() < 0.2:
                 break
             place = place[key]
-        place[key] = chooser.choice(JUNK)
+        place[key] = copy.deepcopy(chooser.choice(JUNK))
     write(folder, content)
 
 

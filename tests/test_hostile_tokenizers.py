@@ -60,6 +60,11 @@ def in_model(**fields: object) -> Callable[[dict[str, Any]], None]:
     return lambda content: content["model"].update(fields)
 
 
+def lost_token(content: dict[str, Any]) -> None:
+    content["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    content["added_tokens"] = [token("  ", 320, normalized=True)]
+
+
 REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 50}
 ONLY_B = {
     "type": "TemplateProcessing",
@@ -86,6 +91,8 @@ YI = "".join(map(chr, range(0xA000, 0xA48D)))
         (replaced("post_processor", ONLY_B), "'single' of TemplateProcessing must be the sequence A once"),
         (replaced("added_tokens", [token("\ud800", 320)]), "'added_tokens' entry 0 must be a text"),
         (replaced("added_tokens", [token(YI, 320)]), "the added tokens use all letters"),
+        (replaced("added_tokens", [token("<a>", 320, rstrip=True), token(" b", 321)]), "both can take the same"),
+        (lost_token, "its normalizer leaves nothing of the added token '  '"),
     ],
 )
 def test_what_is_refused_at_load(change: Callable[[dict[str, Any]], None], reason: str, tmp_path: Path) -> None:

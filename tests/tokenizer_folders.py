@@ -20,20 +20,12 @@ NEWER_CL100K_WORDS = (
     r"|\s+(?!\S)|\s"
 )
 TOKENS = [
-    "<|endoftext|>",
-    "<|pad|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<think>",
-    "<tool>",
-    "[X]",
-    "word",
-    "<日>",
-    "Hel",
-    "<|im|>",
+    *("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<|im|>", "<think>", "<tool>"),
+    *("[X]", "word", "<日>", "Hel"),
 ]
+SPACED = ["  ", " b"]
 PIECES = [
-    *TOKENS,
+    *(*TOKENS, *SPACED),
     *(
         " ",
         "  ",
@@ -148,7 +140,8 @@ class Maker:
             "model": model,
         }
         place = len(model["vocab"])
-        for content in self.random.sample(TOKENS, self.random.randrange(1, 7)):
+        contents = self.random.sample(TOKENS, self.random.randrange(1, 7))
+        for content in [*contents, self.random.choice(SPACED)] if self.maybe(0.1) else contents:
             number = model["vocab"].get(content)
             tokenizer["added_tokens"].append({"id": place if number is None else number, **self.token(content)})
             place += number is None

@@ -14,7 +14,7 @@ from dbrx_fn.errors import TokenizerError
 from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
 from tests.tokenizer_folders import Maker
 
-PARTS, FOLDERS, MOST_TOLD, TEXTS = 4, 150, 50, 12
+PARTS, FOLDERS, LEAST_COMPARED, TEXTS = 4, 150, 90, 12
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 
 
@@ -23,21 +23,34 @@ def quiet() -> None:
     logging.set_verbosity_error()
 
 
-def read(folder: Path) -> Tokenizer | None:
-    """The tokenizer; None where the files are refused, or a warning tells that it isn't transformers'."""
+def read(folder: Path) -> tuple[Tokenizer | None, list[str]]:
+    """The tokenizer, or None where the files are refused; and what is said of the files."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
             tokenizer = read_tokenizer(folder)
         except TokenizerError as error:
-            said = [str(error)]
-            tokenizer = None
-        else:
-            said = [str(warning.message) for warning in told]
-    for sentence in said:
-        assert any(f"{folder}/{name}" in sentence for name in FILES), sentence
-        assert re.search(r"'\w+'|tokenizer_class|the token '|normalizer", sentence), sentence
-    return None if said else tokenizer
+            return None, [str(error)]
+    return tokenizer, [str(warning.message) for warning in told]
+
+
+def take_the_file_as_it_stands(folder: Path) -> None:
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
+
+
+def check_texts(ours: Tokenizer, folder: Path, maker: Maker) -> None:
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert dict(ours.chat_format.special_tokens) == theirs.special_tokens_map, folder
+    for _ in range(TEXTS):
+        text = maker.text()
+        tokens = theirs.encode(text)
+        assert ours.encode(text) == tokens, (folder, text)
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False), folder
+        for skip in (True, False):
+            decoded = theirs.decode(tokens, skip_special_tokens=skip)
+            assert ours.decode(tokens, skip_special_tokens=skip) == decoded, (folder, text)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -47,27 +60,23 @@ def test_any_settings_give_transformers_tokens_and_text(part: int, tmp_path: Pat
         folder = tmp_path / str(seed)
         folder.mkdir()
         maker = Maker(seed)
-        ours = read(maker.write(folder))
-        if ours is None:
-            outcomes["told"] += 1
-            continue
-        theirs = AutoTokenizer.from_pretrained(folder)
-        assert dict(ours.chat_format.special_tokens) == theirs.special_tokens_map, seed
-        for _ in range(TEXTS):
-            text = maker.text()
-            tokens = theirs.encode(text)
-            assert ours.encode(text) == tokens, (seed, text)
-            assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False), seed
-            for skip in (True, False):
-                decoded = theirs.decode(tokens, skip_special_tokens=skip)
-                assert ours.decode(tokens, skip_special_tokens=skip) == decoded, (seed, text)
-        outcomes["compared"] += 1
+        ours, said = read(maker.write(folder))
+        for sentence in said:
+            assert any(f"{folder}/{name}" in sentence for name in FILES), sentence
+            assert re.search(r"'\w+'|tokenizer_class|the token '|normalizer", sentence), sentence
+        if said and ours is not None:
+            # Only of GPT-2's class is it told that transformers does it in another way.
+            assert all("the tokenizer_class is GPT2Tokenizer" in sentence for sentence in said)
+            take_the_file_as_it_stands(folder)
+        if ours is not None:
+            check_texts(ours, folder, maker)
+        outcomes["refused" if ours is None else "told and compared" if said else "compared"] += 1
     print(dict(outcomes))
-    assert outcomes["told"] <= MOST_TOLD, outcomes
+    assert outcomes["compared"] >= LEAST_COMPARED, outcomes
 
 
 def test_there_are_hundreds() -> None:
-    assert PARTS * (FOLDERS - MOST_TOLD) >= 300
+    assert PARTS * LEAST_COMPARED >= 300
 
 
 def test_an_added_token_outside_ascii_is_decoded_to_itself(tmp_path: Path) -> None:
