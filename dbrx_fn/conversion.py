@@ -1,8 +1,8 @@
 """A checkpoint to another: of another layout, other dtypes or other formats, one matrix at a time.
 
-A conversion works in a hidden folder beside its place, `.NAME.converting`, which holds its plan and the shards that are
-finished. Interrupted, the same conversion goes on after the last of these; what it makes is byte for byte the same. The
-folder appears under its name when all of it is on the disk.
+A conversion works in a hidden folder beside its place (`dbrx_fn.conversion_work`). Interrupted, the same conversion
+goes on after the shards that are finished and whole; what it makes is byte for byte the same. The checkpoint's folder
+appears under its name when all of it is on the disk.
 """
 
 import contextlib
@@ -13,29 +13,28 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
 import mlx.core as mx
 
-from dbrx_fn.atomic import flush, write_file
 from dbrx_fn.backend import backend
 from dbrx_fn.checkpoint import Checkpoint, LeafReader, require_fit
 from dbrx_fn.config import Config, Dtype
+from dbrx_fn.conversion_work import PLAN_KEYS, ConversionWork, conversion_work, is_converting
 from dbrx_fn.errors import CheckpointError, InputError
-from dbrx_fn.file_lock import locked
 from dbrx_fn.finite import not_finite
 from dbrx_fn.hub import has_tokenizer_beside, tokenizer_folder
 from dbrx_fn.layouts import Source, Written, sources
 from dbrx_fn.params import Format, companions, listed, param_count
 from dbrx_fn.quantization import Quantization, dequantize_matrix, quantize_matrix, wanted_formats
 from dbrx_fn.raw import Raw, of_raw, raw
-from dbrx_fn.saver import check_layout, copy_tokenizer, header_texts, write_config
-from dbrx_fn.shards import SHARD_BYTES, Shard, plan_shards, write_index, write_shard
-
-_PLAN, _UNFINISHED = "plan.json", "checkpoint"
-_BESIDE = ".unfinished"
+from dbrx_fn.saver import check_layout, header_texts, small_files
+from dbrx_fn.shards import SHARD_BYTES, Shard, ShardSum, plan_shards, write_shard
+from dbrx_fn.work_folder import WorkFolder, hidden
 
 Progress = Callable[[int, int], None]
 """Called with bytes written so far and bytes in all."""
@@ -136,101 +135,90 @@ def plan_conversion(source: Checkpoint, request: Request) -> Conversion:
     return Conversion(source, request, config, formats, table, shards)
 
 
-def convert(conversion: Conversion, folder: Path, *, progress: Progress | None = None) -> None:
+def convert(
+    conversion: Conversion,
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+    resumed: Callable[[int], None] | None = None,
+) -> None:
     """Writes the new checkpoint's folder, or goes on where the same conversion was interrupted.
 
     Args:
         conversion: from `plan_conversion`.
         folder: to be made; its parents too, where they are missing.
         progress: called as matrices are written.
+        resumed: called with how many shards were finished before, if any were, when they have been compared with what
+            was written. One that differs is made anew, with a warning.
 
     Raises:
-        InputError: if the folder exists, can't be written, or another process is converting into it.
+        InputError: if the folder exists, can't be written, another process is converting into it, or something is in
+            its work folder that no conversion made.
         CheckpointError: if a tensor can't be read, or with `check` isn't finite.
     """
     require_free(folder)
-    work = _work_folder(folder)
-    plan, unfinished = work / _PLAN, work / _UNFINISHED
-    try:
-        content = _plan(conversion)
-        work.mkdir(parents=True, exist_ok=True)
-        lock = work / "lock"
-        lock.touch()
-        with locked(lock, f"{folder} is being written by another conversion: wait until it ends."):
-            same = plan.is_file() and plan.read_bytes() == content
-            if os.path.lexists(folder):
-                # A process may have been killed after it had renamed the folder.
-                ended = not unfinished.exists()
-                if ended and (same or not plan.exists()):
-                    _clean_up(work)
-                if ended and same:
-                    return
-                raise _taken(folder)
-            if not same:
-                if unfinished.exists():
-                    shutil.rmtree(unfinished)
-                write_file(plan, content)
-            unfinished.mkdir(exist_ok=True)
+    with _writing(folder), conversion_work(folder, _plan(conversion)) as work:
+        if os.path.lexists(folder):
+            made = work.has_made(folder, conversion.shards)
+            if work.has_ended():
+                work.clear()
+            if made:
+                return
+            raise _taken(folder)
+        work.start()
+        with work.checkpoint() as checkpoint:
+            finished = work.finished(conversion.shards, checkpoint)
+            if finished and resumed is not None:
+                resumed(len(finished))
             try:
-                _write(conversion, unfinished, progress)
+                _write(conversion, work, checkpoint, finished, progress)
             except BaseException as error:
                 # Nothing is worth keeping without a finished shard, nor if the source can't stay as it is.
-                if isinstance(error, _NotFiniteError) or not _finished(conversion, unfinished):
-                    shutil.rmtree(work, ignore_errors=True)
+                if isinstance(error, _NotFiniteError) or not finished:
+                    with contextlib.suppress(OSError):
+                        work.clear()
                 raise
             if os.path.lexists(folder):
                 raise _taken(folder)
-            unfinished.rename(folder)
-            flush(folder.parent)
-            _clean_up(work)
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or folder} can't be written ({error.strerror or error}): make room, or choose another"
-            " place; the same conversion goes on where it was."
-        ) from None
+            work.end(checkpoint, folder)
 
 
 def require_free(folder: Path) -> None:
-    """Raises `InputError` if something else than an interrupted conversion has made `folder`."""
-    if os.path.lexists(folder) and not _work_folder(folder).is_dir():
-        raise _taken(folder)
+    """Raises `InputError` if something else than an interrupted conversion is where `folder` is to be made."""
+    with _writing(folder):
+        converting = is_converting(folder)
+        if os.path.lexists(folder) and not converting:
+            raise _taken(folder)
+        if converting:
+            with conversion_work(folder, b""):
+                pass
 
 
-def finished_shards(conversion: Conversion, folder: Path) -> list[Shard]:
-    """The shards that an interrupted conversion into `folder` has finished."""
-    work = _work_folder(folder)
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
     try:
-        same = (work / _PLAN).read_bytes() == _plan(conversion)
-    except OSError:
-        same = False
-    return _finished(conversion, work / _UNFINISHED) if same else []
-
-
-def _finished(conversion: Conversion, unfinished: Path) -> list[Shard]:
-    return [shard for shard in conversion.shards if (unfinished / shard.file).is_file()]
-
-
-def _work_folder(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.converting"
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder} can't be written ({error.strerror or error}): make room, or choose another place; the same"
+            " conversion goes on where it was."
+        ) from None
 
 
 def _taken(folder: Path) -> InputError:
     return InputError(f"{folder} exists already: choose another name, or remove it.")
 
 
-def _clean_up(work: Path) -> None:
-    """Removes a work folder, its plan last: killed meanwhile, the same conversion knows by that that it has ended."""
-    with contextlib.suppress(OSError):
-        for left in work.iterdir():
-            if left.name != _PLAN:
-                left.unlink()
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def _write(conversion: Conversion, folder: Path, progress: Progress | None) -> None:
-    for left in folder.glob(f".*{_BESIDE}"):
-        left.unlink()
-    _check_space(conversion, folder)
+def _write(
+    conversion: Conversion,
+    work: ConversionWork,
+    checkpoint: WorkFolder,
+    finished: list[Shard],
+    progress: Progress | None,
+) -> None:
+    """Writes all that isn't finished; shards are added to those that are."""
+    missing = [shard for shard in conversion.shards if shard not in finished]
+    _check_space(sum(shard.nbytes for shard in missing), checkpoint.path)
     reader = LeafReader(conversion.source)
     done = 0
 
@@ -240,29 +228,53 @@ def _write(conversion: Conversion, folder: Path, progress: Progress | None) -> N
         if progress is not None:
             progress(done, conversion.nbytes)
 
-    for shard in conversion.shards:
-        file = folder / shard.file
-        if file.is_file():
-            advance(shard.nbytes)
-            continue
+    advance(sum(shard.nbytes for shard in finished))
+    for shard in missing:
         advance(len(shard.header))
-        beside = folder / f".{shard.file}{_BESIDE}"
         try:
-            write_shard(beside, shard, conversion.table, lambda linear: _matrices(conversion, reader, linear), advance)
-            beside.rename(file)
-        finally:
-            beside.unlink(missing_ok=True)
-        flush(folder)
-    write_index(folder, conversion.shards)
-    path = conversion.source.path
+            with checkpoint.create(hidden(shard.file)) as out:
+                found = _write_shard(out, shard, conversion, reader, advance)
+        except BaseException:
+            checkpoint.remove(hidden(shard.file))
+            raise
+        work.note(shard, found)
+        checkpoint.rename(hidden(shard.file), shard.file)
+        finished.append(shard)
+    contents = small_files(
+        conversion.config, conversion.request.layout, conversion.formats, conversion.shards, _tokenizer(conversion)
+    )
+    for name, content in contents.items():
+        checkpoint.write(name, content)
+
+
+def _write_shard(
+    out: BinaryIO, shard: Shard, conversion: Conversion, reader: LeafReader, advance: Callable[[int], None]
+) -> str:
+    """Writes one file; returns the sum of what it was to hold."""
+    found = ShardSum(shard)
+    with ThreadPoolExecutor(1) as summing:
+        last: Future[None] | None = None
+
+        def written(name: str, matrix: Raw) -> None:
+            nonlocal last
+            # While the next matrix is read and written, but no further behind, for the memory's sake.
+            if last is not None:
+                last.result()
+            last = summing.submit(found.add, name, matrix)
+            advance(matrix.nbytes)
+
+        write_shard(out, shard, conversion.table, lambda linear: _matrices(conversion, reader, linear), written)
+        if last is not None:
+            last.result()
+    return found.hexdigest()
+
+
+def _tokenizer(conversion: Conversion) -> Path | None:
+    """The folder whose tokenizer files go along."""
     if conversion.request.tokenizer is not None:
-        copy_tokenizer(Path(conversion.request.tokenizer), folder)
-    elif path.is_dir() or has_tokenizer_beside(path):
-        copy_tokenizer(tokenizer_folder(path), folder)
-    write_config(folder, conversion.config, conversion.request.layout, conversion.formats)
-    for written in folder.iterdir():
-        flush(written)
-    flush(folder)
+        return Path(conversion.request.tokenizer)
+    path = conversion.source.path
+    return tokenizer_folder(path) if path.is_dir() or has_tokenizer_beside(path) else None
 
 
 def _matrices(conversion: Conversion, reader: LeafReader, linear: str) -> Iterator[dict[str, Raw]]:
@@ -291,9 +303,8 @@ def _matrices(conversion: Conversion, reader: LeafReader, linear: str) -> Iterat
             yield {path: raw(part) for path, part in zip(companions(weight), made, strict=False)}
 
 
-def _check_space(conversion: Conversion, folder: Path) -> None:
-    """Raises `InputError` if the disk has no room for the shards that aren't there yet."""
-    needed = sum(shard.nbytes for shard in conversion.shards if not (folder / shard.file).is_file())
+def _check_space(needed: int, folder: Path) -> None:
+    """Raises `InputError` if a folder's disk has no room for the shards that aren't there yet."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
@@ -307,15 +318,10 @@ def _plan(conversion: Conversion) -> bytes:
     files = sorted({tensor.file for tensor in conversion.source.tensors.values()})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     shards = hashlib.sha256(b"".join(shard.header for shard in conversion.shards)).hexdigest()
-    decides = {
-        # Which may round differently.
-        "computed_by": [version("mlx"), backend()],
-        "source": str(conversion.source.path.resolve()),
-        "files": stats,
-        "request": asdict(conversion.request),
-        "headers": shards,
-    }
-    return json.dumps(decides, indent=2).encode()
+    # MLX's versions and back ends may round differently.
+    computed_by = [version("mlx"), backend()]
+    decides = (computed_by, str(conversion.source.path.resolve()), stats, asdict(conversion.request), shards)
+    return json.dumps(dict(zip(PLAN_KEYS, decides, strict=True)), indent=2).encode()
 
 
 def _formats_in_words(formats: Mapping[str, Format], config: Config) -> str:

@@ -16,7 +16,7 @@ from typing import Any, get_args
 from dbrx_fn.checkpoint import open_checkpoint
 from dbrx_fn.command import Parser, program, run
 from dbrx_fn.config import Dtype
-from dbrx_fn.conversion import Conversion, Request, convert, finished_shards, plan_conversion, require_free
+from dbrx_fn.conversion import Conversion, Request, convert, plan_conversion, require_free
 from dbrx_fn.errors import InputError
 from dbrx_fn.hub import checkpoint_folder
 from dbrx_fn.layouts import WRITTEN
@@ -77,11 +77,12 @@ def _run(chosen: argparse.Namespace) -> None:
         require_free(chosen.folder)
     conversion = plan_conversion(open_checkpoint(chosen.source, revision=chosen.revision), request)
     if not chosen.dry_run:
-        finished = finished_shards(conversion, chosen.folder)
-        if finished:
-            print_message(f"going on after {len(finished)} of {len(conversion.shards)} shards")
+
+        def resumed(finished: int) -> None:
+            print_message(f"going on after {finished} of {len(conversion.shards)} shards")
+
         with byte_progress("converting") as progress:
-            convert(conversion, chosen.folder, progress=progress)
+            convert(conversion, chosen.folder, progress=progress, resumed=resumed)
     text = _table(conversion) if chosen.dry_run else f"{chosen.folder}\n{_table(conversion)}"
     print_result(json.dumps(described(conversion), indent=2) if chosen.json else text)
 

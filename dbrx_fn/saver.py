@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from dbrx_fn.layouts import Written, holds_quantized, sources
 from dbrx_fn.params import Format, Params, check_params, companions
 from dbrx_fn.quantization import tree_formats
 from dbrx_fn.raw import Raw, raw
-from dbrx_fn.shards import SHARD_BYTES, plan_shards, write_index, write_shard
+from dbrx_fn.shards import SHARD_BYTES, Shard, index_content, plan_shards, write_shard
 from dbrx_fn.tensor_files import INDEX
 
 TOKENIZER_FILES = (
@@ -41,7 +41,7 @@ TOKENIZER_FILES = (
 )
 
 
-CHECKPOINT_FILES = (*TOKENIZER_FILES, "config.json", INDEX, "model*.safetensors")
+CHECKPOINT_FILES = (*TOKENIZER_FILES, "config.json", INDEX, "model.safetensors", "model-*-of-*.safetensors")
 """Patterns of the names of all files that a checkpoint is written in."""
 
 
@@ -123,12 +123,12 @@ def write_checkpoint(
     shards = plan_shards(
         table, config.dtype, shard_bytes=shard_bytes, metadata=header_texts(layout) | dict(metadata or {})
     )
-    if tokenizer_files is not None:
-        copy_tokenizer(tokenizer_files, folder)
-    write_config(folder, config, layout, formats)
+    contents = small_files(config, layout, formats, shards, tokenizer_files)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
     for shard in shards:
-        write_shard(folder / shard.file, shard, table, matrices, lambda _: None)
-    write_index(folder, shards)
+        with (folder / shard.file).open("xb") as out:
+            write_shard(out, shard, table, matrices, lambda *_: None)
 
 
 def check_layout(layout: Written, formats: Mapping[str, Format]) -> None:
@@ -141,10 +141,26 @@ def check_layout(layout: Written, formats: Mapping[str, Format]) -> None:
             )
 
 
-def write_config(folder: Path, config: Config, layout: Written, formats: Mapping[str, Format]) -> None:
-    """Writes `config.json`, with what mlx-lm must be told of a quantized model."""
+def small_files(
+    config: Config,
+    layout: Written,
+    formats: Mapping[str, Format],
+    shards: Sequence[Shard],
+    tokenizer_files: Path | None,
+) -> dict[str, bytes]:
+    """The content of all files of a checkpoint but its shards, by their names.
+
+    Raises:
+        TokenizerError: as `copy_tokenizer`.
+    """
+    contents = {} if tokenizer_files is None else tokenizer_contents(tokenizer_files)
+    index = index_content(shards)
+    if index is not None:
+        contents[INDEX] = index
+    # With what mlx-lm must be told of a quantized model.
     settings = config_to_dict(config) | _quantization_settings(config, layout, formats)
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    contents["config.json"] = _text(settings)
+    return contents
 
 
 def header_texts(layout: Written) -> dict[str, str]:
@@ -158,25 +174,34 @@ def copy_tokenizer(source: Path, folder: Path, stop_tokens: Collection[int] = ()
     Stop tokens that generation_config.json doesn't name are written into it: those of config.json, else `stop_tokens`.
 
     Raises:
-        TokenizerError: if a file is far larger than any tokenizer's, which may be one without an end or of holes.
+        TokenizerError: if a file can't be read, or is far larger than any tokenizer's, which may be one without an end
+            or of holes.
     """
+    contents = tokenizer_contents(source, stop_tokens)
     folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+
+
+def tokenizer_contents(source: Path, stop_tokens: Collection[int] = ()) -> dict[str, bytes]:
+    """What `copy_tokenizer` writes, by the files' names; errors are its own."""
+    contents: dict[str, bytes] = {}
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             try:
-                content = read_bounded(source / name, LARGEST_VOCABULARY)
-            except ValueError as error:
+                contents[name] = read_bounded(source / name, LARGEST_VOCABULARY)
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
                 raise TokenizerError(
-                    f"{source / name} can't be copied ({error}): copy it again, or remove it."
+                    f"{source / name} can't be copied ({reason}): copy it again, or remove it."
                 ) from None
-            (folder / name).write_bytes(content)
     generation, stops = _settings(source / "generation_config.json"), _settings(source / "config.json")
     ids = stops.get("eos_token_id")
     if ids is None and stop_tokens:
         ids = sorted(stop_tokens)
     if generation.get("eos_token_id") is None and ids is not None:
-        generation["eos_token_id"] = ids
-        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        contents["generation_config.json"] = _text(generation | {"eos_token_id": ids})
+    return contents
 
 
 def write_tensors(file: Path, tensors: dict[str, mx.array], metadata: dict[str, str]) -> None:
@@ -198,6 +223,10 @@ def write_tensors(file: Path, tensors: dict[str, mx.array], metadata: dict[str, 
         # MLX doesn't say why it couldn't write.
         full = shutil.disk_usage(file.parent).free < sum(tensor.nbytes for tensor in tensors.values())
         raise OSError(errno.ENOSPC if full else errno.EIO, os.strerror(errno.ENOSPC) if full else str(error)) from None
+
+
+def _text(settings: Mapping[str, Any]) -> bytes:
+    return (json.dumps(settings, indent=2) + "\n").encode()
 
 
 def _settings(file: Path) -> dict[str, Any]:

@@ -4,12 +4,12 @@ Sizes and places of all tensors are known before the first is made: the header i
 to its place whenever it comes. Format: https://github.com/huggingface/safetensors#format.
 """
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from dbrx_fn.config import Dtype
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.layouts import Source
 from dbrx_fn.raw import Raw, in_order
-from dbrx_fn.tensor_files import DTYPES, INDEX
+from dbrx_fn.tensor_files import DTYPES
 
 SHARD_BYTES = 5 * 10**9
 """How large a shard becomes at most, unless a linear alone is larger; the Hugging Face Hub's own advice."""
@@ -26,6 +26,7 @@ SHARD_BYTES = 5 * 10**9
 Matrices = Callable[[str], Iterator[Mapping[str, Raw]]]
 """Of a linear, one after the other, the matrices of each expert (or the only one), by their leaves' paths."""
 
+_AT_ONCE = 2**20
 _CODES = {getattr(mx, dtype): code for code, dtype in DTYPES.items()}
 
 
@@ -73,38 +74,68 @@ def plan_shards(
 
 
 def write_shard(
-    file: Path, shard: Shard, table: Mapping[str, Source], matrices: Matrices, progress: Callable[[int], None]
+    out: BinaryIO, shard: Shard, table: Mapping[str, Source], matrices: Matrices, written: Callable[[str, Raw], None]
 ) -> None:
-    """Writes one file, into a folder that nobody reads yet, and waits until it is on the disk.
+    """Writes one file, and waits until it is on the disk.
 
     Args:
-        file: to write.
+        out: a new file.
         shard: what goes into it.
         table: as `plan_shards` had it.
         matrices: makes them.
-        progress: called with the bytes of each matrix that was written.
+        written: called with each matrix's tensor and bits, as they are in the file; those of a tensor in their order.
 
     Raises:
         CheckpointError: if a matrix can't be read or computed.
         OSError: if the file can't be written.
     """
-    with file.open("wb") as out:
-        out.write(shard.header)
-        for linear in shard.linears:
-            # A function of its own, so that nothing of a linear is left when the next is read.
-            _write_linear(out, shard, table, matrices(linear), progress)
-        out.flush()
-        os.fsync(out.fileno())
+    out.write(shard.header)
+    for linear in shard.linears:
+        # A function of its own, so that nothing of a linear is left when the next is read.
+        _write_linear(out, shard, table, matrices(linear), written)
+    out.flush()
+    os.fsync(out.fileno())
 
 
-def write_index(folder: Path, shards: Sequence[Shard]) -> None:
-    """Writes what says in which shard each tensor is, if there are several."""
+def index_content(shards: Sequence[Shard]) -> bytes | None:
+    """What the index says: in which shard each tensor is; `None`, if there is one alone."""
     if len(shards) == 1:
-        return
+        return None
     weight_map = {name: shard.file for shard in shards for name in shard.starts}
     total = sum(shard.nbytes - len(shard.header) for shard in shards)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+class ShardSum:
+    """A shard's SHA-256 sum, made of its header and of the sums of its tensors, which are written in turns."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._header = shard.header
+        self._tensors = {name: hashlib.sha256() for name in shard.starts}
+
+    def add(self, name: str, matrix: Raw | bytes) -> None:
+        """More of a tensor, in the order of its bytes."""
+        self._tensors[name].update(matrix if isinstance(matrix, bytes) else matrix.data.cast("B"))
+
+    def hexdigest(self) -> str:
+        """The sum, in hexadecimal, when all has been added."""
+        parts = [self._header, *(tensor.digest() for tensor in self._tensors.values())]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def sum_in(file: BinaryIO, shard: Shard) -> str | None:
+    """The `ShardSum` of what a file holds; `None` if its size or header isn't the shard's."""
+    if os.fstat(file.fileno()).st_size != shard.nbytes or file.read(len(shard.header)) != shard.header:
+        return None
+    found, ends = ShardSum(shard), [*shard.starts.values(), shard.nbytes][1:]
+    for name, end in zip(shard.starts, ends, strict=True):
+        while left := end - file.tell():
+            content = file.read(min(left, _AT_ONCE))
+            if not content:
+                return None
+            found.add(name, content)
+    return found.hexdigest()
 
 
 def _write_linear(
@@ -112,14 +143,15 @@ def _write_linear(
     shard: Shard,
     table: Mapping[str, Source],
     made: Iterator[Mapping[str, Raw]],
-    progress: Callable[[int], None],
+    written: Callable[[str, Raw], None],
 ) -> None:
     for expert, leaves in enumerate(_computed(made)):
         for path, matrix in leaves.items():
             stored, before = table[path].place(expert)
             out.seek(shard.starts[stored.name] + before * matrix.nbytes)
-            out.write(in_order(matrix.T if stored.rule.transposed else matrix).data)
-            progress(matrix.nbytes)
+            bits = in_order(matrix.T if stored.rule.transposed else matrix)
+            out.write(bits.data)
+            written(stored.name, bits)
 
 
 def _computed(made: Iterator[Mapping[str, Raw]]) -> Iterator[Mapping[str, Raw]]:

@@ -26,7 +26,11 @@ def converted(arguments: list[str], operation: int | None, place: Path) -> NoRet
 
     def hook(event: str, details: tuple[Any, ...]) -> None:
         nonlocal count
-        if event in _CHANGES and Path(arguments[1]).name in str(details[0]):
+        if event not in _CHANGES or (event == "open" and not details[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        path = details[0]
+        # Within an open work folder, names have no folder before them.
+        if not isinstance(path, int) and (Path(arguments[1]).name in str(path) or "/" not in str(path)):
             count += 1
             if count == operation:
                 os.kill(os.getpid(), signal.SIGKILL)

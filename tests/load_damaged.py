@@ -115,7 +115,7 @@ def _convert(folder: Path, *options: str) -> Path:
 
 
 @contextlib.contextmanager
-def _limited_files() -> Iterator[None]:
+def limited_files() -> Iterator[None]:
     """Nothing can fill the disk meanwhile."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (_LONGEST_FILE, before[1]))
@@ -125,7 +125,7 @@ def _limited_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@_limited_files()
+@limited_files()
 def _load_one(
     way: str, root: Path, damage: Damage, whole: Loaded, tokenizer: tuple[object, ...], *, converting: bool
 ) -> dict[str, Any]:

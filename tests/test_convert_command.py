@@ -477,13 +477,13 @@ def test_what_another_put_there_in_between_is_left_alone(
 def test_two_at_once(deep: Path, interrupted: Interrupted, done: Done, refused: Refused) -> None:
     """The second is refused and leaves the first alone, whose place is free when it is gone."""
     killed(interrupted, deep, interrupted.folder, *ALONE)
-    lock = work_of(interrupted.folder) / "lock"
     before = contents(work_of(interrupted.folder))
-    with lock.open() as opened:
-        fcntl.flock(opened, fcntl.LOCK_EX)
-        refused(deep, interrupted.folder, *ALONE, words="is being written by another conversion")
-        refused(deep, interrupted.folder, "--quantize", "4", words="is being written by another conversion")
+    opened = os.open(work_of(interrupted.folder), os.O_RDONLY)
+    fcntl.flock(opened, fcntl.LOCK_EX)
+    refused(deep, interrupted.folder, *ALONE, words="is being written by another conversion")
+    refused(deep, interrupted.folder, "--quantize", "4", words="is being written by another conversion")
     assert contents(work_of(interrupted.folder)) == before
+    os.close(opened)
     done(deep, interrupted.folder, *ALONE)
 
 

@@ -1,6 +1,8 @@
 """Safetensors files written matrix by matrix: planned in full before, and read by safetensors itself."""
 
+import io
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,8 @@ from dbrx_fn.layouts import Source, Written, sources
 from dbrx_fn.params import Format
 from dbrx_fn.quantization import Quantization, wanted_formats
 from dbrx_fn.raw import Raw, in_order, mapped, of_raw, raw
-from dbrx_fn.shards import Matrices, Shard, plan_shards, write_index, write_shard
+from dbrx_fn.shards import Matrices, Shard, ShardSum, index_content, plan_shards, sum_in, write_shard
+from dbrx_fn.tensor_files import INDEX
 from tests.checkpoints import QUANTIZABLE
 
 CONFIG = config_from_dict(QUANTIZABLE)
@@ -55,8 +58,11 @@ def random_matrices(table: Mapping[str, Source], dtype: Dtype, leaves: dict[str,
 
 def write_all(folder: Path, table: Mapping[str, Source], shards: tuple[Shard, ...], matrices: Matrices) -> None:
     for shard in shards:
-        write_shard(folder / shard.file, shard, table, matrices, lambda _: None)
-    write_index(folder, shards)
+        with (folder / shard.file).open("xb") as out:
+            write_shard(out, shard, table, matrices, lambda *_: None)
+    index = index_content(shards)
+    if index is not None:
+        (folder / INDEX).write_bytes(index)
 
 
 def stored_tensors(table: Mapping[str, Source], leaves: Mapping[str, Raw]) -> dict[str, Raw]:
@@ -167,14 +173,54 @@ def test_what_mlx_can_not_compute_is_told(error: Exception, tmp_path: Path) -> N
         yield {}
 
     with pytest.raises(CheckpointError, match=f"can't be read or computed .*{str(error)[-8:]}"):
-        write_shard(tmp_path / "file", shards[0], table, matrices, lambda _: None)
+        write_shard(io.BytesIO(), shards[0], table, matrices, lambda *_: None)
 
 
-def test_progress_is_all_bytes_but_the_header(tmp_path: Path) -> None:
-    table, shards = planned("fused", "float32", None, 10**9)
-    steps: list[int] = []
-    write_shard(tmp_path / "file", shards[0], table, random_matrices(table, "float32", {}), steps.append)
-    assert sum(steps) == shards[0].nbytes - len(shards[0].header)
+@pytest.mark.parametrize("case", [("fused", None), ("stacked", MIXED), ("split", MIXED)])
+def test_what_is_told_of_tensors_is_what_the_file_holds(
+    case: tuple[Written, Quantization | None], tmp_path: Path
+) -> None:
+    """In the order of each one's bytes; so the sum of what was written is that of the file."""
+    table, shards = planned(case[0], "float32", case[1], 10**9)
+    told: dict[str, bytes] = dict.fromkeys(shards[0].starts, b"")
+    found = ShardSum(shards[0])
+
+    def written(name: str, bits: Raw) -> None:
+        told[name] += bits.tobytes()
+        found.add(name, bits)
+
+    with (tmp_path / "file").open("xb") as out:
+        write_shard(out, shards[0], table, random_matrices(table, "float32", {}), written)
+    content = (tmp_path / "file").read_bytes()
+    assert shards[0].header + b"".join(told.values()) == content
+    with (tmp_path / "file").open("rb") as file:
+        assert sum_in(file, shards[0]) == found.hexdigest()
+
+
+@settings(max_examples=60)
+@given(place=st.floats(0, 1), bit=st.integers(0, 7), cut=st.booleans(), more=st.booleans())
+def test_any_damage_changes_the_sum(place: float, bit: int, cut: bool, more: bool) -> None:
+    table, shards = planned("stacked", "bfloat16", MIXED, 10**9)
+    whole = io.BytesIO()
+    with tempfile.TemporaryFile() as file:
+        write_shard(file, shards[0], table, random_matrices(table, "bfloat16", {}), lambda *_: None)
+        file.seek(0)
+        whole.write(file.read())
+        expected = sum_in(rewound(file), shards[0])
+        assert expected is not None
+        content = bytearray(whole.getvalue())
+        at = int(place * (len(content) - 1))
+        content[at] ^= 1 << bit
+        damaged = bytes(content[:at]) if cut else bytes(content) + b"x" * more
+        file.truncate(0)
+        rewound(file).write(damaged)
+        file.flush()
+        assert sum_in(rewound(file), shards[0]) != expected
+
+
+def rewound(file: Any) -> Any:
+    file.seek(0)
+    return file
 
 
 # Bits
