@@ -68,6 +68,13 @@ def blas(session: nox.Session) -> None:
 
 
 @nox.session
+def templates(session: nox.Session) -> None:
+    """A small model trained on each family's chat template answers and stops; names after -- choose families."""
+    install(session, "tests")
+    session.run("python", "-m", "tests.templates.learn_to_stop", *session.posargs)
+
+
+@nox.session
 def typecheck(session: nox.Session) -> None:
     """A strict static check of the package and its tests."""
     install(session, "typecheck")

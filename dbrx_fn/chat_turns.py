@@ -1,7 +1,8 @@
 """Finds in a conversation what a model is to learn: the assistant's turns, whole, with what ends them."""
 
+import itertools
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dbrx_fn.conversation import MarkedConversation
@@ -9,6 +10,9 @@ from dbrx_fn.errors import DbrxError, InputError, TokenizerError
 from dbrx_fn.json_file import shown
 from dbrx_fn.literal_chat import RenderedChat
 from dbrx_fn.literal_text import any_of
+
+# Characters, and what a message takes beside its own.
+_MOST_RENDERED, _PER_MESSAGE = 2**28, 1000
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,9 @@ def taught_chats(conversation: MarkedConversation, only_read: Collection[int] = 
             "The conversation has no message of the assistant behind one of the user, which is what is learned; add "
             "one."
         )
-    left = [_turn(conversation, number) for number in numbers if number not in only_read]
+    wanted = [number for number in numbers if number not in only_read]
+    _check_size(conversation, wanted)
+    left = [_turn(conversation, number) for number in wanted]
     chats: list[TaughtChat] = []
     while left:
         whole = left[-1].whole
@@ -75,6 +81,17 @@ def taught_chats(conversation: MarkedConversation, only_read: Collection[int] = 
         chat, places = conversation.marks.take_out(whole, [p for turn in turns for p in (turn.start, len(turn.ended))])
         chats.append(TaughtChat(chat, tuple(zip(places[::2], places[1::2], strict=True))))
     return chats[::-1]
+
+
+def _check_size(conversation: MarkedConversation, numbers: Sequence[int]) -> None:
+    """Each turn takes two renderings of all before it, so a conversation's time grows with its length squared."""
+    sizes = [_PER_MESSAGE + len(str(message)) for message in conversation.plain.messages]
+    before = list(itertools.accumulate(sizes))
+    if 2 * sum(before[number] for number in numbers) > _MOST_RENDERED:
+        raise InputError(
+            f"The conversation has {len(sizes)} messages and {len(numbers)} turns of the assistant, too many to render "
+            "each turn with all before it: cut it into several conversations."
+        )
 
 
 def _turn(conversation: MarkedConversation, number: int) -> _Turn:

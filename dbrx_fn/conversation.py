@@ -1,5 +1,6 @@
 """Conversations as they come from users, servers and data, checked and rendered in part or whole."""
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -60,39 +61,54 @@ class Conversation:
             InputError: it leaves one out.
             TokenizerError: the template can't be rendered.
         """
-        for number, message in enumerate(self.messages):
-            if message["role"] in ("user", "assistant"):
+        others = [n for n, message in enumerate(self.messages) if message["role"] not in ("user", "assistant")]
+        if not others:
+            return
+        # A word that is nowhere else in the place of each content shows most of them in one rendering.
+        word = _unused_word(self.messages)
+        probes = {n: {**self.messages[n], "content": f"{word}{n}."} for n in others}
+        shown_at_once = self._try([probes.get(n, message) for n, message in enumerate(self.messages)]) or ""
+        for n in others:
+            if f"{word}{n}." in shown_at_once:
                 continue
-            rest = (*self.messages[:number], *self.messages[number + 1 :])
+            rest = [*self.messages[:n], *self.messages[n + 1 :]]
             # Some templates write a system message only before a last message of the user.
-            if all(self._leaves_out(rest[: count - 1], count) for count in range(len(self), max(number, 1), -1)):
+            counts = range(len(self), max(n, 1), -1)
+            if all(self._is_same(self.messages[:count], rest[: count - 1]) for count in counts):
                 raise InputError(
-                    f"{self.chat_format.source} leaves out message {number + 1}, of the role {shown(message['role'])}: "
-                    "take the message out, or correct the template."
+                    f"{self.chat_format.source} leaves out message {n + 1}, of the role "
+                    f"{shown(self.messages[n]['role'])}: take the message out, or correct the template."
                 )
 
-    def unread_keys(self) -> list[tuple[int, str]]:
-        """Numbers of messages, from 0, and their keys that hold something which changes nothing in what is rendered."""
+    def unread_keys(self) -> dict[str, int]:
+        """Keys of messages that change nothing in what is rendered, each with the first message's number from 0."""
         names = template_names(self.chat_format)
         read = {"role", "content", *names, *(_REASONING if names.intersection(_REASONING) else ())}
-        found = []
+        found: dict[str, int] = {}
         for number, message in enumerate(self.messages):
-            # Reasoning is there under two names.
-            for key in [key for key in message if key not in read and key not in _REASONING[1:]]:
-                without = {name: value for name, value in message.items() if name != key}
-                empty = message[key] in ("", [], {})
-                if not empty and self._leaves_out((*self.messages[:number], without), number + 1):
-                    found.append((number, key))
-        return found
+            for key, value in message.items():
+                # Reasoning is there under two names.
+                if key not in read and key not in found and key not in _REASONING[1:] and value not in ("", [], {}):
+                    found[key] = number
+        without = {
+            key: [{name: value for name, value in message.items() if name != key} for message in self.messages]
+            for key in found
+        }
+        return {key: number for key, number in found.items() if self._is_same(self.messages, without[key])}
 
-    def _leaves_out(self, changed: tuple[dict[str, Any], ...], count: int) -> bool:
-        """Whether these messages make the same prompt as the first of the conversation's."""
+    def _is_same(self, messages: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> bool:
+        """Whether two lists of messages make the same prompt."""
+        text = self._try(messages)
+        return text is not None and text == self._try(others)
+
+    def _try(self, messages: Sequence[dict[str, Any]]) -> str | None:
+        """The prompt, or None where the template refuses these messages."""
         try:
-            return bool(changed) and self._render(changed, True) == self.render(count, True)
+            return self._render(messages, True)
         except DbrxError:
-            return False
+            return None
 
-    def _render(self, messages: tuple[dict[str, Any], ...], add_generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
         form = self.chat_format
         if form.template is None:
             return _render_chatml(messages, form.default_system and self.default_system, add_generation_prompt)
@@ -303,11 +319,16 @@ def _cannot_be_rendered(chat_format: ChatFormat, error: Exception) -> TokenizerE
     )
 
 
+def _unused_word(messages: Sequence[dict[str, Any]]) -> str:
+    text = str(messages)
+    return next(word for word in (f"probe{number}of" for number in itertools.count()) if word not in text)
+
+
 def _turn(role: str, content: str) -> str:
     return f"<|im_start|>{role}\n{content}<|im_end|>"
 
 
-def _render_chatml(messages: tuple[dict[str, Any], ...], default_system: bool, add_generation_prompt: bool) -> str:
+def _render_chatml(messages: Sequence[dict[str, Any]], default_system: bool, add_generation_prompt: bool) -> str:
     turns = [_turn(message["role"], message["content"]) for message in messages]
     if messages and messages[0]["role"] == "system":
         turns[0] = _turn("system", messages[0]["content"].strip())

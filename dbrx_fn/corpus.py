@@ -15,7 +15,7 @@ from dbrx_fn.chat_turns import taught_chats
 from dbrx_fn.conversation import SAID, mark, read_conversation
 from dbrx_fn.data_files import find_files, holds_rows, read_rows, read_text
 from dbrx_fn.errors import DbrxError, InputError
-from dbrx_fn.json_file import shown
+from dbrx_fn.json_file import shown, shown_path
 from dbrx_fn.literal_text import any_of, clipped
 
 
@@ -77,7 +77,7 @@ def read_documents(
     documents = [document for document in read if document.text.strip()]
     reader.warn()
     if not documents:
-        names = ", ".join(map(str, given)) or "An empty list of paths"
+        names = ", ".join(map(shown_path, given)) or "An empty list of paths"
         raise InputError(f"{names} holds no text at all: name files that hold some.")
     return documents
 
@@ -148,7 +148,7 @@ class _Reader:
     def read(self, path: Path) -> Iterator[Document]:
         """The documents of a file."""
         if not holds_rows(path):
-            yield self._document(str(path), ((read_text(path), True),))
+            yield self._document(shown_path(path), ((read_text(path), True),))
             return
         for source, row in read_rows(path):
             try:
@@ -188,7 +188,7 @@ class _Reader:
         else:
             found = "has no keys" if not row else "has only " + shown(list(row)).strip("[]")
             raise InputError(f"the object {found}, where 'text', 'prompt' and 'completion', or 'messages' is expected.")
-        self._unused.update(f"{path}: '{key}'" for key in row.keys() - used if row[key] is not None)
+        self._unused.update(f"{shown_path(path)}: {shown(key)}" for key in row.keys() - used if row[key] is not None)
         self._kept_out += not (taught and documents)
         if taught:
             yield from documents
@@ -212,13 +212,13 @@ class _Reader:
         bare = [_without(message, ("weight", "train")) for message in messages]
         conversation = read_conversation(bare, self._chat_format, tools=tools, now=self._now)
         conversation.check_used()
-        for number, key in conversation.unread_keys():
+        for key, number in conversation.unread_keys().items():
             if key in SAID:
                 raise InputError(
                     f"Message {number + 1}: {self._chat_format.source} has no place for '{key}'; take it out, or take "
                     "a template that has."
                 )
-            self._unused[f"'{key}' of messages"] += 1
+            self._unused[f"{shown(key)} of messages"] += sum(key in message for message in conversation.messages)
         chats = taught_chats(mark(conversation, control_tokens=self._control_tokens), only_read)
         documents = []
         for taught in chats:

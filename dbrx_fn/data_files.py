@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dbrx_fn.errors import InputError
-from dbrx_fn.json_file import parse_json, read_bounded, shown
+from dbrx_fn.json_file import parse_json, read_bounded, shown, shown_path
 from dbrx_fn.regular_file import open_regular
 
 TEXT_FILES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex")
@@ -38,7 +38,9 @@ def find_files(path: Path) -> list[Path]:
         return [path]
 
     def fail(error: OSError) -> None:
-        raise InputError(f"{error.filename} can't be read ({error.strerror}): check the folder's permissions.")
+        raise InputError(
+            f"{shown_path(error.filename)} can't be read ({error.strerror}): check the folder's permissions."
+        )
 
     found: list[Path] = []
     others: Counter[str] = Counter()
@@ -59,10 +61,12 @@ def find_files(path: Path) -> list[Path]:
             elif not _seen_before(os.path.join(folder, name), seen):
                 found.append(Path(folder, name))
     if not found:
-        raise InputError(f"{path} holds no {', '.join((*TEXT_FILES, *ROW_FILES))} file: name another folder.")
+        raise InputError(
+            f"{shown_path(path)} holds no {', '.join((*TEXT_FILES, *ROW_FILES))} file: name another folder."
+        )
     if others:
         kinds = ", ".join(f"{count} of {suffix}" for suffix, count in others.most_common(5))
-        warnings.warn(f"{path}: files of other kinds are passed over ({kinds}).", stacklevel=2)
+        warnings.warn(f"{shown_path(path)}: files of other kinds are passed over ({kinds}).", stacklevel=2)
     return sorted(found)
 
 
@@ -75,8 +79,8 @@ def holds_rows(path: Path) -> bool:
     suffix = path.suffix.lower()
     if suffix and suffix not in (*TEXT_FILES, *ROW_FILES):
         raise InputError(
-            f"{path} ends in {suffix}, which isn't read: give rows as {', '.join(ROW_FILES)}, and text of any kind as "
-            f".txt."
+            f"{shown_path(path)} ends in {shown_path(suffix)}, which isn't read: give rows as {', '.join(ROW_FILES)}, "
+            "and text of any kind as .txt."
         )
     return suffix in ROW_FILES
 
@@ -92,15 +96,19 @@ def read_text(path: Path) -> str:
         try:
             while chunk := file.read(_CHUNK):
                 if 0 in chunk:
-                    raise InputError(f"{path} holds a zero byte, so it is no text: name another file.")
+                    raise InputError(f"{shown_path(path)} holds a zero byte, so it is no text: name another file.")
                 content += chunk
             return content.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
-            raise InputError(f"{path} isn't UTF-8 at byte {error.start} ({error.reason}): convert it first.") from None
+            raise InputError(
+                f"{shown_path(path)} isn't UTF-8 at byte {error.start} ({error.reason}): convert it first."
+            ) from None
         except OSError as error:
             raise _unreadable(path, error) from None
         except MemoryError:
-            raise InputError(f"{path} is larger than this machine's memory: cut it into several files.") from None
+            raise InputError(
+                f"{shown_path(path)} is larger than this machine's memory: cut it into several files."
+            ) from None
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
@@ -115,14 +123,16 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
         yield from _read_lines(path)
         return
     try:
-        value = _parse(read_bounded(path, LARGEST_ROW), str(path))
+        value = _parse(read_bounded(path, LARGEST_ROW), shown_path(path))
     except FileNotFoundError:
         raise _missing(path) from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} can't be read ({error}): check it, or write it as .jsonl, a row to a line.") from None
+        raise InputError(
+            f"{shown_path(path)} can't be read ({error}): check it, or write it as .jsonl, a row to a line."
+        ) from None
     rows = value if isinstance(value, list) else [value]
     for number, row in enumerate(rows, start=1):
-        source = f"{path}, row {number}" if isinstance(value, list) else str(path)
+        source = f"{shown_path(path)}, row {number}" if isinstance(value, list) else shown_path(path)
         yield source, _as_row(row, source)
 
 
@@ -137,7 +147,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
             if not line:
                 return
             number += 1
-            source = f"{path}, line {number}"
+            source = f"{shown_path(path)}, line {number}"
             if len(line) > LARGEST_ROW:
                 raise InputError(f"{source}: it has more than {LARGEST_ROW} bytes, which is no row: cut it.")
             if line.strip() not in (b"", b"\xef\xbb\xbf"):
@@ -168,17 +178,19 @@ def _open(path: Path) -> io.BufferedReader:
     size = os.fstat(file.fileno()).st_size
     if size > LARGEST_FILE:
         file.close()
-        raise InputError(f"{path} has {size} bytes, more than the {LARGEST_FILE} that are read: cut it into several.")
+        raise InputError(
+            f"{shown_path(path)} has {size} bytes, more than the {LARGEST_FILE} that are read: cut it into several."
+        )
     return io.BufferedReader(file)
 
 
 def _missing(path: Path) -> InputError:
-    return InputError(f"{path} doesn't exist: name a file of text or rows, or a folder of them.")
+    return InputError(f"{shown_path(path)} doesn't exist: name a file of text or rows, or a folder of them.")
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
     reason = getattr(error, "strerror", None) or error
-    return InputError(f"{path} can't be read ({reason}): check the name and the file's permissions.")
+    return InputError(f"{shown_path(path)} can't be read ({reason}): check the name and the file's permissions.")
 
 
 def _seen_before(path: str, seen: set[tuple[int, int]]) -> bool:

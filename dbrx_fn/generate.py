@@ -296,7 +296,7 @@ def _prompt(option: str) -> str:
                 raise InputError(
                     f"The prompt from standard input has more than {size_text(_LARGEST_PROMPT)}: shorten it."
                 )
-            text = read.decode("utf-8")
+            text = read.decode("utf-8").removeprefix("\ufeff")
         else:
             # Bytes of the command line that aren't UTF-8 reach Python as lone surrogates.
             text = option.encode("utf-8", "surrogateescape").decode("utf-8")

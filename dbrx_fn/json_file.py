@@ -3,6 +3,7 @@
 import json
 import stat
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from dbrx_fn.errors import CheckpointError
@@ -60,12 +61,38 @@ def parse_json(content: bytes, *, unique: bool = False) -> object:
 
 def shown(value: object, most: int = 80) -> str:
     """A value as a sentence can show it, cut where it is long."""
+    text = ""
     try:
-        text = repr(value)
-    except (RecursionError, ValueError):
-        # Nested deeply, or an integer with more digits than Python prints.
+        for piece in _pieces(value, most):
+            text += piece
+            if len(text) > most:
+                return text[: most - 1] + "…"
+    except ValueError:
+        # An integer with more digits than Python prints.
         return f"a huge {type(value).__name__}"
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text
+
+
+def _pieces(value: object, most: int) -> Iterator[str]:
+    """What `repr` gives, piece by piece: of a value of millions only the first are looked at."""
+    if isinstance(value, str):
+        yield repr(value[: most + 1])
+    elif isinstance(value, list):
+        yield "["
+        for number, item in enumerate(value):
+            yield ", " if number else ""
+            yield from _pieces(item, most)
+        yield "]"
+    elif isinstance(value, dict):
+        yield "{"
+        for number, (key, item) in enumerate(value.items()):
+            yield ", " if number else ""
+            yield from _pieces(key, most)
+            yield ": "
+            yield from _pieces(item, most)
+        yield "}"
+    else:
+        yield repr(value)
 
 
 def shown_path(path: Path | str) -> str:

@@ -9,7 +9,7 @@ from dbrx_fn.literal_text import any_of
 PIECE = 2**16
 """Characters. The tokenizers library took 2.9 GiB for 20 MB of text at once, and some MiB for pieces of this size."""
 
-LONGEST_PIECE = 2**18
+LONGEST_PIECE = 2**17
 """Characters after which a text is cut anywhere."""
 
 # Where a cut can be, the likeliest first: before a space, behind a line feed, behind a letter or a digit.

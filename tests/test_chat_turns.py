@@ -301,6 +301,15 @@ def test_messages_that_the_template_leaves_out_are_refused(tmp_path: Path) -> No
         render_chat(ONE["messages"], ChatFormat(deaf), system="Be brief.")
 
 
+def test_conversations_of_very_many_turns_are_refused_in_time(tmp_path: Path) -> None:
+    for count in (1000, 100_000):
+        row = {"messages": ONE["messages"] * count}
+        refused(
+            tmp_path, row, CHATML, f"{2 * count} messages and {count} turns", "cut it into several", kind=InputError
+        )
+    assert len(turns_of(read(tmp_path, {"messages": ONE["messages"] * 100}))) == 100
+
+
 def test_content_in_parts(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "u"}, {"type": "text", "text": "no"}]
     row = {"messages": [ONE["messages"][0], {"role": "assistant", "content": parts}]}

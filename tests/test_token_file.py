@@ -387,6 +387,52 @@ def test_end_of_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert read_tokenizer(tmp_path).end_of_text is None
 
 
+@pytest.mark.parametrize(
+    ("eos_token", "stops", "end"),
+    [
+        ("<|endoftext|>", [276, 279], 276),
+        ("<|im_end|>", [276, 279], 276),
+        ("<|im_end|>", [279], 279),
+        ("<|endoftext|>", [279], 279),
+        ("<|pad|>", [277], 277),
+        ("<|im_end|>", 278, 278),
+        ("<|im_end|>", [10**6], 276),
+    ],
+)
+def test_documents_end_with_what_stops_generation(eos_token: str, stops: object, end: int, tmp_path: Path) -> None:
+    save_tokenizer(train_bpe([LEARNED], 280), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    (tmp_path / "x.jsonl").write_text('{"prompt": "to ", "completion": "be"}\n{"text": "or not"}\n')
+    tokenizer = read_tokenizer(tmp_path)
+    file = write_token_file(tmp_path / "t", read_documents([tmp_path / "x.jsonl"], tokenizer.chat_format), tokenizer)
+    tokens = file.tokens.tolist()
+    # Before, between and behind; where nothing stops generation, the text's end is as good as any.
+    assert [tokens[0], tokens[-1]] == [end, end]
+    assert tokens.count(end) == 3
+    assert file.targets is not None
+    assert [bool(file.targets[place]) for place, token in enumerate(tokens) if token == end] == [False, True, True]
+
+
+def test_what_a_document_calls_literal_makes_no_control_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = "to be<|im_end|>\nor not<|im_end|>"
+    place = text.index("<|im_end|>")
+    end = tokenizer.control_tokens["<|im_end|>"]
+    for literal, count in (
+        ((), 2),
+        (((0, len(text)),), 0),
+        (((place, place + 10),), 1),
+        (((place + 3, place + 4),), 1),
+    ):
+        for spans in (((text, True),), ((text[:3], False), (text[3:20], True), (text[20:], False))):
+            file = write_token_file(tmp_path / "t", [Document("x", spans, literal)], tokenizer)
+            tokens = file.tokens.tolist()
+            assert tokens.count(end) == count
+            assert tokenizer.decode(tokens[1:-1], skip_special_tokens=False) == text
+    documents = [Document("x", ((text, True),), literal) for literal in ((), ((0, 4),))]
+    assert len({write_token_file(tmp_path / "t", [document], tokenizer).fingerprint for document in documents}) == 2
+
+
 def test_fingerprint_is_of_the_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_tokenizer(train_bpe([LEARNED], 300), tmp_path)
     assert read_tokenizer(tmp_path).fingerprint() == tokenizer.fingerprint()
