@@ -34,6 +34,7 @@ from numpy.typing import ArrayLike
 
 from dbrx_fn.argument_checks import check_key, check_tree
 from dbrx_fn.arguments import checked
+from dbrx_fn.bounded import within
 from dbrx_fn.compile import compiled
 from dbrx_fn.config import Config
 from dbrx_fn.errors import InputError
@@ -76,7 +77,8 @@ def loss(
 
     Args:
         params: the tree; a quantized one has a loss and no gradient.
-        tokens: integer `[batch time]`, at least two in a row; each is predicted from those before it in its row.
+        tokens: integer `[batch time]`, at least two in a row; each is predicted from those before it in its row. An id
+            outside of the vocabulary makes the loss NaN, except in padding.
         mask: bool `[batch time]`, which tokens are targets. All, if `None`; the first of a row never is.
         config: the model's, with `moe_loss_weight` and `moe_jitter_eps`.
         lengths: int32 `[batch]`, how many of each row's tokens are real, counted from the left; the rest is padding,
@@ -97,6 +99,8 @@ def loss(
     check_batch(tokens, mask, lengths)
     if jitter_key is not None:
         check_key("jitter_key", jitter_key)
+    if lengths is not None:
+        tokens = mx.where(mx.arange(tokens.shape[1], dtype=mx.int32) < lengths[:, None], tokens, 0)
     logits, routing = score(params, tokens[:, :-1], config, jitter_key=jitter_key, recompute=recompute)
     parts = loss_parts(logits, routing.logits, routing.top_experts, tokens[:, 1:], mask, lengths)
     total = parts.cross_entropy + config.ffn.moe_loss_weight * parts.load_balance + z_loss_weight * parts.router_z
@@ -134,9 +138,13 @@ def loss_parts(
 def token_nats(
     logits: Float[mx.array, "batch time vocab"], targets: Integer[mx.array, "batch time"]
 ) -> Float32[mx.array, "batch time"]:
-    """Minus the natural logarithm of each target's probability, in float32 whatever the logits' dtype."""
-    nats: mx.array = nn.losses.cross_entropy(logits.astype(mx.float32), targets)
-    return nats
+    """Minus the natural logarithm of each target's probability, in float32 whatever the logits' dtype.
+
+    NaN for a target outside of the vocabulary.
+    """
+    ids, known = within(targets, logits.shape[-1])
+    nats: mx.array = nn.losses.cross_entropy(logits.astype(mx.float32), ids)
+    return mx.where(known, nats, mx.nan)
 
 
 def chosen_experts(

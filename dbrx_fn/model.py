@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
-from jaxtyping import Float, Int32, UInt32
+from jaxtyping import Float, Int32, Integer, UInt32
 
 from dbrx_fn.arguments import checked
 from dbrx_fn.backend import attended, cheap_chunk
@@ -47,11 +47,11 @@ def forward(
 
     Args:
         params: the tree, as `load` or `init_params` makes it.
-        tokens: integer `[batch time]`, ids below `config.vocab_size` (they are not looked at here: an id past the
-            vocabulary reads past the embedding).
+        tokens: integer `[batch time]`. Nobody waits for them to be looked at: where a row holds an id outside of the
+            vocabulary, the logits of the chunk are NaN in that row, and so are all that continue from it.
         cache: what came before, and the model's config. One of capacity 0 stands for nothing, and stays so.
         lengths: how many of each row's tokens are real, counted from the left; the rest is padding, whose logits mean
-            nothing. All of them, if not given. 0 leaves a row as it is.
+            nothing and whose ids may be any. All of them, if not given. 0 leaves a row as it is.
         last_only: only compute the logits of each row's last real token; a row without any gets some that mean nothing.
         chunk_size: at most this many tokens of each row are worked on at once, to bound memory. With a cache of
             capacity 0 everything goes at once.
@@ -71,7 +71,6 @@ def forward(
         raise InputError(f"chunk_size is {chunk_size} where it must be at least 1.")
     config, capacity = cache.config, cache.capacity
     _check_outline(params, config)
-    tokens = tokens.astype(mx.int32)
     time = tokens.shape[1]
     chunks = chunk_widths(max(lengths), min(chunk_size, capacity)) if capacity else [max(lengths)]
     pieces: list[mx.array] = []
@@ -113,7 +112,7 @@ def score(
 
     Args:
         params: the tree.
-        tokens: integer `[batch time]`, ids below `config.vocab_size`.
+        tokens: integer `[batch time]`. An id outside of the vocabulary makes its row's logits NaN.
         config: the model's.
         jitter_key: an `mx.random.key` for the routers' `moe_jitter_eps`; no jitter, if not given.
         recompute: under a gradient, keep only each block's input and compute the rest again: about a third more time,
@@ -131,7 +130,7 @@ def score(
     lengths = _checked_lengths(tokens, cache, None)
     _check_outline(params, config)
     batch, time = tokens.shape
-    x, _, _, routing = _run_blocks(params, tokens.astype(mx.int32), lengths, cache, jitter_key, recompute)
+    x, _, _, routing = _run_blocks(params, tokens, lengths, cache, jitter_key, recompute)
     layers = (mx.stack(list(parts)).reshape(len(parts), batch, x.shape[1], -1) for parts in zip(*routing, strict=True))
     return _head(params, x, config)[:, :time], Routing(*(layer[:, :, :time] for layer in layers))
 
@@ -187,11 +186,13 @@ def _run_blocks(
 ) -> tuple[mx.array, list[mx.array], list[mx.array], list[Routing]]:
     """Pads `tokens` to their bucket and runs them through every block; returns what each made, padding and all."""
     config, capacity = cache.config.layer, cache.capacity
-    time = time_bucket(tokens.shape[1], capacity)
-    tokens = mx.pad(tokens, [(0, 0), (0, time - tokens.shape[1])])
+    given = tokens.shape[1]
+    time = time_bucket(given, capacity)
+    tokens = mx.pad(tokens, [(0, 0), (0, time - given)])
+    real = mx.array(lengths, mx.int32)
     place = window(
         mx.array(cache.lengths, mx.int32),
-        mx.array(lengths, mx.int32),
+        real,
         time=time,
         capacity=capacity,
         attended=attended(time, max(cache.lengths) + time, capacity),
@@ -203,7 +204,7 @@ def _run_blocks(
     transformer = params["transformer"]
     keys, values = list(cache.keys), list(cache.values)
     routing: list[Routing] = []
-    x = embed(transformer["wte"], tokens, config=config)
+    x = embed(transformer["wte"], tokens, real if min(lengths) < given else None, config=config)
     for n, (parameters, key) in enumerate(zip(transformer["blocks"], jitter_keys, strict=True)):
         layer = _block_at(place, key, config)
         if recompute:
@@ -225,9 +226,17 @@ def _block_at(
 
 
 @compiled
-def embed(wte: dict[Any, Any], tokens: Int32[mx.array, "batch time"], *, config: Config) -> Stream:
-    """Rows of `wte` `[vocab d_model]`."""
+def embed(
+    wte: dict[Any, Any],
+    tokens: Integer[mx.array, "batch time"],
+    lengths: Int32[mx.array, " batch"] | None,
+    *,
+    config: Config,
+) -> Stream:
+    """Rows of `wte` `[vocab d_model]`. What lies behind a row's first `lengths` tokens is taken for token 0."""
     check_part(wte, config=config, under="transformer.wte")
+    if lengths is not None:
+        tokens = mx.where(mx.arange(tokens.shape[1], dtype=mx.int32) < lengths[:, None], tokens, 0)
     return embedding(wte, tokens, config=config)
 
 
@@ -289,6 +298,8 @@ def _checked_lengths(tokens: mx.array, cache: Cache, lengths: Sequence[int] | No
         )
     if cache.capacity:
         for row, (held, new) in enumerate(zip(cache.lengths, real, strict=True)):
+            if held < 0:
+                raise CacheError(f"Row {row} of the cache holds {held} tokens: make one with init_cache.")
             if held + new > cache.capacity:
                 raise CacheError(
                     f"Row {row} of the cache holds {held} of {cache.capacity} positions and {new} more don't fit: make"

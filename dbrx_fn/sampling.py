@@ -15,6 +15,7 @@ import mlx.core as mx
 from jaxtyping import Bool, Float, Float32, Int32, UInt32
 
 from dbrx_fn.arguments import check_fields
+from dbrx_fn.bounded import within
 from dbrx_fn.compile import compiled, typed
 from dbrx_fn.errors import InputError
 from dbrx_fn.json_file import shown
@@ -114,7 +115,14 @@ class History(TypedDict):
 
 
 def init_history(prompts: list[list[int]], vocab_size: int) -> History:
-    """The history before anything is made, for one prompt a row."""
+    """The history before anything is made, for one prompt a row.
+
+    Raises:
+        InputError: if a prompt holds an id outside of the vocabulary.
+    """
+    strange = [token for prompt in prompts for token in prompt if not 0 <= token < vocab_size]
+    if strange:
+        raise InputError(f"A prompt holds token {strange[0]}, outside of the vocabulary of {vocab_size}.")
     prompted = mx.zeros((len(prompts), vocab_size), mx.bool_)
     for row, prompt in enumerate(prompts):
         prompted = prompted.at[row, mx.array(prompt, mx.int32)].maximum(mx.array(True))
@@ -225,8 +233,9 @@ def _sample(
 
 @typed
 def apply_logit_bias(logits: Logits, tokens: Int32[mx.array, " biased"], biases: Float[mx.array, " biased"]) -> Logits:
-    """Adds each of `biases` to the logit of its token; ids must be of the vocabulary."""
-    return logits.at[:, tokens].add(biases)
+    """Adds each of `biases` to the logit of its token; one for a token outside of the vocabulary counts for none."""
+    ids, known = within(tokens, logits.shape[-1])
+    return logits.at[:, ids].add(mx.where(known, biases, 0))
 
 
 @typed

@@ -8,13 +8,17 @@ import pytest
 from numpy.typing import NDArray
 
 from dbrx_fn.backend import quantized_matmul
+from dbrx_fn.cache import init_cache
+from dbrx_fn.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.kernels import combine, decode_attention, norm_router, project_qkv
 from dbrx_fn.kernels import layer_norm as layer_norm_kernel
 from dbrx_fn.kernels.cuda_module import on_hopper
 from dbrx_fn.kernels.read_memory import WAVE, read_memory
 from dbrx_fn.layers.norm import EPS
 from dbrx_fn.layers.rotary import inverse_frequencies, turn, turns
-from dbrx_fn.params import Format
+from dbrx_fn.model import forward
+from dbrx_fn.params import Format, init_params
+from dbrx_fn.quantization import Quantization, quantize
 from tests.kernel_operands import dense, error, matrix, normal
 from tests.trees import as_float64, relative_error
 
@@ -169,6 +173,48 @@ def test_norm_router(tokens: int, d_model: int, experts: int, top_k: int, order:
     if order is not None:
         shares = shares / np.linalg.norm(shares, ord=order, axis=1, keepdims=True)
     np.testing.assert_allclose(as_float64(expert_weights[:tokens]), shares, rtol=2**-8)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 135])
+def test_a_row_without_numbers_chooses_experts_that_there_are_and_changes_no_other(tokens: int) -> None:
+    x, weight, router = normal(0, tokens, 512), normal(1, 512), normal(2, 16, 512)
+    broken = mx.where((mx.arange(tokens) % 3 == 0)[:, None], mx.array(mx.nan, mx.bfloat16), x)
+    found = norm_router.norm_router(broken, weight, router, top_k=4, order=1.0)
+    expected = norm_router.norm_router(x, weight, router, top_k=4, order=1.0)
+    for row in range(tokens):
+        if row % 3:
+            assert all(mx.array_equal(one[row], other[row]) for one, other in zip(found, expected, strict=True))
+            continue
+        normed, expert_weights, logits, top_experts = (one[row] for one in found)
+        assert all(mx.isnan(one).all() for one in (normed, expert_weights, logits))
+        assert np.array(top_experts).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("form", [None, Format(4, 64), Format(4, 32, "mxfp4")], ids=str)
+@pytest.mark.parametrize("time", [1, 9, 200])
+def test_an_id_outside_of_the_vocabulary_is_a_matter_of_its_row(time: int, form: Format | None) -> None:
+    config = Config(
+        d_model=256,
+        n_heads=4,
+        n_layers=2,
+        vocab_size=40,
+        attn=AttnConfig(clip_qkv=8.0, kv_n_heads=2),
+        ffn=FFNConfig(ffn_hidden_size=256, moe_num_experts=16, moe_top_k=4),
+        dtype="bfloat16",
+    )
+    params = init_params(config, mx.random.key(0))
+    if form is not None:
+        params = quantize(params, config, Quantization(form, form, form, form))
+    known = integers(1, 40, 3, time)
+    outside = mx.where((mx.arange(3) == 1)[:, None], mx.array(5_000_000, mx.int32), known)
+    (found, cache), (expected, known_cache) = (
+        forward(params, tokens, init_cache(config, 3, 512)) for tokens in (outside, known)
+    )
+    after, _ = forward(params, known[:, :1], cache)
+    known_after, _ = forward(params, known[:, :1], known_cache)
+    for logits, sound in ((found, expected), (after, known_after)):
+        assert mx.isnan(logits[1]).all()
+        assert mx.array_equal(logits[::2], sound[::2])
 
 
 def test_equal_logits_choose_the_first() -> None:

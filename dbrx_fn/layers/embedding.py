@@ -3,8 +3,9 @@
 from typing import cast
 
 import mlx.core as mx
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Integer
 
+from dbrx_fn.bounded import within
 from dbrx_fn.compile import typed
 from dbrx_fn.config import Config
 from dbrx_fn.params import format_of
@@ -12,19 +13,28 @@ from dbrx_fn.params import format_of
 
 @typed
 def embedding(
-    params: dict[str, mx.array], tokens: Int32[mx.array, "batch time"], *, config: Config
+    params: dict[str, mx.array], tokens: Integer[mx.array, "batch time"], *, config: Config
 ) -> Float[mx.array, "batch time {config.d_model}"]:
-    """The row of each token, in `config.dtype`; of a quantized matrix only those rows are turned back into floats.
+    """The matrix's row of each token, in `config.dtype`; of a quantized one only those are turned back into floats.
+
+    An id outside of the vocabulary makes everything in its row of the batch NaN, since attention mixes a row's tokens.
 
     Args:
         params: `weight` `[vocab d_model]`, or quantized from that (`dbrx_fn.params`).
-        tokens: ids below the vocabulary's size.
-        config: the width, and the dtype.
+        tokens: ids.
+        config: the vocabulary's size, the width, and the dtype.
     """
+    ids, known = within(tokens, config.vocab_size)
+    if tokens.shape[1] > 1:
+        known = known.all(axis=1, keepdims=True)
+    return mx.where(known[..., None], _embedded(params, ids, config), mx.nan)
+
+
+def _embedded(params: dict[str, mx.array], ids: mx.array, config: Config) -> mx.array:
     if "scales" not in params:
         weight = params["weight"]
-        return weight[tokens] if weight.dtype == mx.float32 else cast(mx.array, _rows(weight, tokens))
-    parts = {name: leaf[tokens] for name, leaf in params.items()}
+        return weight[ids] if weight.dtype == mx.float32 else cast(mx.array, _rows(weight, ids))
+    parts = {name: leaf[ids] for name, leaf in params.items()}
     quantization = format_of(params, config.d_model)
     return mx.dequantize(
         parts["weight"],

@@ -29,6 +29,7 @@ import mlx.nn as nn
 from jaxtyping import Float, Integer, UInt32
 
 from dbrx_fn.backend import segment_rows, sigmoid
+from dbrx_fn.bounded import within
 from dbrx_fn.compile import compiled, typed
 from dbrx_fn.config import Activation, FFNConfig
 from dbrx_fn.kernels import experts
@@ -83,7 +84,7 @@ def moe(
     """
     tokens = x.reshape(-1, x.shape[-1])
     expert_weights, logits, top_experts = router(params["router"], tokens, jitter_key, config=config)
-    mixed = mix_experts(params["experts"]["mlp"], tokens, expert_weights, top_experts, config=config, cached=cached)
+    mixed = _mixed(params["experts"]["mlp"], tokens, expert_weights, top_experts, config=config, cached=cached)
     return mixed.reshape(x.shape), Routing(logits, top_experts)
 
 
@@ -98,6 +99,25 @@ def mix_experts(
     cached: bool = False,
 ) -> Float[mx.array, "tokens d_model"]:
     """`moe` after its router: for any choice of experts, also one that names an expert twice.
+
+    A token one of whose experts isn't among the config's becomes NaN.
+    """
+    chosen, known = within(top_experts, config.moe_num_experts)
+    expert_weights = mx.where(known, expert_weights, mx.nan)
+    return _mixed(params, x, expert_weights, chosen, config=config, cached=cached)
+
+
+@typed
+def _mixed(
+    params: dict[str, Any],
+    x: Float[mx.array, "tokens d_model"],
+    expert_weights: Float[mx.array, "tokens top_k"],
+    top_experts: Integer[mx.array, "tokens top_k"],
+    *,
+    config: FFNConfig,
+    cached: bool,
+) -> Float[mx.array, "tokens d_model"]:
+    """`mix_experts` of experts that there are.
 
     Where there are kernels for these experts, they compute it, and a gradient is that of the stock operations, which
     then have to be run as well. So plain weights, which are what is trained, take kernels only with a cache behind
