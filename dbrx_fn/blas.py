@@ -2,13 +2,15 @@
 
 Those carry the reference BLAS, of which a matrix product uses 2 GFLOP/s where OpenBLAS makes 55 to 130 of the same two
 cores. Both have the same plain names (`cblas_sgemm`), and the first library that is loaded with them is used: so it is
-loaded here, before `mlx.core`. DBRX_FN_BLAS=0 leaves MLX its own, and DBRX_FN_BLAS=PATH names another library. What
-was done is told to the logger `dbrx_fn.blas` at level INFO.
+loaded here, before `mlx.core`. DBRX_FN_BLAS=0 leaves MLX its own, and DBRX_FN_BLAS=PATH names another library. In a
+small address space (`ulimit -v`) MLX keeps its own too. What was done is told to the logger `dbrx_fn.blas` at level
+INFO.
 """
 
 import ctypes
 import logging
 import os
+import resource
 import sys
 import warnings
 
@@ -29,6 +31,9 @@ def _load() -> str | None:
     if "mlx.core" in sys.modules:
         logger.info("MLX was imported before dbrx_fn and uses its own BLAS: import dbrx_fn first")
         return None
+    if not wanted and not _has_room():
+        logger.info("the address space (ulimit -v) has no room for another BLAS: MLX's own is used")
+        return None
     for name in [wanted] if wanted else _LIBRARIES:
         try:
             library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
@@ -41,6 +46,12 @@ def _load() -> str | None:
     if wanted:
         warnings.warn(f"DBRX_FN_BLAS is {wanted!r} where a library with cblas_sgemm, or 0, is expected.", stacklevel=2)
     return None
+
+
+def _has_room() -> bool:
+    """Whether OpenBLAS's buffers, 128 MiB a thread, fit the address space: where they don't, it tries for ever."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return limit == resource.RLIM_INFINITY or limit > 2**30 + (os.cpu_count() or 1) * 2**28
 
 
 def _is_loaded() -> bool:

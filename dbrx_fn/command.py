@@ -36,7 +36,7 @@ SAME_PRESS = 1.0
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does: what cleans up or saves after one does so after the other."""
+    """SIGTERM, where it ends a command as Ctrl-C does but for its status."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,11 +60,11 @@ def run(
     *,
     kept: Callable[[argparse.Namespace], str] | None = None,
     smaller: str = "take a smaller model or a larger machine",
+    takes_sigterm: bool = False,
 ) -> int:
     """Runs a command and returns its exit status.
 
-    At the first Ctrl-C or SIGTERM, `KeyboardInterrupt` is raised in it; another one, a second or more later, ends the
-    process at once.
+    At the first Ctrl-C, `KeyboardInterrupt` is raised in it; another one, a second or more later, ends the process.
 
     Args:
         command: called with the options; returns the status, `None` for 0.
@@ -72,6 +72,8 @@ def run(
         arguments: the command line's, if not given.
         kept: what is left after an interruption and how to go on, as a clause without a full stop.
         smaller: what to do where memory runs out, as a clause without a full stop.
+        takes_sigterm: whether SIGTERM does the same as Ctrl-C, for what is saved or removed then. If not, it ends the
+            process at once, also while that waits for the device, where Python notices no signal.
 
     Raises:
         SystemExit: by the parser, for `--help` and for options that it doesn't know.
@@ -79,7 +81,7 @@ def run(
     options = argparse.Namespace()
     with _standard_streams():
         try:
-            with _signals_raise(), printed_warnings():
+            with _signals_raise([signal.SIGINT, *([signal.SIGTERM] if takes_sigterm else [])]), printed_warnings():
                 return _run(command, parser, arguments, options)
         except DbrxError as error:
             print_message(f"error: {error}")
@@ -179,8 +181,8 @@ class _Stream:
 
 
 @contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Turns Ctrl-C and SIGTERM into exceptions, unless the caller handles or ignores them."""
+def _signals_raise(numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """Turns signals into exceptions, unless the caller handles or ignores them."""
     began: float | None = None
 
     def interrupt(number: int, _: object) -> None:
@@ -204,10 +206,9 @@ def _signals_raise() -> Iterator[None]:
             told(unraisable)
 
     told = sys.unraisablehook
-    defaults = {signal.SIGINT: (signal.SIG_DFL, signal.default_int_handler), signal.SIGTERM: (signal.SIG_DFL,)}
     in_main = threading.current_thread() is threading.main_thread()
-    found = {number: signal.getsignal(number) for number in defaults}
-    taken = [number for number, usual in defaults.items() if in_main and found[number] in usual]
+    found = {number: signal.getsignal(number) for number in numbers if in_main}
+    taken = [number for number, how in found.items() if how in (signal.SIG_DFL, signal.default_int_handler)]
     try:
         for number in taken:
             signal.signal(number, interrupt)

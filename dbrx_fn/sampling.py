@@ -212,11 +212,11 @@ def _sample(
         logits = apply_presence_penalty(logits, history["made"], numbers["presence_penalty"])
         logits = apply_frequency_penalty(logits, history["made"], numbers["frequency_penalty"])
     key, this_key = mx.random.split(key)
-    # NaN is the largest of all here, so this is finite where the row can be chosen from.
-    likeliest = logits.argmax(axis=-1, keepdims=True)
-    usable = mx.abs(mx.take_along_axis(logits, likeliest, axis=-1)[:, 0]) < math.inf
-    tokens = likeliest[:, 0].astype(mx.int32)
-    if not greedy:
+    # The maximum is NaN where any logit is, on all back ends; argmax overlooks NaN on some.
+    usable = mx.abs(logits.max(axis=-1)) < math.inf
+    if greedy:
+        tokens = logits.argmax(axis=-1).astype(mx.int32)
+    else:
         logits = logits / numbers["temperature"]
         if 0 < top_k < logits.shape[-1]:
             logits = apply_top_k(logits, k=top_k)

@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments,
         kept=lambda options: RunFolder(options.out).how_to_go_on(),
         smaller="take a smaller --batch-size, more --micro-batches, or --recompute",
+        takes_sigterm=True,
     )
 
 

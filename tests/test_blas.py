@@ -78,3 +78,18 @@ def test_where_no_blas_can_be_loaded_mlx_keeps_its_own(tmp_path: Path) -> None:
         pytest.skip("LD_PRELOAD comes before everything")
     assert found == "None"
     assert log.count("isn't used") == 3
+
+
+@linux
+@pytest.mark.parametrize("kibibytes", [900_000, 2**20 + (os.cpu_count() or 1) * 2**18])
+def test_in_a_small_address_space_mlx_keeps_its_own(kibibytes: int) -> None:
+    """OpenBLAS tries for ever to get a buffer that doesn't fit."""
+    if (os.cpu_count() or 1) > 8 and kibibytes < 2**20:
+        pytest.skip("threads' stacks alone take more")
+    command = f'ulimit -v {kibibytes}; exec "{sys.executable}" -m dbrx_fn.generate --prompt "To be" --max-tokens 20'
+    environment = {name: value for name, value in os.environ.items() if name != "DBRX_FN_BLAS"}
+    ended = subprocess.run(
+        ["sh", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "finish reason" in ended.stderr

@@ -184,5 +184,5 @@ def test_a_command_interrupted_at_any_moment_ends_quietly(name: str, number: sig
         stopped = INTERRUPTED if number == signal.SIGINT else TERMINATED
         assert running.returncode in (0, stopped, -number), error
         # Nothing half-written: what there is is whole, or is what the command will go on with.
-        if running.returncode == stopped and name in ("train_tokenizer", "random_checkpoint"):
+        if running.returncode == INTERRUPTED and name in ("train_tokenizer", "random_checkpoint"):
             assert not [path for path in folder.iterdir() if path.name.startswith(".")]
