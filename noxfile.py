@@ -39,10 +39,10 @@ def peers(session: nox.Session) -> None:
     install(session, "peers")
     # The tokenizers' comparisons with transformers stand beside their other tests, and are skipped without it.
     tokenizers = [
-        "tests/test_tokenizer.py",
-        "tests/test_chat.py",
-        "tests/test_train_tokenizer.py",
-        "tests/test_chatml_template.py",
+        "tests/text/test_tokenizer.py",
+        "tests/text/test_chat.py",
+        "tests/commands/test_train_tokenizer.py",
+        "tests/text/test_chatml_template.py",
     ]
     session.run("pytest", "-n", "auto", "tests/peers", *tokenizers, *session.posargs)
 

@@ -12,11 +12,11 @@ import sys
 
 __version__ = "0.1.0"
 
-from dbrx_fn import interrupts as interrupts
+from dbrx_fn.cli import interrupts as interrupts
 
 # isort: split
 # Before MLX, which otherwise has chosen its own by then.
-from dbrx_fn import blas as blas
+from dbrx_fn.runtime import blas as blas
 
 try:
     import mlx.core  # noqa: F401
@@ -30,15 +30,10 @@ except ImportError as error:
         raise SystemExit(2) from None
     raise ImportError(needs, name=__name__) from None
 
-from dbrx_fn.cache import Cache as Cache
-from dbrx_fn.cache import grow_cache as grow_cache
-from dbrx_fn.cache import init_cache as init_cache
-from dbrx_fn.chat import encode_chat as encode_chat
-from dbrx_fn.chat import render_chat as render_chat
-from dbrx_fn.config import DBRX as DBRX
-from dbrx_fn.config import AttnConfig as AttnConfig
-from dbrx_fn.config import Config as Config
-from dbrx_fn.config import FFNConfig as FFNConfig
+from dbrx_fn.checkpoints.hub import SMALL as SMALL
+from dbrx_fn.checkpoints.loader import load as load
+from dbrx_fn.checkpoints.loader import load_tokenizer as load_tokenizer
+from dbrx_fn.checkpoints.saver import save as save
 from dbrx_fn.errors import CacheError as CacheError
 from dbrx_fn.errors import CheckpointError as CheckpointError
 from dbrx_fn.errors import ConfigError as ConfigError
@@ -47,30 +42,35 @@ from dbrx_fn.errors import GenerationError as GenerationError
 from dbrx_fn.errors import InputError as InputError
 from dbrx_fn.errors import TokenizerError as TokenizerError
 from dbrx_fn.errors import TrainingError as TrainingError
-from dbrx_fn.generation import Piece as Piece
-from dbrx_fn.generation import stream_text as stream_text
-from dbrx_fn.generation import stream_tokens as stream_tokens
-from dbrx_fn.hub import SMALL as SMALL
-from dbrx_fn.layers.router import Routing as Routing
-from dbrx_fn.loader import load as load
-from dbrx_fn.loader import load_tokenizer as load_tokenizer
-from dbrx_fn.losses import LossParts as LossParts
-from dbrx_fn.losses import loss as loss
-from dbrx_fn.model import forward as forward
-from dbrx_fn.model import score as score
-from dbrx_fn.params import Format as Format
-from dbrx_fn.params import Params as Params
-from dbrx_fn.params import check_params as check_params
-from dbrx_fn.params import init_params as init_params
-from dbrx_fn.params import param_count as param_count
-from dbrx_fn.quantization import Quantization as Quantization
-from dbrx_fn.quantization import dequantize as dequantize
-from dbrx_fn.quantization import quantize as quantize
-from dbrx_fn.sampling import Sampling as Sampling
-from dbrx_fn.saver import save as save
-from dbrx_fn.tokenizer import Tokenizer as Tokenizer
-from dbrx_fn.training import Measured as Measured
-from dbrx_fn.training import Recipe as Recipe
-from dbrx_fn.training import State as State
-from dbrx_fn.training import init_state as init_state
-from dbrx_fn.training import train_step as train_step
+from dbrx_fn.generation.sampling import Sampling as Sampling
+from dbrx_fn.generation.stream import Piece as Piece
+from dbrx_fn.generation.stream import stream_text as stream_text
+from dbrx_fn.generation.stream import stream_tokens as stream_tokens
+from dbrx_fn.model.cache import Cache as Cache
+from dbrx_fn.model.cache import grow_cache as grow_cache
+from dbrx_fn.model.cache import init_cache as init_cache
+from dbrx_fn.model.config import DBRX as DBRX
+from dbrx_fn.model.config import AttnConfig as AttnConfig
+from dbrx_fn.model.config import Config as Config
+from dbrx_fn.model.config import FFNConfig as FFNConfig
+from dbrx_fn.model.layers.router import Routing as Routing
+from dbrx_fn.model.params import Format as Format
+from dbrx_fn.model.params import Params as Params
+from dbrx_fn.model.params import check_params as check_params
+from dbrx_fn.model.params import init_params as init_params
+from dbrx_fn.model.params import param_count as param_count
+from dbrx_fn.model.quantization import Quantization as Quantization
+from dbrx_fn.model.quantization import dequantize as dequantize
+from dbrx_fn.model.quantization import quantize as quantize
+from dbrx_fn.model.transformer import forward as forward
+from dbrx_fn.model.transformer import score as score
+from dbrx_fn.text.chat import encode_chat as encode_chat
+from dbrx_fn.text.chat import render_chat as render_chat
+from dbrx_fn.text.tokenizer import Tokenizer as Tokenizer
+from dbrx_fn.training.losses import LossParts as LossParts
+from dbrx_fn.training.losses import loss as loss
+from dbrx_fn.training.step import Measured as Measured
+from dbrx_fn.training.step import Recipe as Recipe
+from dbrx_fn.training.step import State as State
+from dbrx_fn.training.step import init_state as init_state
+from dbrx_fn.training.step import train_step as train_step

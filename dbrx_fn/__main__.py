@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import cast
 
 import dbrx_fn
-from dbrx_fn.command import Parser, program, run
+from dbrx_fn.cli.command import Parser, program, run
+from dbrx_fn.cli.terminal import print_result
 from dbrx_fn.errors import InputError
-from dbrx_fn.terminal import print_result
 
 COMMANDS = {
     "generate": "continue a prompt, or answer it",

@@ -14,21 +14,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from dbrx_fn.bounds import weight_bytes
-from dbrx_fn.command import Parser, program, run
-from dbrx_fn.config import DBRX, Config, Dtype, config_to_dict, read_config, read_config_file
+from dbrx_fn.benchmarks.inference import Figure, make_weights, measure_inference, our_program
+from dbrx_fn.benchmarks.machine import MachineLimits, measure_limits
+from dbrx_fn.benchmarks.mlx_lm import check_mlx_lm, mlx_lm_program
+from dbrx_fn.benchmarks.plan import Cases, Planned, check_cases, plan_checkpoint, plan_random
+from dbrx_fn.benchmarks.roofline import RooflinePoint, draw_roofline
+from dbrx_fn.benchmarks.training import BILLION, TrainingSpeed, measure_training
+from dbrx_fn.checkpoints.hub import SMALL
+from dbrx_fn.cli.command import Parser, program, run
+from dbrx_fn.cli.quantize_options import FORMAT_HELP, add_quantize_options, chosen_quantization
+from dbrx_fn.cli.terminal import print_result, size_text
+from dbrx_fn.drawing.figure import check_new_picture, write_picture
 from dbrx_fn.errors import InputError
-from dbrx_fn.hub import SMALL
-from dbrx_fn.inference_plan import Cases, Planned, check_cases, plan_checkpoint, plan_random
-from dbrx_fn.inference_speed import Figure, make_weights, measure_inference, our_program
-from dbrx_fn.machine_limits import MachineLimits, measure_limits
-from dbrx_fn.mlx_lm_peer import check_mlx_lm, mlx_lm_program
-from dbrx_fn.params import param_count
-from dbrx_fn.pictures import check_new_picture, write_picture
-from dbrx_fn.quantize_options import FORMAT_HELP, add_quantize_options, chosen_quantization
-from dbrx_fn.roofline import RooflinePoint, draw_roofline
-from dbrx_fn.terminal import print_result, size_text
-from dbrx_fn.training_speed import BILLION, TrainingSpeed, measure_training
+from dbrx_fn.model.config import DBRX, Config, Dtype, config_to_dict, read_config, read_config_file
+from dbrx_fn.model.costs import weight_bytes
+from dbrx_fn.model.params import param_count
 
 _Row = TypeVar("_Row")
 _COUNTS = {"batch_size", "sequence_length", "steps", "prompt", "context", "tokens", "repeats"}

@@ -13,17 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from dbrx_fn.checkpoint import open_checkpoint
-from dbrx_fn.command import Parser, program, run
-from dbrx_fn.config import Dtype
-from dbrx_fn.conversion import Conversion, Request, convert, plan_conversion, require_free
+from dbrx_fn.checkpoints.checkpoint import open_checkpoint
+from dbrx_fn.checkpoints.conversion import Conversion, Request, convert, plan_conversion, require_free
+from dbrx_fn.checkpoints.hub import checkpoint_folder
+from dbrx_fn.checkpoints.layouts import WRITTEN
+from dbrx_fn.checkpoints.shards import SHARD_BYTES
+from dbrx_fn.cli.command import Parser, program, run
+from dbrx_fn.cli.quantize_options import FORMAT_HELP, add_quantize_options, chosen_quantization
+from dbrx_fn.cli.terminal import byte_progress, print_message, print_result, size_text
 from dbrx_fn.errors import InputError
-from dbrx_fn.hub import checkpoint_folder
-from dbrx_fn.layouts import WRITTEN
-from dbrx_fn.quantize_options import FORMAT_HELP, add_quantize_options, chosen_quantization
-from dbrx_fn.shards import SHARD_BYTES
-from dbrx_fn.terminal import byte_progress, print_message, print_result, size_text
-from dbrx_fn.tokenizer import read_tokenizer
+from dbrx_fn.model.config import Dtype
+from dbrx_fn.text.tokenizer import read_tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

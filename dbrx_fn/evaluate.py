@@ -21,23 +21,23 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from dbrx_fn.backend import backend, memory_size
-from dbrx_fn.checkpoint import Checkpoint, open_checkpoint
-from dbrx_fn.command import Parser, program, run
-from dbrx_fn.comparison import Comparison, Model, check_same_model, compare
-from dbrx_fn.config import Config, Dtype
-from dbrx_fn.corpus import read_documents
+from dbrx_fn.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from dbrx_fn.checkpoints.hub import tokenizer_folder
+from dbrx_fn.checkpoints.loader import load
+from dbrx_fn.cli.command import Parser, program, run
+from dbrx_fn.cli.terminal import byte_progress, print_message, print_result, size_text
+from dbrx_fn.data.corpus import read_documents
+from dbrx_fn.data.token_file import TokenFile, check_vocabulary, write_token_file
+from dbrx_fn.drawing.figure import check_new_picture, write_picture
 from dbrx_fn.errors import InputError, TokenizerError
-from dbrx_fn.evaluation import Evaluation, check_targets
-from dbrx_fn.hub import tokenizer_folder
-from dbrx_fn.loader import load
-from dbrx_fn.params import Params, param_count
-from dbrx_fn.pictures import check_new_picture, write_picture
-from dbrx_fn.quantization import dequantize
-from dbrx_fn.quantization_picture import QuantizedModel, draw_quantizations, short_names
-from dbrx_fn.terminal import byte_progress, print_message, print_result, size_text
-from dbrx_fn.token_file import TokenFile, check_vocabulary, write_token_file
-from dbrx_fn.tokenizer import read_tokenizer
+from dbrx_fn.evaluation.comparison import Comparison, Model, check_same_model, compare
+from dbrx_fn.evaluation.perplexity import Evaluation, check_targets
+from dbrx_fn.evaluation.picture import QuantizedModel, draw_quantizations, short_names
+from dbrx_fn.model.config import Config, Dtype
+from dbrx_fn.model.params import Params, param_count
+from dbrx_fn.model.quantization import dequantize
+from dbrx_fn.ops.products import backend, memory_size
+from dbrx_fn.text.tokenizer import read_tokenizer
 
 _SECONDS_BETWEEN_LINES = 30
 

@@ -13,21 +13,21 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from dbrx_fn.backend import backend
-from dbrx_fn.chat import encode_chat
-from dbrx_fn.command import Parser, program, run
-from dbrx_fn.config import Config, Dtype
+from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, tokenizer_folder
+from dbrx_fn.checkpoints.loader import computing_dtype, load
+from dbrx_fn.cli.command import Parser, program, run
+from dbrx_fn.cli.terminal import byte_progress, print_message, size_text, visible
 from dbrx_fn.errors import InputError
-from dbrx_fn.generation import Piece, check_limits, stream_text, token_budget, warm_up
-from dbrx_fn.generation_config import read_generation_config
-from dbrx_fn.hub import SMALL, checkpoint_path, tokenizer_folder
-from dbrx_fn.loader import computing_dtype, load
-from dbrx_fn.model import CHUNK_SIZE
-from dbrx_fn.params import Params
-from dbrx_fn.prompt_length import encode_prompt
-from dbrx_fn.sampling import Sampling, random_key
-from dbrx_fn.terminal import byte_progress, print_message, size_text, visible
-from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
+from dbrx_fn.generation.generation_config import read_generation_config
+from dbrx_fn.generation.sampling import Sampling, random_key
+from dbrx_fn.generation.stream import Piece, check_limits, stream_text, token_budget, warm_up
+from dbrx_fn.model.config import Config, Dtype
+from dbrx_fn.model.params import Params
+from dbrx_fn.model.transformer import CHUNK_SIZE
+from dbrx_fn.ops.products import backend
+from dbrx_fn.text.chat import encode_chat
+from dbrx_fn.text.prompt_length import encode_prompt
+from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
 
 _MOST_TOKENS = 100
 """What is made where neither the options nor the checkpoint say."""

@@ -12,15 +12,15 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from dbrx_fn.backend import Backend
-from dbrx_fn.checkpoint import open_checkpoint
-from dbrx_fn.command import Parser, program, run
-from dbrx_fn.config import Config
-from dbrx_fn.description import PARTS, Description, Part, describe
-from dbrx_fn.hub_headers import headers_of
-from dbrx_fn.layouts import Layout
-from dbrx_fn.surprises import surprises, tokenizer_text
-from dbrx_fn.terminal import print_result, size_text
+from dbrx_fn.checkpoints.checkpoint import open_checkpoint
+from dbrx_fn.checkpoints.description import PARTS, Description, Part, describe
+from dbrx_fn.checkpoints.hub_headers import headers_of
+from dbrx_fn.checkpoints.layouts import Layout
+from dbrx_fn.checkpoints.surprises import surprises, tokenizer_text
+from dbrx_fn.cli.command import Parser, program, run
+from dbrx_fn.cli.terminal import print_result, size_text
+from dbrx_fn.model.config import Config
+from dbrx_fn.ops.products import Backend
 
 MISFIT = 1
 """The exit status where tensors don't fit the config: described, but it can't be loaded."""

@@ -12,14 +12,14 @@ from pathlib import Path
 import mlx.core as mx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from dbrx_fn.atomic import new_folder
-from dbrx_fn.command import Parser, program, run
-from dbrx_fn.config import AttnConfig, Config, FFNConfig
+from dbrx_fn.checkpoints.saver import CHECKPOINT_FILES, write_checkpoint
+from dbrx_fn.cli.command import Parser, program, run
+from dbrx_fn.cli.terminal import print_result
 from dbrx_fn.errors import InputError
-from dbrx_fn.params import init_params
-from dbrx_fn.sampling import random_key
-from dbrx_fn.saver import CHECKPOINT_FILES, write_checkpoint
-from dbrx_fn.terminal import print_result
+from dbrx_fn.files.atomic import new_folder
+from dbrx_fn.generation.sampling import random_key
+from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
+from dbrx_fn.model.params import init_params
 from dbrx_fn.train_tokenizer import SMALLEST_VOCABULARY, add_special_tokens, save_tokenizer
 
 

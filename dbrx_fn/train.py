@@ -9,28 +9,28 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from dbrx_fn.atomic import write_file
-from dbrx_fn.batches import Batches
-from dbrx_fn.chat import ChatFormat
-from dbrx_fn.chatml_template import chatml_template
-from dbrx_fn.command import Parser, program, run
-from dbrx_fn.config import read_config, read_config_file
-from dbrx_fn.corpus import Document, read_documents, split, without_held_out
+from dbrx_fn.checkpoints.hub import SMALL, checkpoint_folder
+from dbrx_fn.checkpoints.loader import load
+from dbrx_fn.checkpoints.saver import copy_tokenizer
+from dbrx_fn.cli.command import Parser, program, run
+from dbrx_fn.cli.terminal import byte_progress, print_message
+from dbrx_fn.data.batches import Batches
+from dbrx_fn.data.corpus import Document, read_documents, split, without_held_out
+from dbrx_fn.data.token_file import TokenFile, check_vocabulary, write_token_file
 from dbrx_fn.errors import InputError, TokenizerError
-from dbrx_fn.evaluation import check_targets
-from dbrx_fn.hub import SMALL, checkpoint_folder
-from dbrx_fn.loader import load
-from dbrx_fn.quantization import tree_formats
-from dbrx_fn.run_folder import RunFolder
-from dbrx_fn.run_plan import Plan
-from dbrx_fn.sampling import random_key
-from dbrx_fn.saver import copy_tokenizer
-from dbrx_fn.terminal import byte_progress, print_message
-from dbrx_fn.token_file import TokenFile, check_vocabulary, write_token_file
-from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
+from dbrx_fn.evaluation.perplexity import check_targets
+from dbrx_fn.files.atomic import write_file
+from dbrx_fn.generation.sampling import random_key
+from dbrx_fn.model.config import read_config, read_config_file
+from dbrx_fn.model.quantization import tree_formats
+from dbrx_fn.runs.folder import RunFolder
+from dbrx_fn.runs.loop import train
+from dbrx_fn.runs.plan import Plan
+from dbrx_fn.text.chat import ChatFormat
+from dbrx_fn.text.chatml_template import chatml_template
+from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
 from dbrx_fn.train_tokenizer import save_tokenizer, train_bpe
-from dbrx_fn.training import Recipe, Schedule, check_memory
-from dbrx_fn.training_run import train
+from dbrx_fn.training.step import Recipe, Schedule, check_memory
 
 _DEFAULTS: dict[str, Any] = {
     **{field.name: field.default for field in fields(Recipe) if field.default is not MISSING},

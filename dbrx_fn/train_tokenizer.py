@@ -13,14 +13,14 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dbrx_fn.atomic import write_file
-from dbrx_fn.chat import ChatFormat
-from dbrx_fn.command import Parser, program, run
-from dbrx_fn.corpus import read_documents
+from dbrx_fn.cli.command import Parser, program, run
+from dbrx_fn.cli.terminal import print_result
+from dbrx_fn.data.corpus import read_documents
 from dbrx_fn.errors import InputError
-from dbrx_fn.file_lock import folder_claimed
-from dbrx_fn.terminal import print_result
-from dbrx_fn.text_pieces import text_pieces
+from dbrx_fn.files.atomic import write_file
+from dbrx_fn.files.file_lock import folder_claimed
+from dbrx_fn.text.chat import ChatFormat
+from dbrx_fn.text.text_pieces import text_pieces
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)

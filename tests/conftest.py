@@ -15,7 +15,7 @@ for name in [name for name in os.environ if name.startswith(_BLAS_SETTINGS)]:
         del os.environ[name]
 
 # Before the tests import MLX, so that they run with the BLAS that users get.
-import dbrx_fn.blas  # noqa: E402, F401
+import dbrx_fn.runtime.blas  # noqa: E402, F401
 
 # A shell has what it starts in the background ignore Ctrl-C, and so would the commands that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

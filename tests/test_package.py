@@ -12,7 +12,7 @@ import pytest
 
 import dbrx_fn
 from dbrx_fn.__main__ import COMMANDS, main
-from tests.console_script import write_script
+from tests.support.console_script import write_script
 
 ROOT = Path(__file__).parents[1]
 

@@ -23,25 +23,25 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_fn import train
-from dbrx_fn.atomic import new_folder, write_file
-from dbrx_fn.command import INTERRUPTED, TERMINATED, Parser, Terminated, program, run
-from dbrx_fn.config import AttnConfig, Config, FFNConfig, config_to_dict
-from dbrx_fn.corpus import read_documents
+from dbrx_fn.checkpoints.loader import load
+from dbrx_fn.checkpoints.saver import write_checkpoint
+from dbrx_fn.cli.command import INTERRUPTED, TERMINATED, Parser, Terminated, program, run
+from dbrx_fn.cli.terminal import print_result
+from dbrx_fn.data.corpus import read_documents
+from dbrx_fn.data.token_file import write_token_file
+from dbrx_fn.drawing.figure import write_picture
 from dbrx_fn.errors import InputError
-from dbrx_fn.evaluation import Evaluation, evaluate
-from dbrx_fn.generation import stream_text
-from dbrx_fn.loader import load
-from dbrx_fn.metrics_file import read_metrics
-from dbrx_fn.params import Format, param_count
-from dbrx_fn.pictures import write_picture
-from dbrx_fn.quantization import Quantization, dequantize, quantize
-from dbrx_fn.run_folder import RunFolder
-from dbrx_fn.sampling import Sampling, random_key
-from dbrx_fn.saver import write_checkpoint
-from dbrx_fn.terminal import print_result
-from dbrx_fn.token_file import write_token_file
-from dbrx_fn.tokenizer import read_tokenizer
-from dbrx_fn.training_pictures import draw_expert_load, draw_losses
+from dbrx_fn.evaluation.perplexity import Evaluation, evaluate
+from dbrx_fn.files.atomic import new_folder, write_file
+from dbrx_fn.generation.sampling import Sampling, random_key
+from dbrx_fn.generation.stream import stream_text
+from dbrx_fn.model.config import AttnConfig, Config, FFNConfig, config_to_dict
+from dbrx_fn.model.params import Format, param_count
+from dbrx_fn.model.quantization import Quantization, dequantize, quantize
+from dbrx_fn.runs.folder import RunFolder
+from dbrx_fn.runs.metrics_file import read_metrics
+from dbrx_fn.runs.pictures import draw_expert_load, draw_losses
+from dbrx_fn.text.tokenizer import read_tokenizer
 
 HELD_OUT = ("henry-v", "Est", "Dan")
 TEST = ("macbeth", "twelfth-night", "richard-ii", "Ruth", "Eccl", "Jonah", "Acts", "Gal")

@@ -8,13 +8,13 @@ import mlx.core as mx
 import pytest
 
 from dbrx_fn.bench import main
-from dbrx_fn.config import AttnConfig, Config, FFNConfig, config_to_dict
+from dbrx_fn.benchmarks.inference import our_program
+from dbrx_fn.benchmarks.mlx_lm import check_mlx_lm, mlx_lm_program
+from dbrx_fn.benchmarks.random_weights import random_params
+from dbrx_fn.checkpoints.saver import save
 from dbrx_fn.errors import InputError
-from dbrx_fn.inference_speed import our_program
-from dbrx_fn.mlx_lm_peer import check_mlx_lm, mlx_lm_program
-from dbrx_fn.quantization import Quantization, wanted_formats
-from dbrx_fn.random_weights import random_params
-from dbrx_fn.saver import save
+from dbrx_fn.model.config import AttnConfig, Config, FFNConfig, config_to_dict
+from dbrx_fn.model.quantization import Quantization, wanted_formats
 
 CONFIG = Config(
     d_model=64,

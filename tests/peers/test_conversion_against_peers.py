@@ -11,16 +11,16 @@ import pytest
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from numpy.typing import NDArray
 
-from dbrx_fn.cache import init_cache
+from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.convert import main
-from dbrx_fn.loader import load
-from dbrx_fn.model import forward
-from dbrx_fn.params import Format
-from dbrx_fn.quantization import tree_formats
-from tests import layouts_written, oracle
-from tests.checkpoints import QUANTIZABLE, split_tensors, write_fused, write_split
+from dbrx_fn.model.cache import init_cache
+from dbrx_fn.model.params import Format
+from dbrx_fn.model.quantization import tree_formats
+from dbrx_fn.model.transformer import forward
 from tests.peers import reference
-from tests.trees import as_float64, case_of, relative_error
+from tests.support import layouts_written, oracle
+from tests.support.checkpoints import QUANTIZABLE, split_tensors, write_fused, write_split
+from tests.support.trees import as_float64, case_of, relative_error
 
 CASE = case_of(QUANTIZABLE, np.random.default_rng(0))
 TOKENS = np.random.default_rng(1).integers(40, size=30).tolist()

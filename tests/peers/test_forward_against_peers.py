@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from transformers.activations import ACT2FN
 
-from dbrx_fn.cache import init_cache
-from dbrx_fn.config import Activation
-from dbrx_fn.layers.moe import ACTIVATIONS
-from dbrx_fn.model import forward
-from tests.checkpoints import random_config, write_fused
+from dbrx_fn.model.cache import init_cache
+from dbrx_fn.model.config import Activation
+from dbrx_fn.model.layers.moe import ACTIVATIONS
+from dbrx_fn.model.transformer import forward
 from tests.peers import reference
-from tests.trees import Case, as_float64, case_of, random_case, relative_error
+from tests.support.checkpoints import random_config, write_fused
+from tests.support.trees import Case, as_float64, case_of, random_case, relative_error
 
 Measured = Callable[[str, float], float]
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import DbrxForCausalLM, GenerationConfig
 
-from dbrx_fn.generation import stream_tokens
-from dbrx_fn.generation_config import read_generation_config
-from dbrx_fn.sampling import History, init_history, sample
-from tests import trees
+from dbrx_fn.generation.generation_config import read_generation_config
+from dbrx_fn.generation.sampling import History, init_history, sample
+from dbrx_fn.generation.stream import stream_tokens
 from tests.peers.reference import transformers_model
+from tests.support import trees
 
 RAW: dict[str, Any] = {
     "architectures": ["DbrxForCausalLM"],

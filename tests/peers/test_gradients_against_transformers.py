@@ -1,6 +1,6 @@
 """The gradient of the whole loss, of every parameter, is what torch's autograd finds through transformers in float64.
 
-transformers' own auxiliary loss is not this package's (`dbrx_fn.losses` says how they differ), so it is compared twice:
+transformers' own auxiliary loss is not this package's (`dbrx_fn.training.losses` says how they differ), so it is compared twice:
 
 - Of any depth, with this package's formula written in torch, on the `router_logits` that transformers returns with
   `output_router_logits`: one `[batch * time expert]` a layer, before the softmax.
@@ -24,11 +24,11 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 from transformers import DbrxForCausalLM
 
-from dbrx_fn.losses import LossParts, loss
-from dbrx_fn.model import score
-from tests.checkpoints import random_config
+from dbrx_fn.model.transformer import score
+from dbrx_fn.training.losses import LossParts, loss
 from tests.peers.reference import in_float64, transformers_model
-from tests.trees import Case, case_of, random_case, tree
+from tests.support.checkpoints import random_config
+from tests.support.trees import Case, case_of, random_case, tree
 
 Measured = Callable[[str, float], float]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests import oracle
-from tests.checkpoints import random_config, random_tensors, rounded, write_fused, write_split
 from tests.peers import reference
+from tests.support import oracle
+from tests.support.checkpoints import random_config, random_tensors, rounded, write_fused, write_split
 
 SEEDS = range(32)
 MLX_LM_SEEDS = list(

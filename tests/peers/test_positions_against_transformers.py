@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
-from dbrx_fn.cache import init_cache
-from dbrx_fn.layers.rotary import inverse_frequencies
-from dbrx_fn.model import forward
-from tests.checkpoints import random_config
+from dbrx_fn.model.cache import init_cache
+from dbrx_fn.model.layers.rotary import inverse_frequencies
+from dbrx_fn.model.transformer import forward
 from tests.peers import reference
-from tests.trees import Case, as_float64, case_of
+from tests.support.checkpoints import random_config
+from tests.support.trees import Case, as_float64, case_of
 
 Measured = Callable[[str, float], float]
 Floats = NDArray[np.float64]

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import DbrxForCausalLM
 
-from dbrx_fn.sampling import (
+from dbrx_fn.generation.sampling import (
     Sampling,
     apply_min_p,
     apply_repetition_penalty,
@@ -18,8 +18,8 @@ from dbrx_fn.sampling import (
     init_history,
     sample,
 )
-from tests import checkpoints
 from tests.peers.reference import transformers_model
+from tests.support import checkpoints
 
 RAW: dict[str, Any] = {
     "model_type": "dbrx",

@@ -10,17 +10,17 @@ import pytest
 from mlx_lm.utils import dequantize_model, load_config, load_model, quantize_model, save_config, save_model
 from numpy.typing import NDArray
 
-from dbrx_fn.cache import init_cache
-from dbrx_fn.config import Config
-from dbrx_fn.layouts import Written
-from dbrx_fn.loader import load
-from dbrx_fn.model import forward
-from dbrx_fn.params import Format, Params
-from dbrx_fn.quantization import Quantization, quantize, tree_formats
-from dbrx_fn.saver import save
-from tests.checkpoints import QUANTIZABLE, write_fused
+from dbrx_fn.checkpoints.layouts import Written
+from dbrx_fn.checkpoints.loader import load
+from dbrx_fn.checkpoints.saver import save
+from dbrx_fn.model.cache import init_cache
+from dbrx_fn.model.config import Config
+from dbrx_fn.model.params import Format, Params
+from dbrx_fn.model.quantization import Quantization, quantize, tree_formats
+from dbrx_fn.model.transformer import forward
 from tests.peers import reference
-from tests.trees import as_float64, case_of, relative_error
+from tests.support.checkpoints import QUANTIZABLE, write_fused
+from tests.support.trees import as_float64, case_of, relative_error
 
 CASE = case_of(QUANTIZABLE, np.random.default_rng(0))
 TOKENS = np.random.default_rng(1).integers(40, size=30).tolist()

@@ -6,7 +6,7 @@ from mlx_lm.utils import load_model
 
 import dbrx_fn
 from tests.peers.reference import mlx_lm_greedy, mlx_lm_logits
-from tests.trees import relative_error
+from tests.support.trees import relative_error
 
 
 def test_mlx_lm_gives_the_same_logits_and_tokens() -> None:

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from dbrx_fn.errors import TokenizerError
-from dbrx_fn.tokenizer import Tokenizer, read_tokenizer
-from tests.tokenizer_folders import Maker
+from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
+from tests.support.tokenizer_folders import Maker
 
 PARTS, FOLDERS, LEAST_COMPARED, TEXTS = 4, 150, 90, 12
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load as load_in_mlx_lm
 
-from dbrx_fn.cache import init_cache
-from dbrx_fn.loader import load, load_tokenizer
-from dbrx_fn.model import forward
+from dbrx_fn.checkpoints.loader import load, load_tokenizer
+from dbrx_fn.model.cache import init_cache
+from dbrx_fn.model.transformer import forward
 from dbrx_fn.train import main
 from tests.peers import reference
-from tests.tiny_runs import arguments, sentences, write_config, write_text
-from tests.trees import as_float64, relative_error
+from tests.support.tiny_runs import arguments, sentences, write_config, write_text
+from tests.support.trees import as_float64, relative_error
 
 TEXT = " ".join(sentences(3, seed=7))
 

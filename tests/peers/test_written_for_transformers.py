@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DbrxConfig
 
-from dbrx_fn.cache import init_cache
-from dbrx_fn.config import Activation, AttnConfig, Config, FFNConfig, read_config
+from dbrx_fn.checkpoints.saver import save
 from dbrx_fn.convert import main as convert
-from dbrx_fn.model import forward
-from dbrx_fn.params import init_params
-from dbrx_fn.saver import save
+from dbrx_fn.model.cache import init_cache
+from dbrx_fn.model.config import Activation, AttnConfig, Config, FFNConfig, read_config
+from dbrx_fn.model.params import init_params
+from dbrx_fn.model.transformer import forward
 from tests.peers import reference
-from tests.trees import relative_error
+from tests.support.trees import relative_error
 
 BAR = 2e-5
 CONFIG = Config(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbrx_fn.chat import ChatFormat
+from dbrx_fn.text.chat import ChatFormat
 
 FOLDER = Path(__file__).parent
 

@@ -1,0 +1,61 @@
+"""A picture of speed: what was computed in a second, below what the machine allows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dbrx_fn.drawing.figure import add_grid, add_legend, color, new_figure
+from dbrx_fn.drawing.point_labels import PointLabel, label_points
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class RooflinePoint:
+    """What was done, in how many seconds."""
+
+    program: str
+    label: str
+    operations: int
+    bytes: int
+    seconds: float
+
+
+def draw_roofline(points: Sequence[RooflinePoint], operations_per_second: float, bytes_per_second: float) -> "Figure":
+    """Operations per second over operations per byte, below what the machine's two rates allow.
+
+    Left of the roof's edge reading is the bound, right of it computing. Both scales are logarithmic.
+
+    Args:
+        points: at least one.
+        operations_per_second: the machine's.
+        bytes_per_second: the machine's.
+
+    Raises:
+        InputError: if there is no matplotlib.
+    """
+    figure = new_figure(9, 6.2)
+    axes = figure.subplots()
+    axes.set(xlabel="operations per byte", ylabel="operations per second", xscale="log", yscale="log")
+    intensities = [point.operations / point.bytes for point in points]
+    edge = operations_per_second / bytes_per_second
+    roof = np.array([min(*intensities, edge) / 4, edge, max(*intensities, edge) * 4])
+    bound = f"{bytes_per_second / 1e9:,.1f} GB/s, {operations_per_second / 1e12:,.3g} TFLOP/s"
+    axes.plot(roof, np.minimum(roof * bytes_per_second, operations_per_second), color="black", linewidth=1, label=bound)
+    labels = []
+    for number, program in enumerate(dict.fromkeys(point.program for point in points)):
+        shown = [point for point in points if point.program == program]
+        x = [point.operations / point.bytes for point in shown]
+        y = [point.operations / point.seconds for point in shown]
+        axes.scatter(x, y, s=24, color=color(number), label=program)
+        labels += [
+            PointLabel(point.label, to_right, up, color(number))
+            for point, to_right, up in zip(shown, x, y, strict=True)
+        ]
+    add_grid(axes)
+    add_legend(figure, axes, columns=4)
+    label_points(figure, {axes: labels})
+    return figure

@@ -1,0 +1,98 @@
+"""How fast training is here, as a part of how fast this machine multiplies matrices.
+
+The bound is arithmetic: the operations that a step needs, counted from the config, over the rate of a large dense
+matrix product in the same dtype, measured in the same run. What recomputing activations costs isn't counted, as it
+isn't needed, so it shows as time lost. Each step is waited for, which training doesn't do. On CUDA, float32 products
+are TF32 on both sides, unless MLX_ENABLE_TF32=0.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from dbrx_fn.benchmarks.machine_rates import matmul_rate
+from dbrx_fn.model.config import AttnConfig, Config, Dtype, FFNConfig
+from dbrx_fn.model.costs import training_operations
+from dbrx_fn.model.params import init_params, param_count
+from dbrx_fn.training.step import Recipe, check_memory, init_state, train_step
+
+BILLION = Config(
+    d_model=2048,
+    n_heads=16,
+    n_layers=6,
+    max_seq_len=4096,
+    vocab_size=50_304,
+    attn=AttnConfig(clip_qkv=8.0, kv_n_heads=8, rope_theta=500_000.0),
+    ffn=FFNConfig(ffn_hidden_size=1792, moe_num_experts=16, moe_top_k=4, moe_jitter_eps=0.01, moe_loss_weight=0.05),
+)
+"""1.3B parameters: 16 experts of which 4, as in DBRX, each 7/8 as wide as d_model where DBRX's are 7/4."""
+
+
+@dataclass(frozen=True)
+class TrainingSpeed:
+    """One measurement. Times in seconds, memory in bytes, rates in operations per second.
+
+    `first_step` holds tracing and, on first use, the compilation of kernels; the others are medians after it.
+    """
+
+    shape: str
+    parameters: int
+    active_parameters: int
+    batch_size: int
+    sequence_length: int
+    dtype: str
+    recompute: bool
+    first_step: float
+    step: float
+    fastest_step: float
+    slowest_step: float
+    tokens_per_second: float
+    operations_per_token: int
+    matmul_rate: float
+    fraction_of_bound: float
+    peak_memory: int
+
+
+def measure_training(
+    shape: str, config: Config, batch_size: int, sequence_length: int, dtype: Dtype, *, recompute: bool, steps: int
+) -> TrainingSpeed:
+    """Times `train_step` on random tokens."""
+    check_memory(config)
+    recipe = Recipe(steps=steps + 1, warmup=0, dtype=dtype, recompute=recompute)
+    config = replace(config, dtype="float32")
+    mx.reset_peak_memory()
+    state = init_state(init_params(config, mx.random.key(0)), recipe, mx.random.key(1))
+    tokens = mx.random.randint(0, config.vocab_size, (batch_size, sequence_length + 1), key=mx.random.key(2))
+    mx.eval(state, tokens)
+    times: list[float] = []
+    for _ in tqdm(range(steps + 1), desc=f"{shape} {dtype}", unit="step", disable=None, leave=False):
+        start = time.perf_counter()
+        state, measured = train_step(state, tokens, None, config=config, recipe=recipe)
+        mx.eval(state, measured)
+        times.append(time.perf_counter() - start)
+    step = statistics.median(times[1:])
+    peak = mx.get_peak_memory()
+    del state
+    mx.clear_cache()
+    operations, rate = training_operations(config, sequence_length), matmul_rate(dtype)
+    return TrainingSpeed(
+        shape=shape,
+        parameters=param_count(config),
+        active_parameters=param_count(config, active=True),
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        dtype=dtype,
+        recompute=recompute,
+        first_step=times[0],
+        step=step,
+        fastest_step=min(times[1:]),
+        slowest_step=max(times[1:]),
+        tokens_per_second=batch_size * sequence_length / step,
+        operations_per_token=operations,
+        matmul_rate=rate,
+        fraction_of_bound=batch_size * sequence_length * operations / step / rate,
+        peak_memory=peak,
+    )

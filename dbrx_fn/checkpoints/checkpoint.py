@@ -1,0 +1,210 @@
+"""A checkpoint as its headers describe it: config, layout, which tensors make which leaf, and what doesn't fit.
+
+Everything that can be wrong is found here, from the files' headers, before any tensor is read. Loading, converting and
+inspecting begin with `open_checkpoint`; a `LeafReader` then reads the tree's leaves one by one.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast, get_args
+
+import mlx.core as mx
+
+from dbrx_fn.checkpoints.gguf_file import gguf_config, gguf_headers, open_gguf
+from dbrx_fn.checkpoints.hub import checkpoint_path
+from dbrx_fn.checkpoints.layouts import (
+    Layout,
+    Source,
+    has_tensor_per_expert,
+    holds_quantized,
+    is_extra,
+    layout_of,
+    prefix_of,
+    sources,
+)
+from dbrx_fn.checkpoints.raw import Raw, mapped, of_raw, raw
+from dbrx_fn.checkpoints.safetensors_file import Tensor, is_hidden, read_headers
+from dbrx_fn.errors import CheckpointError
+from dbrx_fn.model.config import Config, Dtype, read_config
+from dbrx_fn.model.params import Format, companions, formats_of, listed
+
+FLOATS: tuple[Dtype, ...] = get_args(Dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a checkpoint's headers say.
+
+    `path`: its folder, or its GGUF file.
+    `config`: the model's; its `dtype` is the one that most of the float tensors have.
+    `tensors`: by name, as in the files.
+    `sources`: of each leaf of the tree, by its path, the tensors that it is made of, their names without `prefix`.
+    `formats`: of the quantized matrices, by their paths.
+    `problems`: every tensor that is missing, unexpected, misshapen or of a dtype that can't be used.
+    `mixed`: every tensor whose float dtype isn't the config's.
+    """
+
+    path: Path
+    config: Config
+    layout: Layout
+    prefix: str
+    tensors: Mapping[str, Tensor]
+    sources: Mapping[str, Source]
+    formats: Mapping[str, Format]
+    problems: tuple[str, ...]
+    mixed: tuple[str, ...]
+
+    def nbytes(self, dtype: Dtype | None = None) -> int:
+        """Bytes of the tree in `dtype`, or as it is stored; quantized matrices' integers are what they are."""
+        return sum(source.leaf.nbytes(dtype or self.config.dtype) for source in self.sources.values())
+
+
+def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Finds a checkpoint and reads its headers.
+
+    Args:
+        path_or_repo: a folder, a GGUF file, or a Hugging Face repository as owner/name.
+        revision: of the repository: a branch, tag or commit.
+
+    Raises:
+        ConfigError: if `config.json` is missing or no DBRX model's.
+        CheckpointError: if there is no such checkpoint, files are missing or damaged, or the layout isn't known.
+    """
+    path = checkpoint_path(path_or_repo, revision=revision)
+    if path.is_file():
+        config, tensors = gguf_config(path), gguf_headers(path)
+    else:
+        _refuse_gguf_inside(path)
+        config, tensors = read_config(path), read_headers(path)
+    prefix = prefix_of(tensors)
+    named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    layout = layout_of(named)
+    # Tables have names for each layer, and perhaps expert, so a config that lies about them would make millions.
+    experts = config.ffn.moe_num_experts
+    if config.n_layers * (experts if has_tensor_per_expert(layout) else 1) > len(tensors):
+        raise CheckpointError(
+            f"{path} has {len(tensors)} tensors, too few for the {config.n_layers} layers of {experts} experts that"
+            " config.json describes: fetch the config.json that came with these weights."
+        )
+    dense = sources(config, layout, found=named)
+    places = {
+        path: (source.names, source.leaf.shape[-1])
+        for path, source in dense.items()
+        if not source.leaf.is_norm and holds_quantized(layout, path)
+    }
+    formats, unknown = formats_of(named, places)
+    table = sources(config, layout, formats, named)
+    config = replace(config, dtype=_stored_dtype(named, table))
+    problems, mixed = _problems(named, table, unknown, layout, config.dtype)
+    return Checkpoint(path, config, layout, prefix, tensors, table, formats, tuple(problems), tuple(mixed))
+
+
+def require_fit(checkpoint: Checkpoint, *, one_dtype: bool) -> None:
+    """Raises `CheckpointError` naming all that doesn't fit the config; with `one_dtype`, also floats of others.
+
+    GGUF's norms and routers are float32 whatever the rest is.
+    """
+    problems = [*checkpoint.problems, *(checkpoint.mixed if one_dtype and checkpoint.layout != "gguf" else ())]
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(problems)} of the weights don't fit config.json: {listed(problems)}."
+        )
+
+
+class LeafReader:
+    """Reads a checkpoint's leaves one by one; what was read belongs to the caller and isn't kept."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        # What is read lies here until it is asked for; of a GGUF file each tensor is read when it is.
+        self._arrays = open_gguf(checkpoint.path) if checkpoint.layout == "gguf" else _lazy_arrays(checkpoint)
+        self._uses = Counter(name for source in checkpoint.sources.values() for name in source.names)
+
+    def read(self, path: str) -> mx.array:
+        """The leaf of this path, as it is stored and lazy. Each can be read once."""
+        source = self._checkpoint.sources[path]
+        return source.join([self._take(name) for name in source.names])
+
+    def matrices(self, path: str, dtype: Dtype) -> Iterator[Raw]:
+        """The bits of a leaf's matrices, one by one, floats in `dtype`. Each can be read once."""
+        source = self._checkpoint.sources[path]
+        wanted = source.leaf.stored_as(dtype)
+        tensors = [self._checkpoint.tensors[self._checkpoint.prefix + name] for name in source.names]
+        kinds = {getattr(mx, tensor.dtype) for tensor in tensors}
+        # Where all are of one dtype, a matrix is converted at a time.
+        kind = kinds.pop() if len(kinds) == 1 else wanted
+        for matrix in source.matrices(lambda name: self._bits(name, kind)):
+            yield matrix if kind == wanted else raw(of_raw(matrix, kind).astype(wanted))
+
+    def _bits(self, name: str, kind: mx.Dtype) -> Raw:
+        tensor = self._checkpoint.tensors[self._checkpoint.prefix + name]
+        array = self._take(name)
+        if tensor.start is None or array.dtype != kind:
+            return raw(array.astype(kind))
+        return mapped(tensor.file, tensor.start, tensor.shape, kind)
+
+    def _take(self, name: str) -> mx.array:
+        self._uses[name] -= 1
+        stored = self._checkpoint.prefix + name
+        if isinstance(self._arrays, dict) and not self._uses[name]:
+            return cast(mx.array, self._arrays.pop(stored))
+        return self._arrays[stored]
+
+
+def _refuse_gguf_inside(folder: Path) -> None:
+    files = sorted(file.name for file in folder.glob("*.gguf") if not is_hidden(file))
+    if files and not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} holds no config.json but {listed(files, most=3)}: name the GGUF file itself.")
+
+
+def _lazy_arrays(checkpoint: Checkpoint) -> Mapping[str, mx.array]:
+    """All tensors of a checkpoint's safetensors files; MLX reads each when it is evaluated."""
+    arrays: dict[str, mx.array] = {}
+    for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
+        arrays |= cast(dict[str, mx.array], mx.load(str(file)))
+    return arrays
+
+
+def _stored_dtype(tensors: Mapping[str, Tensor], table: Mapping[str, Source]) -> Dtype:
+    """The float dtype that most of the expected tensors have."""
+    names = [name for source in table.values() for name in source.names]
+    counts = Counter(tensors[name].dtype for name in names if name in tensors and tensors[name].dtype in FLOATS)
+    return cast(Dtype, counts.most_common(1)[0][0] if counts else FLOATS[0])
+
+
+def _problems(
+    tensors: Mapping[str, Tensor],
+    table: Mapping[str, Source],
+    unknown: Mapping[str, list[str]],
+    layout: Layout,
+    dtype: str,
+) -> tuple[list[str], list[str]]:
+    problems = [problem for reasons in unknown.values() for problem in reasons]
+    mixed = []
+    told = {companion for path in unknown for name in table[path].names for companion in companions(name)}
+    expected = {
+        stored.name: (stored.shape, source.leaf.dtype)
+        for path, source in table.items()
+        if path not in unknown
+        for stored in source.stored
+    }
+    problems += [f"{name} {list(expected[name][0])} is missing" for name in expected.keys() - tensors.keys()]
+    problems += [
+        f"{name} {list(tensors[name].shape)} in {tensors[name].file.name} is unexpected"
+        for name in tensors.keys() - expected.keys() - told
+        if not is_extra(layout, name)
+    ]
+    for name in expected.keys() & tensors.keys():
+        tensor, (shape, integers) = tensors[name], expected[name]
+        if tensor.shape != shape:
+            problems.append(f"{name} is {list(tensor.shape)} where {list(shape)} is expected")
+        if integers is not None:
+            if tensor.dtype != integers:
+                problems.append(f"{name} is {tensor.dtype} where {integers} is expected, since it is quantized")
+        elif tensor.dtype not in FLOATS:
+            problems.append(f"{name} is {tensor.dtype} where one of {', '.join(FLOATS)} is expected")
+        elif tensor.dtype != dtype:
+            mixed.append(f"{name} is {tensor.dtype} where {dtype} is expected, as most are (dtype converts all)")
+    return problems, mixed

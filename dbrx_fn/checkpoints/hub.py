@@ -1,0 +1,134 @@
+"""Finds a checkpoint: a local folder or GGUF file, or a Hugging Face repository's folder, downloaded and cached."""
+
+import re
+from pathlib import Path
+from textwrap import shorten
+
+from dbrx_fn.errors import CheckpointError, TokenizerError
+from dbrx_fn.files.json_file import shown, shown_path
+
+SMALL = Path(__file__).parents[1] / "small"
+"""The checkpoint of the small model that ships with the package."""
+
+_TEXT_FILES = ["*.json", "*.jinja", "*.txt"]
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def checkpoint_path(path_or_repo: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint, or the GGUF file that was named.
+
+    Args:
+        path_or_repo: a folder, a GGUF file, or a repository of the Hugging Face Hub such as `databricks/dbrx-instruct`,
+            which is downloaded into the Hub's own cache (resumed if it was interrupted, reused offline).
+        weights: whether the weights are needed too, or only config and tokenizer.
+        revision: of the repository: a branch, tag or commit; its main branch, if not given.
+
+    Raises:
+        CheckpointError: if there is neither such a checkpoint nor such a repository, or it can't be downloaded.
+    """
+    found = local_path(path_or_repo)
+    if found is not None:
+        if found.is_dir() or found.suffix.lower() == ".gguf":
+            return found
+        raise CheckpointError(f"{found} is a file: give the folder that holds config.json and the weights.")
+    name = str(path_or_repo)
+    if isinstance(path_or_repo, Path) or not _REPOSITORY.fullmatch(name):
+        raise CheckpointError(
+            f"{shown_path(name)} doesn't exist: give a folder that holds a DBRX checkpoint, or a Hugging Face"
+            " repository as owner/name."
+        )
+    return _download(name, [*_TEXT_FILES, "*.safetensors"] if weights else _TEXT_FILES, revision)
+
+
+def checkpoint_folder(path_or_repo: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
+    """`checkpoint_path` of what must be a folder.
+
+    Raises:
+        CheckpointError: as `checkpoint_path`, or if it is a GGUF file.
+    """
+    path = checkpoint_path(path_or_repo, weights=weights, revision=revision)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is a GGUF file where a checkpoint's folder is needed: python -m dbrx_fn.convert makes one of it."
+        )
+    return path
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """The folder with a checkpoint's tokenizer: its own, or the one where a GGUF file lies, whose own isn't read.
+
+    Args:
+        path: what `checkpoint_path` returned.
+
+    Raises:
+        TokenizerError: if no tokenizer lies beside a GGUF file.
+    """
+    if path.is_dir():
+        return path
+    if not has_tokenizer_beside(path):
+        raise TokenizerError(
+            f"{path} is a GGUF file, whose own tokenizer isn't read, and {path.parent} has no tokenizer.json: put the"
+            " same model's tokenizer files beside it, or make a checkpoint of both with python -m dbrx_fn.convert and"
+            " --tokenizer."
+        )
+    return path.parent
+
+
+def has_tokenizer_beside(file: Path) -> bool:
+    """Whether a tokenizer's files lie in the folder of a GGUF file."""
+    return any((file.parent / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def local_path(path_or_repo: str | Path) -> Path | None:
+    """The file or folder of this name, if there is one.
+
+    Raises:
+        CheckpointError: if it can't be a name.
+    """
+    try:
+        path = Path(path_or_repo).expanduser()
+        # MLX takes UTF-8 names only.
+        str(path).encode()
+        if not str(path_or_repo):
+            raise ValueError("it is empty")
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError) as error:
+        name = shorten(str(path_or_repo).encode(errors="replace").decode(), 200, placeholder="…")
+        raise CheckpointError(
+            f"{shown(name)} can't be a folder's name ({getattr(error, 'strerror', error)}): give a folder that holds a"
+            " DBRX checkpoint."
+        ) from None
+
+
+def refusal(repository: str, revision: str | None, error: Exception) -> CheckpointError:
+    """What the Hugging Face Hub's library raised, as one short sentence."""
+    from huggingface_hub import errors
+
+    text = shorten(str(error.__cause__ or error), 100, placeholder="…")
+    match error:
+        case errors.GatedRepoError():
+            said = f"is gated: ask for access at https://huggingface.co/{repository}, and log in with `hf auth login`"
+        case errors.RepositoryNotFoundError():
+            said = "is no folder here and no repository that you may see: check it, or log in with `hf auth login`"
+        case errors.RevisionNotFoundError():
+            said = f"has no revision {shown(revision)}: name a branch, tag or commit of it"
+        case errors.HFValidationError():
+            said = "is no folder here and can't be a repository's name: check it"
+        case errors.LocalEntryNotFoundError(__cause__=errors.OfflineModeIsEnabled()):
+            said = "is no folder here and not in the Hub's cache, and HF_HUB_OFFLINE forbids a download: check the name"
+        case errors.LocalEntryNotFoundError():
+            said = f"is no folder here, and the Hugging Face Hub can't be reached ({text}): check name and network"
+        case _:
+            said = f"can't be had from the Hugging Face Hub ({text}): check the network and your access to it"
+    return CheckpointError(f"{repository} {said}.")
+
+
+def _download(repository: str, patterns: list[str], revision: str | None) -> Path:
+    # Imported here because it takes as long as all the rest, and local folders don't need it.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    # Besides the Hub's own errors, a connection that breaks raises those of an HTTP library or of hf-xet.
+    except Exception as error:
+        raise refusal(repository, revision, error) from None

@@ -1,0 +1,52 @@
+"""The options by which commands are told which matrices to quantize, and how."""
+
+import argparse
+import re
+
+from dbrx_fn.errors import InputError
+from dbrx_fn.model.params import MODES, Format, format_of_mode
+from dbrx_fn.model.quantization import Quantization
+
+FORMAT_HELP = f"FORMAT is a number of bits (4), bits and group size (4:32), {', '.join(MODES[1:])}, or none."
+_KINDS = ("experts", "attention", "embedding", "head", "router")
+
+
+def add_quantize_options(options: argparse.ArgumentParser) -> None:
+    """Adds `--quantize FORMAT`, and one option for each kind of matrix."""
+    options.add_argument("--quantize", metavar="FORMAT", help="quantize all matrices but the router's")
+    for kind in _KINDS:
+        options.add_argument(f"--{kind}", metavar="FORMAT", help=f"the format of the {kind}, whatever --quantize says")
+
+
+def chosen_quantization(chosen: argparse.Namespace) -> Quantization | None:
+    """What these options ask for; `None` if none was given.
+
+    Raises:
+        InputError: if one is no format.
+    """
+    named = {kind: getattr(chosen, kind) for kind in _KINDS}
+    if chosen.quantize is None and all(text is None for text in named.values()):
+        return None
+    usual = None if chosen.quantize is None else _format("quantize", chosen.quantize)
+    formats = {
+        kind: (None if kind == "router" else usual) if text is None else _format(kind, text)
+        for kind, text in named.items()
+    }
+    return Quantization(**formats)
+
+
+def _format(option: str, text: str) -> Format | None:
+    if text == "none":
+        return None
+    if text in MODES[1:]:
+        return format_of_mode(text)
+    parts = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    if parts is None:
+        raise InputError(
+            f"--{option} is {text!r} where bits (4), bits and group size (4:32), {', '.join(MODES[1:])} or none is"
+            " expected."
+        )
+    try:
+        return Format(int(parts[1]), int(parts[2] or 64))
+    except InputError as error:
+        raise InputError(f"--{option} is {text}: {error}") from None

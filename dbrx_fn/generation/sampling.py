@@ -1,0 +1,280 @@
+"""Choosing the next token: pure functions of logits, an explicit key, and what has been said so far.
+
+Each `apply_*` takes float32 logits `[batch vocab]` and gives such logits back; excluded tokens become -inf. `sample`
+composes those that a `Sampling` asks for into one compiled function, in the order of transformers' generation: bias
+and penalties, temperature, top-k, top-p, min-p, then a draw (or, at temperature 0, the likeliest token).
+"""
+
+import functools
+import math
+import numbers
+from dataclasses import dataclass
+from typing import TypedDict
+
+import mlx.core as mx
+from jaxtyping import Bool, Float, Float32, Int32, UInt32
+
+from dbrx_fn.errors import InputError
+from dbrx_fn.files.json_file import shown
+from dbrx_fn.ops.bounded import within
+from dbrx_fn.runtime.arguments import check_fields
+from dbrx_fn.runtime.compile import compiled, typed
+
+Logits = Float32[mx.array, "batch vocab"]
+Number = Float32[mx.array, ""]
+Key = UInt32[mx.array, "2"]
+
+_COLDEST = 1e-6
+"""Below this temperature a division may leave float32, where all positive logits would then be equal."""
+
+_LARGEST, _STRONGEST = 1e20, 1e6
+"""What is added to logits, and what multiplies them, at most: so they stay float32s, divided by `_COLDEST` too."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. Which steps there are, and `top_k`, is compiled in; other numbers may change freely.
+
+    `temperature`: divides the logits; 0 always takes the likeliest token.
+    `top_k`: draw among this many likeliest tokens; 0 means all.
+    `top_p`: draw among the likeliest tokens that together have this probability (https://arxiv.org/abs/1904.09751).
+    `min_p`: draw among tokens at least this fraction as likely as the likeliest (https://arxiv.org/abs/2407.01082).
+    `repetition_penalty`: positive logits of tokens in prompt or text are divided by it, negative ones multiplied
+        (https://arxiv.org/abs/1909.05858).
+    `presence_penalty`: subtracted from logits of tokens in the text made so far.
+    `frequency_penalty`: subtracted for each time that a token is in the text made so far.
+    `logit_bias`: (token, bias) pairs; a bias is added to its token's logit. -inf forbids it, inf forces it.
+
+    Raises:
+        InputError: naming an option whose value can't work.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.logit_bias, list):
+            object.__setattr__(self, "logit_bias", tuple(self.logit_bias))
+        check_fields(self)
+        if not all(_is_bias(pair) for pair in self.logit_bias):
+            raise InputError(
+                f"logit_bias is {shown(self.logit_bias)} where it must be pairs of a token's id and a number."
+            )
+        object.__setattr__(self, "logit_bias", tuple((int(token), float(bias)) for token, bias in self.logit_bias))
+        for name, lowest, highest, expected in (
+            ("temperature", 0, _LARGEST, f"from 0 to {_LARGEST:g}"),
+            ("top_k", 0, math.inf, "0 (all tokens) or a positive integer"),
+            ("top_p", math.nextafter(0, 1), 1, "above 0 and at most 1"),
+            ("min_p", 0, 1, "from 0 to 1"),
+            ("repetition_penalty", 1 / _STRONGEST, _STRONGEST, f"from {1 / _STRONGEST:g} to {_STRONGEST:g}"),
+            ("presence_penalty", -_LARGEST, _LARGEST, f"from {-_LARGEST:g} to {_LARGEST:g}"),
+            ("frequency_penalty", -_LARGEST, _LARGEST, f"from {-_LARGEST:g} to {_LARGEST:g}"),
+        ):
+            if not lowest <= getattr(self, name) <= highest:
+                raise InputError(f"{name} is {getattr(self, name)!r} where it must be {expected}.")
+
+    @property
+    def uses_history(self) -> bool:
+        """Whether any penalty needs to know what has been said."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def _is_bias(pair: object) -> bool:
+    match pair:
+        case (numbers.Integral() as token, numbers.Real() as bias):
+            return int(token) >= 0 and not math.isnan(bias)
+    return False
+
+
+def random_key(seed: int) -> mx.array:
+    """`mx.random.key` of a number that a user gave.
+
+    Raises:
+        InputError: if it is negative or doesn't fit 64 bits.
+    """
+    if not 0 <= seed < 2**64:
+        raise InputError(f"The seed is {seed} where it must be from 0 to 2**64 - 1.")
+    return mx.random.key(seed)
+
+
+class History(TypedDict):
+    """What penalties look at.
+
+    `prompted`: bool `[batch vocab]`, whether a token is in the prompt.
+    `made`: int32 `[batch vocab]`, how often it is in the text made so far.
+    """
+
+    prompted: mx.array
+    made: mx.array
+
+
+def init_history(prompts: list[list[int]], vocab_size: int) -> History:
+    """The history before anything is made, for one prompt a row.
+
+    Raises:
+        InputError: if a prompt holds an id outside of the vocabulary.
+    """
+    strange = [token for prompt in prompts for token in prompt if not 0 <= token < vocab_size]
+    if strange:
+        raise InputError(f"A prompt holds token {strange[0]}, outside of the vocabulary of {vocab_size}.")
+    prompted = mx.zeros((len(prompts), vocab_size), mx.bool_)
+    for row, prompt in enumerate(prompts):
+        prompted = prompted.at[row, mx.array(prompt, mx.int32)].maximum(mx.array(True))
+    return {"prompted": prompted, "made": mx.zeros((len(prompts), vocab_size), mx.int32)}
+
+
+def sample(
+    logits: mx.array, key: mx.array, history: History | None, *, sampling: Sampling
+) -> tuple[mx.array, mx.array, History | None]:
+    """Chooses each row's next token.
+
+    Args:
+        logits: `[batch vocab]` of any float dtype; computed on in float32.
+        key: an `mx.random.key`.
+        history: what penalties look at; `None` if `sampling` asks for none.
+        sampling: how to choose.
+
+    Returns:
+        The tokens, int32 `[batch]`, the key for the next call, and the history with these tokens counted. A row whose
+        logits hold NaN or infinity, or nothing but -inf, has the vocabulary's size for its token, which is no token: so
+        whoever reads the tokens learns of it without another wait for the device.
+
+    Raises:
+        InputError: if `logit_bias` names a token past the vocabulary.
+    """
+    strange = max((token for token, _ in sampling.logit_bias), default=-1)
+    if strange >= logits.shape[-1]:
+        raise InputError(f"logit_bias names token {strange}, past the model's vocabulary of {logits.shape[-1]}.")
+    return _sample(
+        logits,
+        key,
+        history,
+        _numbers(sampling),
+        greedy=sampling.temperature == 0,
+        top_k=sampling.top_k,
+        uses_top_p=sampling.top_p < 1,
+        uses_min_p=sampling.min_p > 0,
+    )
+
+
+class _Numbers(TypedDict):
+    """A `Sampling`'s numbers as arrays, so that other values need no other compiled function."""
+
+    temperature: mx.array
+    top_p: mx.array
+    min_p: mx.array
+    repetition_penalty: mx.array
+    presence_penalty: mx.array
+    frequency_penalty: mx.array
+    biased_tokens: mx.array | None
+    biases: mx.array | None
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(sampling: Sampling) -> _Numbers:
+    tokens, biases = zip(*sampling.logit_bias, strict=True) if sampling.logit_bias else (None, None)
+    return {
+        "temperature": mx.array(max(sampling.temperature, _COLDEST), mx.float32),
+        "top_p": mx.array(sampling.top_p, mx.float32),
+        "min_p": mx.array(sampling.min_p, mx.float32),
+        "repetition_penalty": mx.array(sampling.repetition_penalty, mx.float32),
+        "presence_penalty": mx.array(sampling.presence_penalty, mx.float32),
+        "frequency_penalty": mx.array(sampling.frequency_penalty, mx.float32),
+        "biased_tokens": None if tokens is None else mx.array(tokens, mx.int32),
+        "biases": None if biases is None else mx.array([min(bias, _LARGEST) for bias in biases], mx.float32),
+    }
+
+
+@compiled
+def _sample(
+    logits: Float[mx.array, "batch vocab"],
+    key: Key,
+    history: History | None,
+    numbers: _Numbers,
+    *,
+    greedy: bool,
+    top_k: int,
+    uses_top_p: bool,
+    uses_min_p: bool,
+) -> tuple[Int32[mx.array, " batch"], Key, History | None]:
+    logits = logits.astype(mx.float32)
+    if numbers["biased_tokens"] is not None and numbers["biases"] is not None:
+        logits = apply_logit_bias(logits, numbers["biased_tokens"], numbers["biases"])
+    if history is not None:
+        seen = history["prompted"] | (history["made"] > 0)
+        logits = apply_repetition_penalty(logits, seen, numbers["repetition_penalty"])
+        logits = apply_presence_penalty(logits, history["made"], numbers["presence_penalty"])
+        logits = apply_frequency_penalty(logits, history["made"], numbers["frequency_penalty"])
+    key, this_key = mx.random.split(key)
+    # The maximum is NaN where any logit is, on all back ends; argmax overlooks NaN on some.
+    usable = mx.abs(logits.max(axis=-1)) < math.inf
+    if greedy:
+        tokens = logits.argmax(axis=-1).astype(mx.int32)
+    else:
+        logits = logits / numbers["temperature"]
+        if 0 < top_k < logits.shape[-1]:
+            logits = apply_top_k(logits, k=top_k)
+        if uses_top_p:
+            logits = apply_top_p(logits, numbers["top_p"])
+        if uses_min_p:
+            logits = apply_min_p(logits, numbers["min_p"])
+        tokens = mx.random.categorical(logits, key=this_key).astype(mx.int32)
+    if history is not None:
+        made = history["made"].at[mx.arange(tokens.shape[0]), tokens].add(1)
+        history = {"prompted": history["prompted"], "made": made}
+    return mx.where(usable, tokens, logits.shape[-1]), key, history
+
+
+@typed
+def apply_logit_bias(logits: Logits, tokens: Int32[mx.array, " biased"], biases: Float[mx.array, " biased"]) -> Logits:
+    """Adds each of `biases` to the logit of its token; one for a token outside of the vocabulary counts for none."""
+    ids, known = within(tokens, logits.shape[-1])
+    return logits.at[:, ids].add(mx.where(known, biases, 0))
+
+
+@typed
+def apply_repetition_penalty(logits: Logits, seen: Bool[mx.array, "batch vocab"], penalty: Number) -> Logits:
+    """Makes `seen` tokens less likely (for a penalty above 1): positive logits are divided, negative multiplied."""
+    return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+@typed
+def apply_presence_penalty(logits: Logits, made: Int32[mx.array, "batch vocab"], penalty: Number) -> Logits:
+    """Subtracts `penalty` where a token has been made at all."""
+    return logits - penalty * (made > 0)
+
+
+@typed
+def apply_frequency_penalty(logits: Logits, made: Int32[mx.array, "batch vocab"], penalty: Number) -> Logits:
+    """Subtracts `penalty` for each time that a token has been made."""
+    return logits - penalty * made
+
+
+@typed
+def apply_top_k(logits: Logits, *, k: int) -> Logits:
+    """Keeps the `k` largest logits of each row, and what ties with the last of them."""
+    smallest = mx.topk(logits, k, axis=-1).min(axis=-1, keepdims=True)
+    return mx.where(logits < smallest, -math.inf, logits)
+
+
+@typed
+def apply_top_p(logits: Logits, p: Number) -> Logits:
+    """Keeps the fewest likeliest tokens of each row whose probabilities add up to at least `p`."""
+    order = mx.argsort(logits, axis=-1)
+    ascending = mx.take_along_axis(logits, order, axis=-1)
+    up_to_here = mx.cumsum(mx.softmax(ascending, axis=-1), axis=-1)
+    rank = mx.arange(logits.shape[-1])
+    kept = (up_to_here > 1 - p) | (rank == logits.shape[-1] - 1)
+    return mx.put_along_axis(logits, order, mx.where(kept, ascending, -math.inf), axis=-1)
+
+
+@typed
+def apply_min_p(logits: Logits, p: Number) -> Logits:
+    """Keeps tokens whose probability is at least `p` times the row's largest."""
+    return mx.where(logits < logits.max(axis=-1, keepdims=True) + mx.log(p), -math.inf, logits)

@@ -1,0 +1,279 @@
+"""Making text: prompt to tokens, one at a time, the next already being computed while the last is used.
+
+`stream_tokens` is the loop; `stream_text` adds the tokenizer. Neither waits for the device except to hand out the
+token that it yields.
+"""
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import mlx.core as mx
+
+from dbrx_fn.errors import GenerationError, InputError
+from dbrx_fn.files.json_file import shown
+from dbrx_fn.generation.sampling import Key, Sampling, init_history, sample
+from dbrx_fn.model.cache import capacity_bucket, grow_cache, init_cache
+from dbrx_fn.model.config import Config
+from dbrx_fn.model.params import Params
+from dbrx_fn.model.transformer import CHUNK_SIZE, chunk_widths, forward, time_bucket
+from dbrx_fn.ops.products import attended, backend
+from dbrx_fn.runtime.arguments import checked
+from dbrx_fn.text.prompt_length import encode_prompt
+from dbrx_fn.text.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length"]
+GREEDY = Sampling()
+_AHEAD = 256
+"""Tokens to make room for at first; the cache grows when there are more, so that short answers attend over less."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token adds to a text.
+
+    `token`: its id.
+    `text`: the characters that became complete and certain with it, perhaps none.
+    `finish_reason`: `None` until the last piece; there "stop" for a stop token or string, "length" for `max_tokens`
+        or the end of the model's context.
+    """
+
+    token: int
+    text: str
+    finish_reason: FinishReason | None
+
+
+@checked
+def stream_tokens(
+    params: Params,
+    config: Config,
+    prompt: Iterable[int],
+    *,
+    max_tokens: int = 100,
+    sampling: Sampling = GREEDY,
+    key: Key | None = None,
+    stop_tokens: Iterable[int] = (),
+    chunk_size: int = CHUNK_SIZE,
+) -> Iterator[int]:
+    """Yields the tokens that follow `prompt`, the stop token among them if one comes.
+
+    Args:
+        params: the tree.
+        config: its config.
+        prompt: token ids, at least one, at most `config.max_seq_len`.
+        max_tokens: the most to make; fewer if the context ends before.
+        sampling: how to choose them; the likeliest, if not given.
+        key: an `mx.random.key`, needed for drawing: where `sampling` has a temperature.
+        stop_tokens: ids that end the text.
+        chunk_size: prompt tokens worked on at once.
+
+    Raises:
+        InputError: before the first token, if an argument can't work.
+        GenerationError: if the model's logits aren't finite, so that no token can be chosen.
+    """
+    _check_drawing(sampling, key)
+    prompt = token_ids("The prompt", prompt, config)
+    max_tokens = token_budget(prompt, config, max_tokens)
+    stop_tokens = frozenset(token_ids("stop_tokens", stop_tokens, config))
+    cache = init_cache(config, 1, _first_capacity(len(prompt), max_tokens))
+    history = init_history([prompt], config.vocab_size) if sampling.uses_history else None
+    key = mx.random.key(0) if key is None else key
+
+    logits, cache = forward(params, mx.array([prompt], mx.int32), cache, last_only=True, chunk_size=chunk_size)
+    token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
+    mx.async_eval(token)
+    for remaining in reversed(range(max_tokens)):
+        current = token
+        if remaining:
+            cache = grow_cache(cache, cache.lengths[0] + 1)
+            logits, cache = forward(params, current[:, None], cache)
+            token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
+            mx.async_eval(token)
+        made = cast(int, current.item())
+        if made == config.vocab_size:
+            raise GenerationError(
+                f"After {len(prompt) + max_tokens - 1 - remaining} tokens the model's numbers are no longer finite: try"
+                " dtype float32 (--dtype float32), and if that doesn't help, its weights are damaged."
+            )
+        yield made
+        if made in stop_tokens:
+            return
+
+
+@checked
+def stream_text(
+    params: Params,
+    config: Config,
+    tokenizer: Tokenizer,
+    prompt: str | Iterable[int],
+    *,
+    max_tokens: int = 100,
+    sampling: Sampling = GREEDY,
+    key: Key | None = None,
+    stop_tokens: Iterable[int] | None = None,
+    stop_strings: Sequence[str] = (),
+    chunk_size: int = CHUNK_SIZE,
+) -> Iterator[Piece]:
+    """Yields the text that follows `prompt`, a piece a token; see `stream_tokens` for what isn't said here.
+
+    No piece ends within a character, and none holds any part of a stop token or stop string.
+
+    Args:
+        params: the tree.
+        config: its config.
+        tokenizer: the checkpoint's.
+        prompt: text, or its tokens.
+        max_tokens: the most to make.
+        sampling: how to choose them.
+        key: for drawing; needed where `sampling` has a temperature.
+        stop_tokens: ids that end the text; `tokenizer.stop_tokens`, if not given.
+        stop_strings: strings that end the text.
+        chunk_size: prompt tokens worked on at once.
+
+    Raises:
+        InputError: as `stream_tokens`, or if a stop string is empty.
+        GenerationError: as `stream_tokens`.
+    """
+    check_limits(max_tokens, stop_strings)
+    stop_tokens = tokenizer.stop_tokens if stop_tokens is None else stop_tokens
+    if isinstance(prompt, str):
+        tokens = encode_prompt(tokenizer, prompt, config.max_seq_len)
+    else:
+        tokens = token_ids("The prompt", prompt, config)
+    budget = token_budget(tokens, config, max_tokens)
+    stream = tokenizer.stream()
+    held = ""
+    made = stream_tokens(
+        params,
+        config,
+        tokens,
+        max_tokens=budget,
+        sampling=sampling,
+        key=key,
+        stop_tokens=stop_tokens,
+        chunk_size=chunk_size,
+    )
+    for count, token in enumerate(made, start=1):
+        last = count == budget or token in stop_tokens
+        new = stream.push(token) if token not in stop_tokens else ""
+        text, held, stopped = _cut(held + new + (stream.finish() if last else ""), stop_strings)
+        if stopped or token in stop_tokens:
+            yield Piece(token, text + held, "stop")
+            return
+        yield Piece(token, text + held, "length") if last else Piece(token, text, None)
+
+
+def check_limits(max_tokens: int, stop_strings: Sequence[str] = ()) -> None:
+    """Raises `InputError` for limits that suit no prompt: `max_tokens` not positive, an empty stop string."""
+    if max_tokens < 1:
+        raise InputError(f"max_tokens is {max_tokens} where it must be at least 1.")
+    if isinstance(stop_strings, str) or not all(isinstance(stop, str) for stop in stop_strings):
+        raise InputError(f"stop_strings is {shown(stop_strings)} where a list of strings is expected.")
+    if not all(stop_strings):
+        raise InputError("A stop string is empty: give at least one character.")
+
+
+def token_budget(prompt: Iterable[int], config: Config, max_tokens: int) -> int:
+    """How many tokens can be made after `prompt`: `max_tokens`, or what the context leaves if that is fewer.
+
+    Raises:
+        InputError: if the prompt is empty, doesn't fit the context or holds ids past the vocabulary, or `max_tokens`
+            is not positive.
+    """
+    check_limits(max_tokens)
+    prompt = token_ids("The prompt", prompt, config)
+    if not prompt:
+        raise InputError("The prompt is empty: give at least one token to continue from.")
+    if len(prompt) > config.max_seq_len:
+        raise InputError(
+            f"The prompt has {len(prompt)} tokens and the model's context holds {config.max_seq_len} (max_seq_len in"
+            " config.json): shorten it."
+        )
+    # The last token made is never fed back, so it needs no position.
+    return min(max_tokens, config.max_seq_len - len(prompt) + 1)
+
+
+def token_ids(name: str, tokens: Iterable[int] | mx.array, config: Config) -> list[int]:
+    """The tokens as plain integers of the model's vocabulary; an argument's `name` is for the error.
+
+    Raises:
+        InputError: if they are none.
+    """
+    values: Any = tokens.tolist() if isinstance(tokens, mx.array) else tokens
+    try:
+        ids = [operator.index(token) for token in values]
+    except TypeError:
+        raise InputError(f"{name} is {shown(tokens)} where a sequence of token ids is expected.") from None
+    strange = next((token for token in ids if not 0 <= token < config.vocab_size), None)
+    if strange is not None:
+        raise InputError(
+            f"{name} holds token {strange}, past the model's vocabulary of {config.vocab_size}: the tokenizer belongs"
+            " to another model."
+        )
+    return ids
+
+
+def _check_drawing(sampling: Sampling, key: Key | None) -> None:
+    if key is None and sampling.temperature > 0:
+        raise InputError(
+            f"The temperature is {sampling.temperature:g} and no key is given to draw with: give"
+            " key=mx.random.key(seed), of another seed for another text."
+        )
+
+
+def warm_up(
+    params: Params,
+    config: Config,
+    prompt_length: int,
+    *,
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    chunk_size: int = CHUNK_SIZE,
+) -> None:
+    """Has everything traced and compiled that such a generation will run, by running it through the first layer alone.
+
+    Compiling takes seconds where MLX builds kernels on first use (CUDA) and has not done it before on this machine;
+    with this it is out of the way, and can be timed apart. On the CPU, where layers aren't compiled, it costs little.
+    """
+    transformer = params["transformer"]
+    shallow = {"transformer": {**transformer, "blocks": transformer["blocks"][:1]}, "lm_head": params["lm_head"]}
+    empty = init_cache(replace(config, n_layers=1), 1, _first_capacity(prompt_length, max_tokens))
+    history = init_history([[0]], config.vocab_size) if sampling.uses_history else None
+    key = mx.random.key(0)
+    for width, start in _first_of_each_trace(prompt_length, chunk_size, empty.capacity):
+        tokens, cache = mx.zeros((1, width), mx.int32), replace(empty, lengths=(start,))
+        logits, _ = forward(shallow, tokens, cache, last_only=width > 1, chunk_size=width)
+        mx.eval(sample(logits[:, 0], key, history, sampling=sampling)[0])
+
+
+def _first_of_each_trace(prompt_length: int, chunk_size: int, capacity: int) -> list[tuple[int, int]]:
+    """Widths and starts of a single token and of those chunks of a prompt that are traced, each kind once.
+
+    A CPU traces nothing, and one chunk of each width is enough there.
+    """
+    starts = {(1, 0): 0}
+    start = 0
+    for width in chunk_widths(prompt_length, min(chunk_size, capacity)):
+        time = time_bucket(width, capacity)
+        seen = 0 if backend() == "cpu" or width == 1 else attended(time, start + time, capacity)
+        starts.setdefault((width, seen), start)
+        start += width
+    return [(width, start) for (width, _), start in starts.items()]
+
+
+def _first_capacity(prompt_length: int, max_tokens: int) -> int:
+    """The capacity that a generation starts with; the last token made is never fed back, so it needs no position."""
+    return capacity_bucket(prompt_length + min(max_tokens - 1, _AHEAD))
+
+
+def _cut(text: str, stop_strings: Sequence[str]) -> tuple[str, str, bool]:
+    """Splits text into what is certain, what may yet become a stop string, and whether one has come (then cut off)."""
+    first = min((at for at in (text.find(stop) for stop in stop_strings) if at >= 0), default=-1)
+    if first >= 0:
+        return text[:first], "", True
+    longest = max(map(len, stop_strings), default=1)
+    for start in range(max(0, len(text) - longest + 1), len(text)):
+        if any(stop.startswith(text[start:]) for stop in stop_strings):
+            return text[:start], text[start:], False
+    return text, "", False

@@ -1,0 +1,202 @@
+"""The key and value cache: a value with a static capacity, from which `forward` makes the next one.
+
+Keys and values live in one array a layer, `[batch kv_heads capacity head_dim]`, of which row b's first `lengths[b]`
+positions are real. Lengths are plain ints, so that bounds are checked on the host before anything runs (MLX writes
+past an array's end without a word) and nothing waits for the device; the compiled part gets them as an array, so a
+new length is no new trace. A new capacity is one, and capacities therefore grow in buckets.
+
+Writing a token does not copy the cache as long as nobody holds the old one: MLX hands its buffer on. So rebind:
+`logits, cache = forward(params, tokens, cache)`.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import TypedDict
+
+import mlx.core as mx
+from jaxtyping import Bool, Float, Int32
+
+from dbrx_fn.errors import CacheError
+from dbrx_fn.files.json_file import shown
+from dbrx_fn.model.config import Config
+from dbrx_fn.model.layers.rotary import turns
+from dbrx_fn.ops.products import memory_size
+from dbrx_fn.runtime.arguments import checked
+from dbrx_fn.runtime.compile import compiled, typed
+
+Keys = Float[mx.array, "batch kv_heads capacity head_dim"]
+
+
+class Window(TypedDict):
+    """Where one chunk of tokens stands in the cache, the same for all layers.
+
+    `cosines`, `sines`: by which queries and keys turn (`dbrx_fn.model.layers.rotary.turns`); those of all rows, if they stand
+        at the same positions.
+    `slots`: int32 `[batch time]`, where each token's key and value go.
+    `kept`: bool `[batch time]`, which of those slots must keep what they hold; `None` where none must.
+    `mask`: `[batch 1 time attended]`, added to attention scores: a token sees what is at its own position or before.
+        So many of the cache's positions are looked at.
+    `near_offsets`: int32 `[batch + 3]`, the position of each row's first new token and zeros, for kernels. MLX keeps
+        CUDA arrays of up to 8 bytes in the host's memory, where a kernel that reads them waits 6 to 17 us.
+    All but the first two are `None` for a cache of capacity 0.
+    """
+
+    cosines: mx.array
+    sines: mx.array
+    slots: mx.array | None
+    kept: mx.array | None
+    mask: mx.array | None
+    near_offsets: mx.array | None
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """What a batch of sequences has been through, for one config.
+
+    `lengths`: tokens that each row holds.
+    `keys`, `values`: one array a layer, `[batch kv_heads capacity head_dim]`, keys after the rotary embedding. These
+        are what to evaluate: `mx.eval(cache.keys, cache.values)`.
+    """
+
+    config: Config
+    lengths: tuple[int, ...]
+    keys: tuple[mx.array, ...]
+    values: tuple[mx.array, ...]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences."""
+        return len(self.lengths)
+
+    @property
+    def capacity(self) -> int:
+        """Positions there is room for in each row."""
+        return self.keys[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keys and values take."""
+        return sum(array.nbytes for array in self.keys + self.values)
+
+
+@checked
+def init_cache(config: Config, batch_size: int = 1, capacity: int = 512) -> Cache:
+    """An empty cache with room for `capacity` tokens in each of `batch_size` rows, in `config.dtype`.
+
+    A cache of capacity 0 remembers nothing: that is training and scoring.
+
+    Raises:
+        CacheError: if `batch_size` is not positive, `capacity` is negative, or the cache won't fit in memory.
+    """
+    if batch_size < 1 or capacity < 0:
+        raise CacheError(
+            f"A cache can't have batch_size {shown(batch_size)} and capacity {shown(capacity)}: give at least 1 and at"
+            " least 0."
+        )
+    shape = (batch_size, config.attn.kv_n_heads, capacity, config.head_dim)
+    dtype = getattr(mx, config.dtype)
+    _check_memory(config, batch_size, max(capacity, 1))
+
+    def empty() -> tuple[mx.array, ...]:
+        return tuple(mx.zeros(shape, dtype) for _ in range(config.n_layers))
+
+    return Cache(config, (0,) * batch_size, empty(), empty())
+
+
+def capacity_bucket(length: int) -> int:
+    """The capacity to give a cache that must hold `length` tokens: a power of two from 256 to 8,192, then four steps to
+    each doubling.
+
+    Each capacity is one more trace of the decoding step, so there should be few of them. But to make room for twice
+    16,384 tokens of DBRX when there is one more would be 2.5 GiB for nothing.
+    """
+    length = max(length, 256)
+    power = 1 << (length - 1).bit_length()
+    step = power if power <= 8192 else power // 8
+    return -(-length // step) * step
+
+
+@checked
+def grow_cache(cache: Cache, length: int) -> Cache:
+    """The same cache with room for at least `length` tokens in each row (`capacity_bucket`); itself if it has that.
+
+    Raises:
+        CacheError: if it won't fit in memory.
+    """
+    if length <= cache.capacity:
+        return cache
+    capacity = capacity_bucket(length)
+    _check_memory(cache.config, cache.batch_size, capacity)
+    more = [(0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0)]
+
+    def grow(arrays: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+        return tuple(mx.pad(array, more) for array in arrays)
+
+    return replace(cache, keys=grow(cache.keys), values=grow(cache.values))
+
+
+def _check_memory(config: Config, batch_size: int, capacity: int) -> None:
+    if max(batch_size, capacity) >= 2**31:
+        raise CacheError(f"A cache can't have {shown(max(batch_size, capacity))} rows or tokens: give below 2**31.")
+    needed = 2 * config.n_layers * batch_size * config.attn.kv_n_heads * capacity * config.head_dim
+    needed *= getattr(mx, config.dtype).size
+    if needed > memory_size():
+        raise CacheError(
+            f"A cache of {batch_size} times {capacity} tokens needs {needed / 2**30:.1f} GiB and this machine has"
+            f" {memory_size() / 2**30:.1f} GiB: make it shorter or smaller."
+        )
+
+
+@compiled
+def window(
+    offsets: Int32[mx.array, " batch"],
+    lengths: Int32[mx.array, " batch"],
+    *,
+    time: int,
+    capacity: int,
+    attended: int,
+    wraps: bool,
+    config: Config,
+) -> Window:
+    """Where `time` tokens a row, of which the first `lengths` are real, go after the `offsets` that are there.
+
+    Padding is written behind a row's real tokens, where the next ones will overwrite it. Where a row has no room for
+    its padding (`wraps`), that goes round to the row's start and writes there what is there already.
+    The mask is additive because on CUDA that costs less than half of what a boolean one does.
+    """
+    turns_at = functools.partial(turns, head_dim=config.head_dim, theta=config.attn.rope_theta)
+    if capacity == 0:
+        cosines, sines = turns_at(mx.arange(time, dtype=mx.int32)[None])
+        return {"cosines": cosines, "sines": sines, "slots": None, "kept": None, "mask": None, "near_offsets": None}
+    float_type = getattr(mx, config.dtype)
+    near_offsets = mx.pad(offsets, (0, 3))
+    # Of the longer array, so that one token's slot too lies in the GPU's memory.
+    positions = (near_offsets[:, None] + mx.arange(time, dtype=mx.int32))[: offsets.size]
+    visible = mx.arange(attended, dtype=mx.int32) <= positions[:, None, :, None]
+    mask = mx.where(visible, mx.array(0, float_type), mx.array(mx.finfo(float_type).min, float_type))
+    cosines, sines = turns_at(positions)
+    slots, kept = positions, None
+    if wraps:
+        slots, kept = positions % capacity, mx.arange(time, dtype=mx.int32) >= lengths[:, None]
+    return {
+        "cosines": cosines,
+        "sines": sines,
+        "slots": slots,
+        "kept": kept,
+        "mask": mask,
+        "near_offsets": near_offsets,
+    }
+
+
+@typed
+def write(
+    held: Keys,
+    new: Float[mx.array, "batch kv_heads time head_dim"],
+    slots: Int32[mx.array, "batch time"],
+    kept: Bool[mx.array, "batch time"] | None,
+) -> Keys:
+    """Puts each row's `new` keys (or values) at its `slots`."""
+    index = mx.broadcast_to(slots[:, None, :, None], new.shape)
+    if kept is not None:
+        new = mx.where(kept[:, None, :, None], mx.take_along_axis(held, index, axis=2), new)
+    return mx.put_along_axis(held, index, new, axis=2)

@@ -1,0 +1,60 @@
+"""Tokens to activations: rows of a matrix, dense or quantized."""
+
+from typing import cast
+
+import mlx.core as mx
+from jaxtyping import Float, Integer
+
+from dbrx_fn.model.config import Config
+from dbrx_fn.model.params import format_of
+from dbrx_fn.ops.bounded import within
+from dbrx_fn.runtime.compile import typed
+
+
+@typed
+def embedding(
+    params: dict[str, mx.array], tokens: Integer[mx.array, "batch time"], *, config: Config
+) -> Float[mx.array, "batch time {config.d_model}"]:
+    """The matrix's row of each token, in `config.dtype`; of a quantized one only those are turned back into floats.
+
+    An id outside of the vocabulary makes everything in its row of the batch NaN, since attention mixes a row's tokens.
+
+    Args:
+        params: `weight` `[vocab d_model]`, or quantized from that (`dbrx_fn.model.params`).
+        tokens: ids.
+        config: the vocabulary's size, the width, and the dtype.
+    """
+    ids, known = within(tokens, config.vocab_size)
+    if tokens.shape[1] > 1:
+        known = known.all(axis=1, keepdims=True)
+    return mx.where(known[..., None], _embedded(params, ids, config), mx.nan)
+
+
+def _embedded(params: dict[str, mx.array], ids: mx.array, config: Config) -> mx.array:
+    if "scales" not in params:
+        weight = params["weight"]
+        return weight[ids] if weight.dtype == mx.float32 else cast(mx.array, _rows(weight, ids))
+    parts = {name: leaf[ids] for name, leaf in params.items()}
+    quantization = format_of(params, config.d_model)
+    return mx.dequantize(
+        parts["weight"],
+        parts["scales"],
+        parts.get("biases"),
+        group_size=quantization.group_size,
+        bits=quantization.bits,
+        mode=quantization.mode,
+        dtype=getattr(mx, config.dtype),
+    )
+
+
+@mx.custom_function
+def _rows(weight: mx.array, tokens: mx.array) -> mx.array:
+    """Rows of a matrix whose gradients are added up in float32: in bfloat16 a sum stays at 256 times its terms."""
+    return weight[tokens]
+
+
+@_rows.vjp
+def _rows_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    weight, tokens = primals
+    total = mx.zeros(weight.shape, mx.float32).at[tokens].add(cotangent.astype(mx.float32))
+    return total.astype(weight.dtype), mx.zeros_like(tokens)

@@ -1,0 +1,67 @@
+"""Which experts a token goes to, and how much each of them counts.
+
+Softmax over all experts comes first and the choice second; the chosen weights are then divided by their p-norm,
+p = `moe_normalize_expert_weights`, so that for p = 1 they sum to one. The softmax is taken in float32 whatever the
+activations' dtype, as in the reference
+(https://huggingface.co/databricks/dbrx-instruct/blob/main/modeling_dbrx.py): in bfloat16 it makes ties of near ones.
+
+Jitter is for training: each entry of what the router reads is multiplied by noise from [1 - eps, 1 + eps], so that
+close choices of experts are tried both ways (https://arxiv.org/abs/2101.03961, section 2.4). The experts read what was
+there before: transformers 5.23 multiplies in place, so that its experts see the noise too; the reference's don't.
+"""
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from jaxtyping import Float, Float32, UInt32
+
+from dbrx_fn.model.config import FFNConfig
+from dbrx_fn.ops.linear import linear
+from dbrx_fn.runtime.compile import compiled
+
+
+class Routing(NamedTuple):
+    """What a router said, for losses and statistics.
+
+    `logits`: float32 `[tokens expert]`, before the softmax.
+    `top_experts`: uint32 `[tokens top_k]`, in no particular order. No gradient passes through the choice itself.
+    """
+
+    logits: mx.array
+    top_experts: mx.array
+
+
+@compiled
+def router(
+    params: dict[str, Any],
+    x: Float[mx.array, "tokens d_model"],
+    jitter_key: UInt32[mx.array, "2"] | None = None,
+    *,
+    config: FFNConfig,
+) -> tuple[Float[mx.array, "tokens top_k"], Float32[mx.array, "tokens expert"], UInt32[mx.array, "tokens top_k"]]:
+    """Chooses `moe_top_k` experts for each token.
+
+    Args:
+        params: `layer.weight` `[expert d_model]`.
+        x: normalized activations.
+        jitter_key: an `mx.random.key` for `moe_jitter_eps`; no jitter, if not given.
+        config: number of experts, how many to choose, the norm of their weights, the jitter.
+
+    Returns:
+        expert_weights: of the chosen experts, in `x`'s dtype.
+        logits, top_experts: the fields of a `Routing`.
+    """
+    dtype = x.dtype
+    if jitter_key is not None and config.moe_jitter_eps:
+        eps = config.moe_jitter_eps
+        # In float32 up to the logits: bfloat16 has five numbers within 0.01 of 1, and one within 0.001.
+        x = x * mx.random.uniform(1 - eps, 1 + eps, x.shape, mx.float32, jitter_key)
+    logits = linear(params["layer"], x).astype(mx.float32)
+    probabilities = mx.softmax(logits, axis=-1)
+    last = config.moe_num_experts - config.moe_top_k
+    top_experts = mx.stop_gradient(mx.argpartition(probabilities, kth=last, axis=-1)[:, last:])
+    expert_weights = mx.take_along_axis(probabilities, top_experts, axis=-1)
+    if config.moe_normalize_expert_weights is not None:
+        norm = mx.linalg.norm(expert_weights, ord=config.moe_normalize_expert_weights, axis=-1, keepdims=True)
+        expert_weights = expert_weights / norm
+    return expert_weights.astype(dtype), logits, top_experts

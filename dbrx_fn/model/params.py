@@ -1,0 +1,386 @@
+"""The parameter tree, described once: path, shape, and what each axis is.
+
+`param_spec` is that description. Drawing fresh parameters, checking a tree and loading a checkpoint all read it, so a
+tensor can't be one thing to one of them and another to the next. The tree itself is nested dicts (and one list, of
+blocks) of `mx.array`s under the Hugging Face checkpoint's own names, with an expert axis where that checkpoint stacks
+experts along rows:
+
+    params["transformer"]["blocks"][3]["norm_attn_norm"]["attn"]["Wqkv"]["weight"]     [qkv d_model]
+    params["transformer"]["blocks"][3]["ffn"]["experts"]["mlp"]["w1"]["weight"]        [expert ffn_hidden d_model]
+
+Each matrix may be quantized instead, in MLX's formats (`mx.quantize`). Its dict then holds packed integers and what
+turns them back into weights, and their shapes and dtypes say which format it is:
+
+    weight     uint32 [... inner * bits / 32]
+    scales     the model's dtype, or uint8 [... inner / group_size]
+    biases     as scales, in the affine mode only
+"""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import mlx.core as mx
+from jaxtyping import UInt32
+from mlx.utils import tree_flatten, tree_unflatten
+
+from dbrx_fn.errors import CheckpointError, InputError
+from dbrx_fn.model.config import Config
+from dbrx_fn.runtime.arguments import check_fields, checked
+from dbrx_fn.runtime.compile import once
+
+Params = dict[str, Any]
+Linear = dict[str, mx.array]
+"""One matrix: `weight`, and where it is quantized `scales` and perhaps `biases`."""
+
+Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+_AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+_AFFINE_GROUPS = (32, 64, 128)
+# The others are floating-point formats of one size each: (bits, group_size).
+_FLOAT_MODES: dict[tuple[int, int], Mode] = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix is quantized: `bits` for each entry, and one scale for each `group_size` entries of a row.
+
+    Modes are `mx.quantize`'s. `affine` has a bias to each scale, and these are of the model's dtype; in the other three
+    the scales are 8-bit floats and there are no biases.
+
+    Raises:
+        InputError: if there is no such mode, or it has no such bits or group size.
+    """
+
+    bits: int
+    group_size: int
+    mode: Mode = "affine"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        size = (self.bits, self.group_size)
+        if self.mode != "affine" and _FLOAT_MODES.get(size) != self.mode:
+            bits, group_size = next(size for size, mode in _FLOAT_MODES.items() if mode == self.mode)
+            raise InputError(
+                f"bits and group_size are {self.bits} and {self.group_size} where {self.mode} has {bits} and"
+                f" {group_size}."
+            )
+        if self.mode == "affine" and not (self.bits in _AFFINE_BITS and self.group_size in _AFFINE_GROUPS):
+            raise InputError(
+                f"bits and group_size are {self.bits} and {self.group_size} where one of {_either(_AFFINE_BITS)} and"
+                f" one of {_either(_AFFINE_GROUPS)} are expected."
+            )
+
+
+def format_of_mode(mode: str) -> Format:
+    """The one format of a mode that isn't `affine`.
+
+    Raises:
+        InputError: if there is no such mode.
+    """
+    for (bits, group_size), known in _FLOAT_MODES.items():
+        if known == mode:
+            return Format(bits, group_size, known)
+    raise InputError(f"mode is {mode!r} where one of {_either(_FLOAT_MODES.values())} is expected.")
+
+
+def _either(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array of the tree: the names of its axes, their sizes, and its dtype if that isn't the config's."""
+
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: Literal["uint32", "uint8"] | None = None
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether this is one matrix for each expert."""
+        return self.axes[0] == "expert" and len(self.axes) == 3
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether this is a LayerNorm's weight, which starts at one; all others are matrices, drawn at random."""
+        return len(self.axes) == 1
+
+    def stored_as(self, dtype: str) -> mx.Dtype:
+        """Its dtype in a tree whose floats are of `dtype`."""
+        stored: mx.Dtype = getattr(mx, self.dtype or dtype)
+        return stored
+
+    def nbytes(self, dtype: str) -> int:
+        """Its bytes in such a tree."""
+        return math.prod(self.shape) * self.stored_as(dtype).size
+
+    def quantized(self, quantization: Format) -> dict[str, "Leaf"]:
+        """What stands in place of this matrix when it is quantized, by the leaves' names."""
+        inner = self.shape[-1]
+        affine = quantization.mode == "affine"
+        packed = (*self.shape[:-1], inner * quantization.bits // 32)
+        groups = (*self.shape[:-1], inner // quantization.group_size)
+        weight = Leaf((*self.axes[:-1], "packed"), packed, "uint32")
+        scales = Leaf((*self.axes[:-1], "group"), groups, None if affine else "uint8")
+        return {"weight": weight, "scales": scales} | ({"biases": scales} if affine else {})
+
+
+class Described(Protocol):
+    """What has a shape and a dtype: an array, or what a file's header says of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+
+    @property
+    def dtype(self) -> Any:
+        """An MLX dtype, or the name of one."""
+
+
+def dtype_name(array: Described) -> str:
+    """The name of an array's dtype, as in a config: `float32`."""
+    return str(array.dtype).removeprefix("mlx.core.")
+
+
+def format_of(linear: Mapping[str, Described], inner: int) -> Format:
+    """The format of a quantized linear, read from its leaves' shapes and from which there are.
+
+    Args:
+        linear: `weight`, `scales` and perhaps `biases`.
+        inner: the linear's input width, without which 4 bits in groups of 64 can't be told from 8 in groups of 32.
+
+    Raises:
+        CheckpointError: if the leaves are of no known format.
+    """
+    found = _format_or_problem(linear, inner)
+    if isinstance(found, str):
+        raise CheckpointError(f"A quantized linear's {found}.")
+    return found
+
+
+def _format_or_problem(linear: Mapping[str, Described], inner: int) -> Format | str:
+    """The format, or what is wrong, to be read after the linear's name."""
+    for name in ("weight", "scales"):
+        if name not in linear:
+            return f"{name} is missing, which a quantized linear has"
+        if len(linear[name].shape) < 2:
+            return f"{name} is {list(linear[name].shape)} where a matrix is expected"
+    columns, groups = linear["weight"].shape[-1], linear["scales"].shape[-1]
+    bits = columns * 32 // inner if columns * 32 % inner == 0 else 0
+    group_size = inner // groups if groups and inner % groups == 0 else 0
+    of_width = f"which for an input width of {inner} is none of"
+    if dtype_name(linear["scales"]) == "uint8":
+        mode = _FLOAT_MODES.get((bits, group_size))
+        if mode is None:
+            return f"weight has {columns} columns and its uint8 scales {groups}, {of_width} {_either(MODES[1:])}"
+        return Format(bits, group_size, mode)
+    if bits not in _AFFINE_BITS:
+        return f"weight has {columns} columns, {of_width} {_either(_AFFINE_BITS)} bits"
+    if group_size not in _AFFINE_GROUPS:
+        return f"scales has {groups} columns, {of_width} the group sizes {_either(_AFFINE_GROUPS)}"
+    return Format(bits, group_size)
+
+
+_LEAVES = ("weight", "scales", "biases")
+"""A linear's own, in canonical order."""
+
+_EMBEDDING = {"transformer.wte.weight": "vocab d_model"}
+_BLOCK = {
+    "norm_attn_norm.norm_1.weight": "d_model",
+    "norm_attn_norm.attn.Wqkv.weight": "qkv d_model",
+    "norm_attn_norm.attn.out_proj.weight": "d_model heads",
+    "norm_attn_norm.norm_2.weight": "d_model",
+    "ffn.router.layer.weight": "expert d_model",
+    "ffn.experts.mlp.w1.weight": "expert ffn_hidden d_model",
+    "ffn.experts.mlp.v1.weight": "expert ffn_hidden d_model",
+    "ffn.experts.mlp.w2.weight": "expert d_model ffn_hidden",
+}
+_HEAD = {"transformer.norm_f.weight": "d_model", "lm_head.weight": "vocab d_model"}
+
+
+@functools.cache
+def param_spec(config: Config) -> Mapping[str, Leaf]:
+    """Every leaf of the tree for `config`, by its dotted path, in the tree's canonical order."""
+    sizes = {
+        "vocab": config.vocab_size,
+        "d_model": config.d_model,
+        "qkv": config.qkv_dim,
+        "heads": config.n_heads * config.head_dim,
+        "expert": config.ffn.moe_num_experts,
+        "ffn_hidden": config.ffn.ffn_hidden_size,
+    }
+    blocks = {f"transformer.blocks.{n}.{name}": axes for n in range(config.n_layers) for name, axes in _BLOCK.items()}
+    leaves = _EMBEDDING | blocks | _HEAD
+    return {
+        path: Leaf(tuple(axes.split()), tuple(sizes[axis] for axis in axes.split())) for path, axes in leaves.items()
+    }
+
+
+@checked
+def param_count(config: Config, *, active: bool = False) -> int:
+    """Number of parameters; with `active`, of those that one token passes through (its `moe_top_k` experts)."""
+    total = 0
+    for leaf in param_spec(config).values():
+        size = math.prod(leaf.shape)
+        if active and leaf.is_expert:
+            size = size // config.ffn.moe_num_experts * config.ffn.moe_top_k
+        total += size
+    return total
+
+
+@checked
+def init_params(config: Config, key: UInt32[mx.array, "2"]) -> Params:
+    """Draws a fresh tree: norm weights one, matrices normal with standard deviation `initializer_range`.
+
+    Lazy, as everything in MLX: nothing is allocated before it is used.
+
+    Args:
+        config: sizes and dtype.
+        key: an `mx.random.key`; the same key draws the same tree.
+    """
+    spec = param_spec(config)
+    dtype = getattr(mx, config.dtype)
+    keys = mx.random.split(key, len(spec))
+
+    def draw(leaf: Leaf, leaf_key: mx.array) -> mx.array:
+        if leaf.is_norm:
+            return mx.ones(leaf.shape, dtype)
+        return mx.random.normal(leaf.shape, dtype, scale=config.initializer_range, key=leaf_key)
+
+    return nest({path: draw(leaf, keys[i]) for i, (path, leaf) in enumerate(spec.items())}, config)
+
+
+def nest(arrays: Mapping[str, mx.array], config: Config) -> Params:
+    """Arrays by dotted path, as the tree: one value, whatever it was made from.
+
+    Its order is the spec's of linears and norms, and within one `weight`, `scales`, `biases` (`mx.compile` retraces
+    when a dict's order changes). What there is no place for comes last, by name. Each leaf lies in memory row by row,
+    the last axis fastest: a product rounds differently where a matrix lies transposed. Lazy; what lies so isn't copied,
+    and a view that has to be is freed when it was.
+    """
+    places = {path.removesuffix(".weight"): n for n, path in enumerate(param_spec(config))}
+
+    def place(path: str) -> tuple[int, int, str]:
+        linear, _, name = path.rpartition(".")
+        return places.get(linear, len(places)), _LEAVES.index(name) if name in _LEAVES else len(_LEAVES), path
+
+    tree: Params = tree_unflatten([(path, mx.contiguous(arrays[path])) for path in sorted(arrays, key=place)])
+    return tree
+
+
+def formats_of(
+    found: Mapping[str, Described], places: Mapping[str, tuple[Sequence[str], int]]
+) -> tuple[dict[str, Format], dict[str, list[str]]]:
+    """The formats of the quantized linears among some arrays.
+
+    Args:
+        found: arrays by their names, which end as the tree's paths do.
+        places: of each matrix of the tree, by its path, the names of the weights that it is made of, and its input
+            width. Where it is made of several, the format that most have is the matrix's.
+
+    Returns:
+        formats: by the matrices' paths, of those that are quantized.
+        unknown: of those that are quantized in no known way, the reasons, each naming its array.
+    """
+    formats: dict[str, Format] = {}
+    unknown: dict[str, list[str]] = {}
+    for path, (names, inner) in places.items():
+        counts: Counter[Format | None] = Counter()
+        problems: list[str] = []
+        for name in names:
+            linear = _linear(found, name)
+            known = _format_or_problem(linear, inner) if _is_quantized(linear) else None
+            if isinstance(known, str):
+                problems.append(name.removesuffix("weight") + known)
+            else:
+                counts[known] += 1
+        if not counts:
+            unknown[path] = problems
+        elif (most := counts.most_common(1)[0][0]) is not None:
+            formats[path] = most
+    return formats, unknown
+
+
+def _linear(found: Mapping[str, Described], name: str) -> dict[str, Described]:
+    """The leaves, by their names, of the linear whose weight has this name."""
+    base = name.removesuffix("weight")
+    return {leaf: found[base + leaf] for leaf in _LEAVES if base + leaf in found}
+
+
+def _is_quantized(linear: Mapping[str, Described]) -> bool:
+    """Whether these leaves mean to be a quantized matrix, be they right or not."""
+    return "scales" in linear or "biases" in linear or ("weight" in linear and dtype_name(linear["weight"]) == "uint32")
+
+
+def companions(name: str) -> list[str]:
+    """The names of all that can make up the linear whose weight has this name."""
+    return [name.removesuffix("weight") + leaf for leaf in _LEAVES]
+
+
+def quantized_spec(spec: Mapping[str, Leaf], formats: Mapping[str, Format]) -> dict[str, Leaf]:
+    """A spec with the leaves of quantized linears in place of their weights' (`formats` by the weights' paths)."""
+    leaves: dict[str, Leaf] = {}
+    for path, leaf in spec.items():
+        if path in formats:
+            base = path.removesuffix("weight")
+            leaves |= {base + name: part for name, part in leaf.quantized(formats[path]).items()}
+        else:
+            leaves[path] = leaf
+    return leaves
+
+
+@checked
+def check_params(params: Params, config: Config, *, under: str = "") -> None:
+    """Compares a tree with the spec. Any of its matrices may be quantized.
+
+    Args:
+        params: the tree, or the part of it below a path.
+        config: the model's.
+        under: that path, such as `transformer.blocks.0`.
+
+    Raises:
+        CheckpointError: naming every leaf that is missing, unexpected, misshapen or of another dtype than
+            `config.dtype`, with found and expected shapes.
+    """
+    prefix = f"{under}." if under else ""
+    spec = {path: leaf for path, leaf in param_spec(config).items() if path.startswith(prefix)}
+    leaves = {prefix + path: leaf for path, leaf in dict(tree_flatten(params)).items()}
+    found: dict[str, mx.array] = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, mx.array)}
+    formats, unknown = formats_of(
+        found, {path: ((path,), leaf.shape[-1]) for path, leaf in spec.items() if not leaf.is_norm}
+    )
+    odd = leaves.keys() - found.keys()
+    problems = [f"{path} is a {type(leaves[path]).__name__} where an array is expected" for path in odd]
+    problems += [problem for reasons in unknown.values() for problem in reasons]
+    for path in unknown:
+        del spec[path]
+        found = {name: array for name, array in found.items() if name not in companions(path)}
+    spec = quantized_spec(spec, formats)
+    problems += [f"{path} is missing" for path in spec.keys() - leaves.keys()]
+    problems += [f"{path} is unexpected" for path in found.keys() - spec.keys()]
+    for path in spec.keys() & found.keys():
+        leaf, shape, dtype = spec[path], list(found[path].shape), dtype_name(found[path])
+        if shape != list(leaf.shape):
+            problems.append(f"{path} is {shape} where {list(leaf.shape)} ({' '.join(leaf.axes)}) is expected")
+        if dtype != (leaf.dtype or config.dtype):
+            problems.append(f"{path} is {dtype} where {leaf.dtype or config.dtype} is expected")
+    if problems:
+        raise CheckpointError(f"The parameters don't fit the config: {listed(problems)}.")
+
+
+@once
+def check_part(part: dict[str, Any], *, config: Config, under: str) -> None:
+    """`check_params` of what lies below a path, for layers: costs nothing for shapes and dtypes that passed before."""
+    check_params(part, config, under=under)
+
+
+def listed(problems: list[str], most: int = 40) -> str:
+    """Problems as one phrase, sorted, the rest counted when there are many."""
+    shown = [problem if problem.isprintable() else repr(problem)[1:-1] for problem in sorted(problems)[:most]]
+    more = len(problems) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")

@@ -1,0 +1,132 @@
+"""Matrices of the tree to integers and back, as pure functions of the tree.
+
+Which matrices are worth how many bits differs by what they do: the experts are 96% of DBRX's parameters, while the
+router is tiny and its errors send tokens to other experts, so it stays as it is unless asked for.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from dbrx_fn.errors import InputError
+from dbrx_fn.model.config import Config
+from dbrx_fn.model.params import Format, Params, check_params, companions, formats_of, nest, param_spec
+from dbrx_fn.runtime.arguments import check_fields, checked
+
+_USUAL = Format(4, 64)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The format of each kind of matrix; `None` leaves it as it is.
+
+    `experts`: w1, v1 and w2. `attention`: Wqkv and out_proj. `embedding`: wte. `head`: lm_head. `router`: its layer.
+
+    Raises:
+        InputError: if one is no `Format`.
+    """
+
+    experts: Format | None = _USUAL
+    attention: Format | None = _USUAL
+    embedding: Format | None = _USUAL
+    head: Format | None = _USUAL
+    router: Format | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@checked
+def quantize(params: Params, config: Config, quantization: Quantization | None = None) -> Params:
+    """A tree whose matrices are quantized; all else, and the given tree, stay as they are.
+
+    Lazy, as everything in MLX.
+
+    Args:
+        params: the tree. Matrices that are quantized already must not be asked for.
+        config: the model's.
+        quantization: the formats; `Quantization()`, if not given.
+
+    Raises:
+        InputError: if a group size doesn't divide a matrix's input width, or a matrix is quantized already; it names
+            the matrix.
+        CheckpointError: if the tree doesn't fit the config.
+    """
+    check_params(params, config)
+    wanted = wanted_formats(config, quantization or Quantization())
+    arrays: dict[str, mx.array] = dict(tree_flatten(params))
+    already = tree_formats(params, config)
+    for path, form in wanted.items():
+        if path in already:
+            raise InputError(f"{path} is quantized already: call dequantize first, or leave matrices of that kind.")
+        arrays |= zip(companions(path), quantize_matrix(arrays[path], form), strict=False)
+    return nest(arrays, config)
+
+
+@checked
+def dequantize(params: Params, config: Config) -> Params:
+    """A tree whose matrices are all floats, in `config.dtype`: of a quantized tree, the one that it stands for.
+
+    Raises:
+        CheckpointError: if the tree doesn't fit the config.
+    """
+    check_params(params, config)
+    arrays: dict[str, mx.array] = dict(tree_flatten(params))
+    for path, form in tree_formats(params, config).items():
+        leaves = [arrays.pop(name) for name in companions(path) if name in arrays]
+        arrays[path] = dequantize_matrix(leaves, form, getattr(mx, config.dtype))
+    return nest(arrays, config)
+
+
+def tree_formats(params: Params, config: Config) -> Mapping[str, Format]:
+    """The formats of a tree's quantized matrices, by the paths of their weights; the tree must fit the config."""
+    spec = param_spec(config)
+    places = {path: ((path,), leaf.shape[-1]) for path, leaf in spec.items() if not leaf.is_norm}
+    return formats_of(dict(tree_flatten(params)), places)[0]
+
+
+def quantize_matrix(matrix: mx.array, form: Format) -> Sequence[mx.array]:
+    """Its weight, scales and perhaps biases."""
+    leaves: Sequence[mx.array] = mx.quantize(matrix, group_size=form.group_size, bits=form.bits, mode=form.mode)
+    return leaves
+
+
+def dequantize_matrix(leaves: Sequence[mx.array], form: Format, dtype: mx.Dtype) -> mx.array:
+    """The floats that weight, scales and perhaps biases stand for."""
+    weight, scales, *rest = leaves
+    return mx.dequantize(
+        weight,
+        scales,
+        rest[0] if rest else None,
+        group_size=form.group_size,
+        bits=form.bits,
+        mode=form.mode,
+        dtype=dtype,
+    )
+
+
+def wanted_formats(config: Config, quantization: Quantization) -> dict[str, Format]:
+    """The format of each matrix that is to be quantized, by its path.
+
+    Raises:
+        InputError: if a group size doesn't divide a matrix's input width.
+    """
+    kinds = {
+        ".experts.": quantization.experts,
+        ".attn.": quantization.attention,
+        ".wte.": quantization.embedding,
+        "lm_head.": quantization.head,
+        ".router.": quantization.router,
+    }
+    wanted = {path: form for path in param_spec(config) for mark, form in kinds.items() if mark in path}
+    formats = {path: form for path, form in wanted.items() if form is not None}
+    for path, form in formats.items():
+        inner = param_spec(config)[path].shape[-1]
+        if inner % form.group_size:
+            raise InputError(
+                f"group_size is {form.group_size} where a divisor of {inner}, the input width of {path}, is expected:"
+                " choose another, or leave matrices of that kind as they are."
+            )
+    return formats

@@ -1,0 +1,70 @@
+"""Attention of one new token a row, whose cost is that of the tokens that are there, whatever the cache has room for.
+
+MLX's attention reads a mask and the whole capacity. Here the length is read on the device: two kernels, one that
+spreads the positions over the machine and one that puts its parts together.
+"""
+
+import math
+
+import mlx.core as mx
+from jaxtyping import BFloat16, Int32
+
+from dbrx_fn.ops.kernels.cuda_module import Kernel, launch
+from dbrx_fn.runtime.compile import typed
+
+_WARPS = 4
+_BLOCKS_AT_ONCE = 3 * 132
+_MOST_SPLITS = 64
+
+
+def fits(*, head_dim: int, dtype: mx.Dtype) -> bool:
+    """Whether the kernel has these sizes."""
+    return dtype == mx.bfloat16 and head_dim in (64, 128)
+
+
+@typed
+def decode_attention(
+    q: BFloat16[mx.array, "batch n_heads 1 head_dim"],
+    keys: BFloat16[mx.array, "batch kv_heads capacity head_dim"],
+    values: BFloat16[mx.array, "batch kv_heads capacity head_dim"],
+    offsets: Int32[mx.array, " batch_or_more"],
+) -> BFloat16[mx.array, "batch 1 mixed"]:
+    """Attends from each row's new token to the positions 0 to `offsets`, as `[batch 1 n_heads * head_dim]`.
+
+    Args:
+        q: turned queries.
+        keys: the cache with the new token's in it.
+        values: likewise.
+        offsets: the new token's position, of each row, and perhaps more numbers behind.
+    """
+    batch, n_heads, _, head_dim = q.shape
+    _, kv_n_heads, capacity, _ = keys.shape
+    group = n_heads // kv_n_heads
+    columns = kv_n_heads * -(-group // 8)
+    splits = _splits(batch * columns, capacity)
+    defines = (("HEAD_DIM", head_dim), ("WARPS", _WARPS))
+    parts, stats = launch(
+        Kernel("decode_attention", (*defines, ("GROUP", group))),
+        [q, keys, values, offsets],
+        [((batch, n_heads, splits, head_dim), mx.float32), ((batch, n_heads, splits, 2), mx.float32)],
+        blocks=(splits, columns, batch),
+        threads=32 * _WARPS,
+        scalars=(capacity, head_dim**-0.5 * math.log2(math.e)),
+    )
+    (out,) = launch(
+        Kernel("decode_attention_combine", defines),
+        [parts, stats, offsets],
+        [((batch, 1, n_heads * head_dim), mx.bfloat16)],
+        blocks=(n_heads, batch, 1),
+        threads=256,
+        scalars=(splits, capacity),
+    )
+    return out
+
+
+def _splits(blocks: int, capacity: int) -> int:
+    """How many blocks share a key head's positions, for so many key heads: all that run at once, if there is work.
+
+    At least four, so that one long row among many short ones isn't left to a few multiprocessors.
+    """
+    return min(max(4, _BLOCKS_AT_ONCE // blocks), -(-capacity // (16 * _WARPS)), _MOST_SPLITS)

@@ -1,0 +1,84 @@
+"""The experts of some tokens on Hopper GPUs: few launches from tokens to tokens, whatever the weights' format.
+
+One for gate, up and their product; one for down, which for a single token also weighs and adds; for several tokens
+another that does. Long segments take one more, which lays the tokens out for tensor cores.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from dbrx_fn.model.config import FFNConfig
+from dbrx_fn.model.layers.dispatch import dispatch
+from dbrx_fn.ops.kernels import combine
+from dbrx_fn.ops.kernels.cuda_module import on_hopper
+from dbrx_fn.ops.kernels.segments import (
+    INNER,
+    LONG_ROWS,
+    Segments,
+    kernel_format,
+    long_segments,
+    pack_rows,
+    short_segments,
+)
+
+
+def fits(params: dict[str, Any], dtype: mx.Dtype, config: FFNConfig) -> bool:
+    """Whether there are kernels for these experts."""
+    ffn_hidden, d_model = params["w1"]["weight"].shape[1], params["w2"]["weight"].shape[1]
+    if (
+        not on_hopper()
+        or config.ffn_act_fn not in ("silu", "swish")
+        or d_model % INNER
+        or ffn_hidden % INNER
+        or not combine.fits(d_model=d_model, top_k=config.moe_top_k, dtype=dtype)
+    ):
+        return False
+    formats = {
+        kernel_format(params[name], inner) for name, inner in (("w1", d_model), ("v1", d_model), ("w2", ffn_hidden))
+    }
+    return len(formats) == 1 and None not in formats
+
+
+def segment_rows(pairs: int, experts: int) -> int:
+    """How many rows a segment has, of more than one token."""
+    average = pairs / experts
+    if average <= 3:
+        return 8
+    return 16 if average <= 12 else LONG_ROWS
+
+
+def mix_experts(
+    params: dict[str, Any],
+    x: mx.array,
+    expert_weights: mx.array,
+    top_experts: mx.array,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """`dbrx_fn.model.layers.moe.mix_experts`, plus `residual` if there is one, in its shape then."""
+    tokens, top_k = top_experts.shape
+    pairs, experts = top_experts.size, params["w1"]["weight"].shape[0]
+    gate, up, down = params["w1"], params["v1"], params["w2"]
+    if tokens == 1:
+        segments = _one_token(top_experts)
+        hidden = short_segments(x, gate, up, segments=segments, rows_are="tokens")
+        return short_segments(hidden, down, segments=segments, expert_weights=expert_weights, residual=residual)
+    rows = segment_rows(pairs, experts)
+    plan = dispatch(top_experts, experts=experts, rows=rows)
+    segments = Segments(plan.slot_pairs.reshape(-1), plan.segment_experts, rows, pairs, top_k)
+    if rows == LONG_ROWS:
+        hidden = long_segments(pack_rows(x, gate, segments), gate, up, segments=segments)
+        said = long_segments(hidden, down, segments=segments)
+    else:
+        hidden = short_segments(x, gate, up, segments=segments, rows_are="tokens")
+        said = short_segments(hidden, down, segments=segments)
+    return combine.combine(said, plan.pair_slots, expert_weights, residual)
+
+
+def _one_token(top_experts: mx.array) -> Segments:
+    """Each choice is a segment of one row and padding, so nothing has to be sorted."""
+    choices, rows = top_experts.size, 8
+    slot_pairs = np.full((choices, rows), choices, np.int32)
+    slot_pairs[:, 0] = np.arange(choices)
+    return Segments(mx.array(slot_pairs.reshape(-1)), top_experts.astype(mx.uint32), rows, choices, choices)

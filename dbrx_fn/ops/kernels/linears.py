@@ -1,0 +1,29 @@
+"""Products with one matrix on Hopper GPUs, quantized ones as they are stored."""
+
+import mlx.core as mx
+
+from dbrx_fn.model.params import Linear
+from dbrx_fn.ops.kernels.cuda_module import on_hopper
+from dbrx_fn.ops.kernels.segments import INNER, MATRIX_ROWS, kernel_format, long_segments, pack_rows, short_segments
+
+FEW_ROWS = 32
+"""Up to which rows are few: the weights' bytes are the bound then."""
+
+
+def fits(params: Linear, x: mx.array) -> bool:
+    """Whether there is a kernel for this matrix and that many rows."""
+    if not on_hopper() or x.dtype != mx.bfloat16:
+        return False
+    outer, inner = params["weight"].shape[-2], x.shape[-1]
+    of = MATRIX_ROWS["short" if x.size // inner <= FEW_ROWS else "long"]
+    return inner % INNER == 0 and outer % of == 0 and kernel_format(params, inner) is not None
+
+
+def linear(params: Linear, x: mx.array, residual: mx.array | None = None) -> mx.array:
+    """`x` `[... inner]` by a matrix `[outer inner]`, plus, of few rows, `residual` `[... outer]` if there is one."""
+    tokens = x.size // x.shape[-1]
+    if tokens <= FEW_ROWS:
+        return short_segments(x, params, residual=residual)
+    assert residual is None
+    rows = pack_rows(x.reshape(tokens, -1), params)
+    return long_segments(rows, params, tokens=tokens).reshape(*x.shape[:-1], -1)

@@ -1,0 +1,180 @@
+"""One checkpoint of a run: the model as a plain checkpoint, and in `training/` what else it takes to go on.
+
+    config.json, model.safetensors …  the float32 master weights, which `generate` and mlx-lm load
+    tokenizer.json …                  the run's tokenizer
+    training/state.safetensors        the optimizer's state and the key
+    training/state.json               a note: the step, what decided it, and the sums of all other files
+
+What is read is compared with the note, and the note with the run, before a tensor is loaded.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from dbrx_fn.checkpoints.loader import load
+from dbrx_fn.checkpoints.safetensors_file import read_header
+from dbrx_fn.checkpoints.saver import write_checkpoint, write_tensors
+from dbrx_fn.errors import CheckpointError, DbrxError, InputError, lacks_memory
+from dbrx_fn.files.checksums import SEAL, disagreement, file_sum, folder_sums, read_note, sealed
+from dbrx_fn.files.json_file import LARGEST_VOCABULARY, shown
+from dbrx_fn.model.config import Config
+from dbrx_fn.runs.plan import difference
+from dbrx_fn.training.step import State
+
+_TENSORS, _NOTE = "training/state.safetensors", "training/state.json"
+_WEIGHTS = ".safetensors"
+_OLD_KEYS = ("step", "tensors")
+_KEYS = (*_OLD_KEYS, "steps", "run", "files", SEAL)
+"""What `state.json` holds; earlier versions noted less."""
+
+_STORED = {mx.float32: "float32", mx.uint32: "uint32", mx.uint64: "U64"}
+"""`Tensor.dtype` of what a state is made of."""
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What a checkpoint's note says.
+
+    `steps`: how many the run was to make when it was written; `None` in one of an earlier version.
+    `files`: the sums of its files by their paths, none in one of an earlier version.
+    """
+
+    steps: int | None
+    files: Mapping[str, Any]
+
+
+def write_run_checkpoint(
+    folder: Path, state: State, step: int, *, config: Config, steps: int, run: Mapping[str, Any], tokenizer: Path
+) -> None:
+    """Writes a checkpoint's files into a folder that nobody reads yet.
+
+    Args:
+        folder: to write into.
+        state: after `step` steps.
+        step: how many it has made.
+        config: the model's.
+        steps: how many the run is to make.
+        run: what decides the numbers, as JSON gives it back: `read_run_checkpoint` compares it.
+        tokenizer: the folder whose files are copied.
+
+    Raises:
+        CheckpointError: if the state can't be computed.
+        OSError: if a file can't be written.
+    """
+    write_checkpoint(folder, state["params"], config, tokenizer_files=tokenizer)
+    (folder / "training").mkdir()
+    # Paths hold dots of their own, so tensors are numbered in the tree's order.
+    rest = leaves(_resumable(state))
+    write_tensors(folder / _TENSORS, {f"{n:06d}": array for n, (_, array) in enumerate(rest)}, {})
+    note = {"step": step, "steps": steps, "run": run, "tensors": [path for path, _ in rest]}
+    (folder / _NOTE).write_text(json.dumps(sealed({**note, "files": folder_sums(folder)})))
+
+
+def read_run_checkpoint(
+    folder: Path, step: int, fresh: State, *, config: Config, run: Mapping[str, Any]
+) -> tuple[State, Noted]:
+    """The state that a checkpoint holds, and what its note says.
+
+    Args:
+        folder: the checkpoint's.
+        step: the one that its name gives.
+        fresh: a state of the same structure.
+        config: the model's.
+        run: what decides the run's numbers.
+
+    Raises:
+        CheckpointError: with the reason alone, if the checkpoint is damaged.
+        InputError: if it is whole and was made by another run.
+    """
+    try:
+        note = read_note(folder / _NOTE, _KEYS, _OLD_KEYS)
+        if note["step"] != step:
+            raise ValueError(f"it is of step {shown(note['step'])}")
+        noted = Noted(note.get("steps"), note.get("files", {}))
+        if SEAL in note:
+            if type(noted.steps) is not int or not isinstance(noted.files, dict):
+                raise ValueError(f"its {_NOTE} says steps {shown(noted.steps)} and files {shown(noted.files)}")
+            if found := difference(run, note["run"]):
+                raise _other_run(folder, found)
+        texts = {name: found for name, found in noted.files.items() if not name.endswith(_WEIGHTS)}
+        _compare(folder, texts)
+        # The headers say how large the others are, whatever sizes are noted.
+        params, rest = _outlined(folder, fresh, config, note["tensors"])
+        _compare(folder, {name: noted.files[name] for name in noted.files.keys() - texts.keys()})
+        arrays = cast(dict[str, mx.array], mx.load(str(folder / _TENSORS)))
+        found_rest = [arrays[f"{n:06d}"] for n in range(len(rest))]
+        mx.eval(params, found_rest)
+    except InputError:
+        raise
+    except (DbrxError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        if lacks_memory(error):
+            raise
+        raise CheckpointError(str(error).rstrip(".")) from None
+    state = {**_like(_resumable(fresh), iter(found_rest)), "params": params}
+    if broken := not_finite_leaf(state):
+        raise CheckpointError(f"{broken} holds NaN or infinity")
+    return state, noted
+
+
+def not_finite_leaf(state: State) -> str | None:
+    """The path of a leaf that holds NaN or infinity; `None` if there is none."""
+    return next((path for path, array in leaves(state) if not mx.isfinite(array).all().item()), None)
+
+
+def leaves(tree: State) -> list[tuple[str, mx.array]]:
+    """A tree's arrays by path."""
+    return cast(list[tuple[str, mx.array]], tree_flatten(tree))
+
+
+def _outlined(folder: Path, fresh: State, config: Config, names: object) -> tuple[Any, list[str]]:
+    """The parameters, lazy, and the paths of the rest, if all have the shapes and dtypes of `fresh`."""
+    params, found = load(folder, dtype="float32", lazy=True)
+    if replace(found, dtype=config.dtype) != config:
+        raise _other_run(folder, "its config.json is of another model")
+    expected = leaves(_resumable(fresh))
+    if names != [path for path, _ in expected]:
+        raise _other_run(folder, "its optimizer has other tensors")
+    header = read_header(folder / _TENSORS)
+    outline = {f"{n:06d}": (array.shape, _STORED[array.dtype]) for n, (_, array) in enumerate(expected)}
+    if {name: (tensor.shape, tensor.dtype) for name, tensor in header.items()} != outline:
+        raise ValueError(f"{_TENSORS} doesn't hold the tensors that its note names")
+    return params, [path for path, _ in expected]
+
+
+def _compare(folder: Path, files: Mapping[str, Any]) -> None:
+    """Raises ValueError if a file isn't what was noted of it."""
+    for name, noted in sorted(files.items()):
+        most = None if name.endswith(_WEIGHTS) else LARGEST_VOCABULARY
+        try:
+            # A stranger's note may name files elsewhere.
+            if name != Path(name).as_posix() or name.startswith("/") or ".." in name.split("/"):
+                raise ValueError("it isn't one of the checkpoint's")
+            reason = disagreement(file_sum(folder / name, most), noted)
+        except (OSError, ValueError) as error:
+            reason = str(getattr(error, "strerror", None) or error)
+        if reason:
+            raise ValueError(f"{shown(name)}: {reason}")
+
+
+def _other_run(folder: Path, what: str) -> InputError:
+    return InputError(
+        f"The checkpoint {folder} belongs to another run, or this one was changed ({what}): put back what was changed,"
+        " or move the checkpoint elsewhere."
+    )
+
+
+def _resumable(state: State) -> State:
+    return {name: part for name, part in state.items() if name != "params"}
+
+
+def _like(tree: Any, arrays: Iterator[mx.array]) -> Any:
+    """`tree` with its arrays replaced, in `tree_flatten`'s order; `tree_unflatten` would split paths at their dots."""
+    if isinstance(tree, dict):
+        return {name: _like(part, arrays) for name, part in tree.items()}
+    return next(arrays)

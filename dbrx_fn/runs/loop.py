@@ -1,0 +1,304 @@
+"""Goes through a run's steps, from where its folder stands to the end: computes, notes, evaluates and saves."""
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, TextIO
+
+import mlx.core as mx
+from mlx.utils import tree_map
+from tqdm import tqdm
+
+from dbrx_fn.checkpoints.loader import load
+from dbrx_fn.cli.stop_signals import deferred_stop
+from dbrx_fn.cli.terminal import print_message, print_result
+from dbrx_fn.data.batches import Batches
+from dbrx_fn.data.token_file import TokenFile, check_ids, read_token_file
+from dbrx_fn.drawing.figure import check_matplotlib, write_picture
+from dbrx_fn.errors import InputError
+from dbrx_fn.evaluation.perplexity import Evaluation, evaluate
+from dbrx_fn.generation.sampling import random_key
+from dbrx_fn.model.params import Params, init_params, param_count
+from dbrx_fn.model.quantization import dequantize
+from dbrx_fn.runs.folder import RunFolder
+from dbrx_fn.runs.metrics_file import cut_metrics, evaluation_line, number, read_metrics, step_line, write_line
+from dbrx_fn.runs.pictures import draw_expert_load, draw_losses
+from dbrx_fn.runs.plan import Plan
+from dbrx_fn.training.step import Measured, State, init_state, learning_rate, train_step
+
+
+def train(folder: RunFolder, plan: Plan, steps: int | None = None) -> None:
+    """Trains to the end and writes the model; the caller holds the folder's lock.
+
+    Args:
+        folder: of a run that is set up.
+        plan: what it was asked for.
+        steps: how many to make in all, in place of the plan's; more than are done.
+
+    Raises:
+        InputError: if the folder's files don't belong together, `steps` are done already, or a step needs too much
+            memory.
+        CheckpointError: if no checkpoint is whole.
+        TrainingError: if a number becomes NaN or infinite.
+        KeyboardInterrupt: after a signal; the state was saved where it stands.
+    """
+    if steps is not None:
+        plan = plan.with_steps(steps)
+    data = _open_data(folder, plan)
+    folder.check_made_of(data.fingerprints)
+    state, start, planned = _load_state(folder, plan, data)
+    done = plan.recipe.steps
+    if done < start or steps == start:
+        raise InputError(
+            f"{folder.settings_file if steps is None else '--steps'} asks for {done:,} steps where {start:,} are done:"
+            f" give --resume with --steps of more than {start:,}."
+        )
+    if start < done:
+        folder.check_model()
+    cut_metrics(folder.metrics_file, start, plan.config)
+    if steps is not None:
+        folder.change_steps(steps)
+    _tell(plan, data, start, planned)
+    state = _go_on(folder, plan, data, state, start)
+    _finish(folder, plan, state)
+
+
+def start_params(model: Path) -> Params:
+    """A checkpoint's parameters as training takes them, lazy: float32, and dense where they are quantized."""
+    params, config = load(model, dtype="float32", lazy=True)
+    return dequantize(params, config)
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """A run's tokens, open; `fingerprints`: of its token files, by their folders' names."""
+
+    train: TokenFile
+    held_out: TokenFile | None
+    batches: Batches
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        held_out = {} if self.held_out is None else {"held_out": self.held_out.fingerprint}
+        return {"train": self.train.fingerprint, **held_out}
+
+
+def _open_data(folder: RunFolder, plan: Plan) -> _Data:
+    train = read_token_file(folder.train_data)
+    held_out = read_token_file(folder.held_out_data) if os.path.lexists(folder.held_out_data) else None
+    for file in (train,) if held_out is None else (train, held_out):
+        check_ids(file, plan.config)
+    return _Data(train, held_out, Batches(train, plan.batch_size, plan.sequence_length, plan.seed))
+
+
+def _load_state(folder: RunFolder, plan: Plan, data: _Data) -> tuple[State, int, int | None]:
+    """The state to go on from, the steps that it has made, and of how many (as of `RunFolder.load`)."""
+    init_key, run_key = mx.random.split(random_key(plan.seed))
+    # Where there is a checkpoint, fresh parameters are only its outline: they are never computed, nor --model needed.
+    fresh = plan.model is None or folder.saved_steps()
+    params = init_params(plan.config, init_key) if fresh else start_params(Path(plan.model or ""))
+    return folder.load(init_state(params, plan.recipe, run_key), plan, data.fingerprints)
+
+
+def _tell(plan: Plan, data: _Data, start: int, planned: int | None) -> None:
+    """Says what the run is, and where it goes on."""
+    config, steps = plan.config, plan.recipe.steps
+    print_message(
+        f"{param_count(config):,} parameters, {param_count(config, active=True):,} active; {len(data.train):,} tokens"
+        f" to train on, {0 if data.held_out is None else len(data.held_out):,} held out; {steps:,} steps of"
+        f" {plan.batch_size * plan.sequence_length:,} tokens, {data.batches.epochs(steps):.2f} epochs"
+        + (f"; resumed after step {start:,}" if start else "")
+    )
+    if planned is not None and planned != steps:
+        last = learning_rate(replace(plan.recipe, steps=planned), start - 1)
+        print_message(
+            f"{steps:,} steps in place of {planned:,}: the learning rate is from here on that of a run of {steps:,}"
+            f" steps, {learning_rate(plan.recipe, start):.3g} in step {start + 1:,} after {last:.3g} in step {start:,}"
+        )
+
+
+class _Journal:
+    """Says and notes how training goes, and measures how fast steps are."""
+
+    def __init__(self, plan: Plan, batches: Batches, metrics: TextIO, bar: "tqdm[Any]", start: int) -> None:
+        self._plan, self._batches, self._metrics, self._bar = plan, batches, metrics, bar
+        self._start = self._since = start
+        self._clock = time.perf_counter()
+        self._evaluation: Evaluation | None = None
+        bar.set_description("compiling" if start < plan.recipe.steps else "done")
+
+    def is_due(self, step: int) -> bool:
+        """Whether something is said of this step, for which it has to be waited for."""
+        return self._is_noted(step) or step == self._start + 1
+
+    def step(self, measured: Measured, step: int) -> None:
+        """After each step."""
+        self._bar.update()
+        if not self.is_due(step):
+            return
+        plan, now = self._plan, time.perf_counter()
+        tokens = plan.batch_size * plan.sequence_length
+        rate = (step - self._since) * tokens / (now - self._clock)
+        self._clock, self._since = now, step
+        line = step_line(measured, step, self._batches.epochs(step), rate)
+        said = self._described(line)
+        self._bar.set_description(said)
+        if self._is_noted(step):
+            write_line(self._metrics, line)
+            if self._bar.disable:
+                left = tqdm.format_interval(tokens * (plan.recipe.steps - step) / rate)
+                print_message(f"step {step:6d}  {said}, {left} left")
+
+    def evaluated(self, evaluation: Evaluation, measured: Measured, step: int) -> None:
+        """After each evaluation."""
+        self._evaluation = evaluation
+        write_line(self._metrics, evaluation_line(evaluation, step))
+        print_message(
+            f"step {step:6d}  training {number(measured.parts.cross_entropy):.4f}  held out"
+            f" {evaluation.nats_per_token:.4f} nats/token {evaluation.bits_per_byte:.4f} bits/byte  busiest expert"
+            f" {evaluation.busiest_expert:.2f}x"
+        )
+
+    def flush(self) -> None:
+        """Waits until all that was noted is on the disk."""
+        os.fsync(self._metrics.fileno())
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Time within isn't that of steps."""
+        began = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - began
+
+    def _is_noted(self, step: int) -> bool:
+        return step % self._plan.log_every == 0 or step == self._plan.recipe.steps
+
+    def _described(self, line: Mapping[str, float]) -> str:
+        held_out = "" if self._evaluation is None else f", held out {self._evaluation.bits_per_byte:.3f} bits/byte"
+        return (
+            f"loss {line['cross_entropy']:.3f}{held_out}, busiest expert {line['busiest_expert']:.2f}x,"
+            f" {line['tokens_per_second']:,.0f} tokens/s"
+        )
+
+
+@contextmanager
+def _journal(folder: RunFolder, plan: Plan, batches: Batches, start: int) -> Iterator[_Journal]:
+    with (
+        folder.metrics_file.open("a") as metrics,
+        tqdm(total=plan.recipe.steps, initial=start, unit="step", disable=None, smoothing=0.05) as bar,
+    ):
+        yield _Journal(plan, batches, metrics, bar, start)
+
+
+def _go_on(folder: RunFolder, plan: Plan, data: _Data, state: State, start: int) -> State:
+    """Makes the steps after `start`."""
+    previous: Measured | None = None
+    with deferred_stop(_tell_stop) as stop, _journal(folder, plan, data.batches, start) as journal:
+        for step in range(start + 1, plan.recipe.steps + 1):
+            state, measured = _step(state, data.batches, step, plan, first=step == start + 1)
+            # The step before is looked at while this one runs.
+            if previous is not None:
+                _check_finite(previous, step - 1, folder)
+            previous = measured
+            last, stopping = step == plan.recipe.steps, stop.requested
+            evaluates = data.held_out is not None and (last or step % plan.eval_every == 0)
+            saves = last or stopping or step % plan.save_every == 0
+            if journal.is_due(step) or evaluates or saves:
+                # It waits for the step, so that the step's time isn't taken for theirs.
+                _check_finite(measured, step, folder)
+            journal.step(measured, step)
+            with journal.apart():
+                if evaluates and data.held_out is not None:
+                    journal.evaluated(_evaluate(state, plan, data.held_out, step, folder), measured, step)
+                if saves:
+                    # A checkpoint on the disk means that what was noted before it is there too.
+                    journal.flush()
+                    folder.save(state, step, plan, data.fingerprints)
+            if stopping:
+                raise stop.error()
+    return state
+
+
+def _tell_stop() -> None:
+    print_message("stopping after this step, which is saved; once more ends at once")
+
+
+def _step(state: State, batches: Batches, step: int, plan: Plan, *, first: bool) -> tuple[State, Measured]:
+    """Begins a step; the first one is waited for, as it shows whether there is memory enough."""
+    try:
+        tokens, mask = batches[step - 1]
+        state, measured = train_step(state, mx.array(tokens), mx.array(mask), config=plan.config, recipe=plan.recipe)
+        mx.async_eval(state, measured)
+        if first:
+            mx.eval(measured)
+    except (RuntimeError, MemoryError) as error:
+        if not first:
+            raise
+        raise InputError(
+            f"The first step can't be computed ({shorten(str(error), 200, placeholder='…')}), most likely for want of"
+            " memory: start anew in another --out with a smaller --batch-size, more --micro-batches, or --recompute."
+        ) from None
+    return state, measured
+
+
+def _check_finite(measured: Measured, step: int, folder: RunFolder) -> None:
+    loss, norm = number(measured.loss), number(measured.gradient_norm)
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    what = f"loss became {loss}" if not math.isfinite(loss) else f"gradients' norm became {norm}"
+    raise folder.not_finite(f"The {what} at", step)
+
+
+def _evaluate(state: State, plan: Plan, held_out: TokenFile, step: int, folder: RunFolder) -> Evaluation:
+    evaluation = evaluate(
+        _computed(state, plan),
+        replace(plan.config, dtype=plan.recipe.dtype),
+        held_out,
+        batch_size=plan.batch_size // plan.recipe.micro_batches,
+        sequence_length=plan.sequence_length,
+    )
+    if not math.isfinite(evaluation.nats_per_token):
+        raise folder.not_finite(f"The held-out text's loss became {evaluation.nats_per_token} after", step)
+    return evaluation
+
+
+def _computed(state: State, plan: Plan) -> Params:
+    """The parameters as the passes of training see them."""
+    dtype = getattr(mx, plan.recipe.dtype)
+    params: Params = tree_map(lambda array: array.astype(dtype), state["params"])
+    return params
+
+
+def _finish(folder: RunFolder, plan: Plan, state: State) -> None:
+    """Writes the model by itself, draws what the metrics say, and prints how it went."""
+    folder.write_model(_computed(state, plan), replace(plan.config, dtype=plan.recipe.dtype))
+    lines = read_metrics(folder.metrics_file, plan.config)
+    evaluated = [line for line in lines if "expert_share" in line]
+    try:
+        check_matplotlib()
+        write_picture(draw_losses({"model": lines}), folder.path / "loss.png")
+        if evaluated:
+            write_picture(draw_expert_load(evaluated[-1]["expert_share"]), folder.path / "expert_load.png")
+    except InputError as error:
+        print_message(f"warning: {error}")
+    rows = [
+        ("steps", f"{plan.recipe.steps:,}"),
+        ("tokens", f"{plan.recipe.steps * plan.batch_size * plan.sequence_length:,}"),
+    ]
+    trained = [line for line in lines if "cross_entropy" in line]
+    if trained:
+        rows.append(("training", f"{trained[-1]['cross_entropy']:.4f} nats/token"))
+    if evaluated:
+        held_out = evaluated[-1]
+        rows += [
+            ("held out", f"{held_out['held_out_nats_per_token']:.4f} nats/token"),
+            ("", f"{held_out['held_out_bits_per_byte']:.4f} bits/byte"),
+            ("busiest expert", f"{held_out['held_out_busiest_expert']:.2f} times its share"),
+        ]
+    rows.append(("model", str(folder.model)))
+    print_result("\n".join(f"{name:15} {value}" for name, value in rows))

@@ -1,0 +1,108 @@
+"""What a training run does, as a value: the part of its command that `run.json` keeps."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.files.json_file import shown
+from dbrx_fn.model.config import Config, config_from_dict, config_to_dict
+from dbrx_fn.training.step import Recipe
+
+_DECIDES = ("config", "recipe", "batch_size", "sequence_length", "seed")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does, as `run.json` holds it: enough to go on with it when only its folder is left.
+
+    `model`: the folder of the checkpoint that it starts from; `None` for a fresh one.
+    `log_every`, `eval_every`, `save_every`: in steps.
+    `keep`: how many of the last checkpoints stay.
+
+    Raises:
+        InputError: naming the option, if it can't work.
+    """
+
+    config: Config
+    recipe: Recipe
+    batch_size: int
+    sequence_length: int
+    seed: int
+    model: str | None
+    log_every: int
+    eval_every: int
+    save_every: int
+    keep: int
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "sequence_length", "seed", "log_every", "eval_every", "save_every", "keep"):
+            value, least = getattr(self, name), int(name != "seed")
+            if type(value) is not int or value < least:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} is {shown(value)} where a whole number of at least {least} is expected.")
+        if self.model is not None and type(self.model) is not str:
+            raise InputError(f"--model is {shown(self.model)} where a folder's name is expected.")
+        if self.sequence_length > self.config.max_seq_len:
+            raise InputError(
+                f"--sequence-length is {self.sequence_length} and the model's context holds {self.config.max_seq_len}"
+                " (max_seq_len in its config.json): make it shorter."
+            )
+        if self.batch_size % self.recipe.micro_batches:
+            raise InputError(
+                f"--batch-size is {self.batch_size} where a multiple of --micro-batches,"
+                f" {self.recipe.micro_batches}, is expected."
+            )
+
+    def with_steps(self, steps: int) -> "Plan":
+        """The same with another number of steps; as everywhere, `InputError` if that can't work."""
+        return replace(self, recipe=replace(self.recipe, steps=steps))
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {**asdict(self), "config": config_to_dict(self.config)}
+
+    def decides(self) -> dict[str, Any]:
+        """What decides the numbers of each step, as JSON gives it back; but for the steps, which may become more."""
+        whole = self.as_dict()
+        chosen = {name: whole[name] for name in _DECIDES}
+        chosen["recipe"] = {name: value for name, value in whole["recipe"].items() if name != "steps"}
+        decides: dict[str, Any] = json.loads(json.dumps(chosen))
+        return decides
+
+    @staticmethod
+    def from_dict(raw: Any, source: Path) -> "Plan":
+        """The inverse of `as_dict`.
+
+        Raises:
+            InputError: if it is something else.
+        """
+        try:
+            recipe = {**raw["recipe"], "betas": tuple(raw["recipe"]["betas"])}
+            _refuse_unknown(Recipe, recipe)
+            _refuse_unknown(Plan, raw)
+            checked = {"recipe": Recipe(**recipe), "config": config_from_dict(raw["config"], source=str(source))}
+            return Plan(**{**raw, **checked})
+        except (DbrxError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{source} isn't what a run notes there ({str(error).rstrip('.')}): start the run anew elsewhere."
+            ) from None
+
+
+def difference(here: object, there: object, name: str = "") -> str | None:
+    """The first place at which two values of JSON differ, in words; `None` if there is none."""
+    if isinstance(here, dict) and isinstance(there, dict):
+        for key in [*here, *(key for key in there if key not in here)]:
+            found = difference(here.get(key), there.get(key), f"{name}.{key}" if name else str(key))
+            if found:
+                return found
+        return None
+    return None if here == there else f"{name or 'it'} is {shown(here)} here and {shown(there)} there"
+
+
+def _refuse_unknown(kind: Any, found: Mapping[str, Any]) -> None:
+    unknown = found.keys() - {field.name for field in fields(kind)}
+    if unknown:
+        raise InputError(f"{shown(sorted(unknown)[0])} is none of its fields")

@@ -1,0 +1,193 @@
+"""The kernels for Hopper GPUs compute what the stock operations do, as exactly; these tests need such a GPU."""
+
+import logging
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_map
+from numpy.typing import NDArray
+
+from dbrx_fn.model.cache import init_cache
+from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
+from dbrx_fn.model.layers import decode_block
+from dbrx_fn.model.layers.moe import in_segments, mix_experts
+from dbrx_fn.model.params import Format, init_params
+from dbrx_fn.model.quantization import Quantization, dequantize, quantize
+from dbrx_fn.model.transformer import forward
+from dbrx_fn.ops.kernels import experts, layer_norm, linears, segments
+from dbrx_fn.ops.kernels.cuda_module import on_hopper
+from dbrx_fn.ops.linear import linear
+from dbrx_fn.ops.products import quantized_matmul
+from tests.support import oracle
+from tests.support.kernel_operands import dense, error, matrix, normal
+from tests.support.trees import as_float64
+
+pytestmark = pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+
+AFFINE = [Format(bits, group_size) for bits in (4, 8) for group_size in (32, 64, 128)]
+FORMATS = [None, *AFFINE, Format(4, 32, "mxfp4")]
+every_format = pytest.mark.parametrize("form", FORMATS, ids=str)
+# Of the same products in another order, an error can be a little larger by chance.
+LIMIT = 1.1
+
+CONFIG = FFNConfig(ffn_hidden_size=384, moe_num_experts=6, moe_top_k=2)
+D_MODEL = 256
+
+
+@pytest.fixture(params=["", "of twice the height"])
+def height(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices too are multiplied as large ones are, of 4 bits."""
+    if request.param:
+        monkeypatch.setattr(segments, "_TALL_FROM", 0)
+
+
+@every_format
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 32, 33, 64, 256, 257, 700])
+@pytest.mark.usefixtures("height")
+def test_products_with_a_matrix(form: Format | None, rows: int, measured: Any) -> None:
+    params, x = matrix(form, 0, 384, D_MODEL), normal(1, rows, D_MODEL)
+    assert linears.fits(params, x)
+    expected = as_float64(x) @ dense(params, D_MODEL).T
+    if form is None:
+        twin = x @ params["weight"].T
+    else:
+        twin = quantized_matmul(x, params["weight"], params["scales"], params.get("biases"), form)
+    ratio = error(linears.linear(params, x), expected) / error(twin, expected)
+    assert measured("kernel's error over its twin's, one matrix", ratio) <= LIMIT
+    if rows <= linears.FEW_ROWS:
+        residual = normal(2, rows, 384)
+        assert error(linears.linear(params, x, residual), expected + as_float64(residual)) <= 6e-3
+
+
+@every_format
+@pytest.mark.parametrize("tokens", [1, 2, 5, 19, 100, 900])
+@pytest.mark.usefixtures("height")
+def test_mixed_experts(form: Format | None, tokens: int, measured: Any) -> None:
+    shapes = {"w1": (6, 384, D_MODEL), "v1": (6, 384, D_MODEL), "w2": (6, D_MODEL, 384)}
+    params = {name: matrix(form, seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    x = normal(7, tokens, D_MODEL)
+    weights = mx.random.uniform(shape=(tokens, 2), key=mx.random.key(8)).astype(mx.bfloat16)
+    # An expert that gets nothing, one that gets most, and tokens that name one twice.
+    top_experts = mx.random.randint(1, 6, (tokens, 2), key=mx.random.key(9)).astype(mx.uint32)
+    top_experts = mx.where(mx.arange(tokens)[:, None] % 3 == 0, 2, top_experts).astype(mx.uint32)
+    assert experts.fits(params, x.dtype, CONFIG)
+    w1, v1, w2 = (dense(params[name], shape[-1]) for name, shape in shapes.items())
+    expected = oracle.moe(
+        as_float64(x), as_float64(weights), np.array(top_experts), w1, v1, w2, oracle.ACTIVATIONS["silu"]
+    )
+    found = error(mix_experts(params, x, weights, top_experts, config=CONFIG, cached=True), expected)
+    twin = error(in_segments(params, x, weights, top_experts, config=CONFIG), expected)
+    assert measured("kernels' error over their twin's, experts", found / twin) <= LIMIT
+
+
+@every_format
+@pytest.mark.parametrize("ffn_hidden", [384, 512])
+def test_one_token_s_experts_and_the_stream(form: Format | None, ffn_hidden: int, measured: Any) -> None:
+    shapes = {"w1": (6, ffn_hidden, D_MODEL), "v1": (6, ffn_hidden, D_MODEL), "w2": (6, D_MODEL, ffn_hidden)}
+    params = {name: matrix(form, seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    x, residual, weights = normal(7, 1, D_MODEL), normal(8, 1, D_MODEL), normal(9, 1, 3)
+    top_experts = mx.array([[5, 0, 2]], mx.uint32)
+    w1, v1, w2 = (dense(params[name], shape[-1]) for name, shape in shapes.items())
+    said = oracle.moe(as_float64(x), as_float64(weights), np.array(top_experts), w1, v1, w2, oracle.ACTIVATIONS["silu"])
+    expected = as_float64(residual) + said
+    config = replace(CONFIG, ffn_hidden_size=ffn_hidden, moe_top_k=3)
+    found = error(experts.mix_experts(params, x, weights, top_experts, residual), expected)
+    twin = error(residual + in_segments(params, x, weights, top_experts, config=config), expected)
+    assert measured("kernels' error over their twin's, experts", found / twin) <= LIMIT
+
+
+@pytest.mark.parametrize("form", [None, Format(4, 64)], ids=str)
+def test_gradients_are_the_twins(form: Format | None) -> None:
+    shapes = {"w1": (6, 384, D_MODEL), "v1": (6, 384, D_MODEL), "w2": (6, D_MODEL, 384)}
+    params = {name: matrix(form, seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    x, weights = normal(7, 200, D_MODEL), normal(8, 200, 2)
+    top_experts = mx.random.randint(0, 6, (200, 2), key=mx.random.key(9)).astype(mx.uint32)
+    assert experts.fits(params, x.dtype, CONFIG)
+
+    def gradients(function: Any) -> list[mx.array]:
+        def scalar(x: mx.array, weights: mx.array, w1: mx.array) -> mx.array:
+            tree = {**params, "w1": {**params["w1"], "weight": w1}} if form is None else params
+            mixed: mx.array = function(tree, x, weights, top_experts, config=CONFIG)
+            return (mixed.astype(mx.float32) ** 2).sum()
+
+        wanted = (0, 1, 2) if form is None else (0, 1)
+        return list(mx.grad(scalar, argnums=wanted)(x, weights, params["w1"]["weight"]))
+
+    for found, expected in zip(gradients(partial(mix_experts, cached=True)), gradients(in_segments), strict=True):
+        assert error(found, as_float64(expected)) <= 1e-2
+    one, rows = matrix(form or Format(4, 64), 3, 384, D_MODEL), normal(4, 50, D_MODEL)
+    found = mx.grad(lambda x: linear(one, x).astype(mx.float32).sum())(rows)
+    assert error(found, np.broadcast_to(dense(one, D_MODEL).sum(axis=0), rows.shape)) <= 1e-2
+
+
+MODEL = Config(
+    d_model=256,
+    n_heads=4,
+    n_layers=2,
+    vocab_size=128,
+    attn=AttnConfig(kv_n_heads=2, clip_qkv=2.0),
+    ffn=FFNConfig(ffn_hidden_size=256, moe_num_experts=4, moe_top_k=4),
+    dtype="bfloat16",
+    initializer_range=0.1,
+)
+
+
+def test_nothing_is_traced_per_token(caplog: pytest.LogCaptureFixture) -> None:
+    params = quantize(init_params(MODEL, mx.random.key(0)), MODEL)
+    cache = init_cache(MODEL, 1, 256)
+    with caplog.at_level(logging.DEBUG, logger="dbrx_fn.compile"):
+        for length in (9, 1):
+            _, cache = forward(params, mx.ones((1, length), mx.int32), cache)
+        caplog.clear()
+        for _ in range(20):
+            _, cache = forward(params, mx.ones((1, 1), mx.int32), cache)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("lengths", [[50], [50, 33, 41], [*range(34, 51)]], ids=len)
+@pytest.mark.parametrize("form", [None, Format(4, 64), Format(8, 64), Format(4, 32, "mxfp4")], ids=str)
+def test_the_model_is_as_exact_as_by_stock_operations(
+    form: Format | None, lengths: list[int], monkeypatch: pytest.MonkeyPatch, measured: Any
+) -> None:
+    """A prompt, then tokens one at a time, for sequences of different lengths, and for one."""
+    params = init_params(MODEL, mx.random.key(0))
+    if form is not None:
+        params = quantize(params, MODEL, Quantization(*[form] * 4))
+    batch = len(lengths)
+    tokens = mx.random.randint(0, 128, (batch, 60), key=mx.random.key(1))
+
+    def logits(params: Any, config: Config) -> NDArray[np.float64]:
+        some, cache = forward(params, tokens[:, :50], init_cache(config, batch, 256), lengths=lengths)
+        pieces = [as_float64(some)[:, : min(lengths)]]
+        for n in range(50, 60):
+            one, cache = forward(params, tokens[:, n : n + 1], cache)
+            pieces.append(as_float64(one))
+        return np.concatenate(pieces, axis=1)
+
+    taken: list[bool] = []
+    fits = decode_block.fits
+
+    def noted(*args: Any) -> bool:
+        taken.append(fits(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(decode_block, "fits", noted)
+    # Configs of their own, so that each is traced here.
+    found = logits(params, replace(MODEL, ffn=replace(MODEL.ffn, moe_loss_weight=2.0)))
+    assert any(taken)
+    for module in (decode_block, experts, layer_norm, linears):
+        monkeypatch.setattr(module, "fits", lambda *_: False)
+    twin = logits(params, replace(MODEL, ffn=replace(MODEL.ffn, moe_loss_weight=1.0)))
+    mx.set_default_device(mx.cpu)
+    try:
+        exact = dequantize(params, MODEL) if form is not None else params
+        precise = tree_map(lambda leaf: leaf.astype(mx.float32), exact)
+        expected = logits(precise, replace(MODEL, dtype="float32"))
+    finally:
+        mx.set_default_device(mx.gpu)
+    errors = [np.linalg.norm(values - expected) for values in (found, twin)]
+    assert measured("the model's error over that of stock operations", errors[0] / errors[1]) <= LIMIT

@@ -1,0 +1,248 @@
+"""The small kernels against NumPy in float64, and no worse than what MLX's own operations make of the same operands."""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dbrx_fn.model.cache import init_cache
+from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
+from dbrx_fn.model.layers.rotary import inverse_frequencies, turn, turns
+from dbrx_fn.model.params import Format, init_params
+from dbrx_fn.model.quantization import Quantization, quantize
+from dbrx_fn.model.transformer import forward
+from dbrx_fn.ops.kernels import combine, decode_attention, norm_router, project_qkv
+from dbrx_fn.ops.kernels import layer_norm as layer_norm_kernel
+from dbrx_fn.ops.kernels.cuda_module import on_hopper
+from dbrx_fn.ops.kernels.read_memory import WAVE, read_memory
+from dbrx_fn.ops.norm import EPS
+from dbrx_fn.ops.products import quantized_matmul
+from tests.support.kernel_operands import dense, error, matrix, normal
+from tests.support.trees import as_float64, relative_error
+
+pytestmark = pytest.mark.skipif(not on_hopper(), reason="the kernels are for Hopper GPUs")
+
+Array = NDArray[np.float64]
+
+
+def integers(seed: int, below: int, *shape: int) -> mx.array:
+    return mx.random.randint(0, below, shape, mx.int32, mx.random.key(seed))
+
+
+def assert_no_worse(ours: mx.array, twin: mx.array, expected: Array) -> None:
+    assert ours.shape == expected.shape
+    assert relative_error(ours, expected) <= 1.1 * relative_error(twin, expected) + 1e-4
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 6144), (7, 256), (130, 2048), (2, 8192)])
+def test_layer_norm(rows: int, width: int) -> None:
+    x, weight = normal(0, rows, width) + 3, normal(1, width)
+    assert layer_norm_kernel.fits(weight, x)
+    stock = mx.fast.layer_norm(x, weight, None, EPS)
+    expected = as_float64(x) - as_float64(x).mean(axis=1, keepdims=True)
+    expected = expected / np.sqrt((expected**2).mean(axis=1, keepdims=True) + EPS) * as_float64(weight)
+    assert_no_worse(layer_norm_kernel.layer_norm(weight, x, eps=EPS), stock, expected)
+
+
+@pytest.mark.parametrize("clip", [None, 8.0, 1.0])
+@pytest.mark.parametrize("form", [None, Format(4, 64), Format(4, 128), Format(8, 32), Format(4, 32, "mxfp4")], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "n_heads", "kv_n_heads", "head_dim", "d_model"),
+    [
+        (1, 48, 8, 128, 6144),
+        (1, 5, 5, 128, 640),
+        (1, 4, 1, 32, 2304),
+        (3, 12, 2, 128, 512),
+        (9, 6, 2, 64, 256),
+        (17, 6, 2, 64, 256),
+        (32, 6, 2, 64, 256),
+    ],
+)
+def test_project_qkv(
+    batch: int,
+    n_heads: int,
+    kv_n_heads: int,
+    head_dim: int,
+    d_model: int,
+    form: Format | None,
+    clip: float | None,
+    measured: Any,
+) -> None:
+    theta, all_heads = 5e5, n_heads + 2 * kv_n_heads
+    x, weight = normal(0, batch, 1, d_model, scale=2) + 3, normal(1, d_model, scale=0.2) + 1
+    wqkv = matrix(form, 2, all_heads * head_dim, d_model, scale=3 * d_model**-0.5)
+    # The first row's is the context's last position.
+    offsets = mx.concatenate([mx.array([32_767], mx.int32), integers(3, 32_768, batch - 1)])
+    frequencies = inverse_frequencies(head_dim, theta)
+    q, k, v = project_qkv.project_qkv(
+        weight, wqkv, x, offsets, frequencies, kv_n_heads=kv_n_heads, head_dim=head_dim, clip=clip
+    )
+
+    normed = mx.fast.layer_norm(x, weight, None, EPS)
+    if form is None:
+        qkv = normed @ wqkv["weight"].T
+    else:
+        qkv = quantized_matmul(normed, wqkv["weight"], wqkv["scales"], wqkv.get("biases"), form)
+    if clip is not None:
+        qkv = mx.clip(qkv, -clip, clip)
+    stock = qkv.reshape(batch, 1, all_heads, head_dim).swapaxes(1, 2)
+    turned = turn(stock, *turns(offsets[:, None], head_dim=head_dim, theta=theta))
+
+    expected = as_float64(x) - as_float64(x).mean(axis=-1, keepdims=True)
+    expected = expected / np.sqrt((expected**2).mean(axis=-1, keepdims=True) + EPS) * as_float64(weight)
+    expected = (expected @ dense(wqkv, d_model).T).reshape(batch, all_heads, 1, head_dim)
+    if clip is not None:
+        expected = np.clip(expected, -clip, clip)
+    first, second = np.split(expected, 2, axis=-1)
+    # Angles are float32, rounded, as the model was trained with.
+    angles = (np.array(offsets).astype(np.float32)[:, None, None, None] * np.array(frequencies)).astype(np.float64)
+    cosines, sines = np.cos(angles), np.sin(angles)
+    rotated = np.concatenate([first * cosines - second * sines, first * sines + second * cosines], axis=-1)
+    here = n_heads + kv_n_heads
+    exactly = np.concatenate([rotated[:, :here], expected[:, here:]], axis=1)
+    twin = mx.concatenate([turned[:, :here], stock[:, here:]], axis=1)
+    found = mx.concatenate([q, k, v], axis=1)
+    assert found.shape == exactly.shape
+    ratio = error(found, exactly) / error(twin, exactly)
+    assert measured("kernel's error over stock operations', queries, keys and values", ratio) <= 1.1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "n_heads", "kv_n_heads", "head_dim", "capacity"),
+    [
+        ([1], 48, 8, 128, 256),
+        ([2], 48, 8, 128, 256),
+        ([17], 48, 8, 128, 256),
+        ([600], 48, 8, 128, 1024),
+        ([4000], 48, 8, 128, 4096),
+        ([600, 1, 256], 12, 2, 128, 640),
+        ([1000, 33, 17], 8, 2, 64, 1024),
+        ([300], 20, 1, 128, 300),
+        ([129, 2, 16], 3, 3, 64, 4096),
+    ],
+)
+def test_decode_attention(lengths: list[int], n_heads: int, kv_n_heads: int, head_dim: int, capacity: int) -> None:
+    batch, group = len(lengths), n_heads // kv_n_heads
+    q = normal(0, batch, n_heads, 1, head_dim, scale=2)
+    keys, values = (normal(seed, batch, kv_n_heads, capacity, head_dim) for seed in (1, 2))
+    offsets = mx.array(lengths, mx.int32) - 1
+    # What is behind a row's tokens must not be read.
+    there = (mx.arange(capacity) <= offsets[:, None])[:, None]
+    known_keys, known_values = (mx.where(there[..., None], held, mx.nan) for held in (keys, values))
+    ours = decode_attention.decode_attention(q, known_keys, known_values, offsets)
+
+    mask = mx.where(there[:, None], mx.array(0, mx.bfloat16), mx.array(mx.finfo(mx.bfloat16).min, mx.bfloat16))
+    twin = mx.fast.scaled_dot_product_attention(q, keys, values, scale=head_dim**-0.5, mask=mask)
+    expected = np.zeros((batch, n_heads, head_dim))
+    q64, keys64, values64 = (as_float64(array) for array in (q, keys, values))
+    for row, length in enumerate(lengths):
+        for head in range(n_heads):
+            scores = keys64[row, head // group, :length] @ q64[row, head, 0] * head_dim**-0.5
+            shares = np.exp(scores - scores.max())
+            expected[row, head] = shares @ values64[row, head // group, :length] / shares.sum()
+    assert_no_worse(ours, twin.reshape(batch, 1, -1), expected.reshape(batch, 1, -1))
+
+
+@pytest.mark.parametrize("order", [None, 1.0, 2.0])
+@pytest.mark.parametrize(
+    ("tokens", "d_model", "experts", "top_k"),
+    [(1, 6144, 16, 4), (3, 6144, 16, 4), (135, 6144, 16, 4), (5, 256, 16, 4), (133, 512, 32, 8), (7, 768, 5, 5)],
+)
+def test_norm_router(tokens: int, d_model: int, experts: int, top_k: int, order: float | None) -> None:
+    x = normal(0, tokens, d_model, scale=2) + 1
+    weight = normal(1, d_model, scale=0.2) + 1
+    router = normal(2, experts, d_model, scale=2 * d_model**-0.5)
+    normed, expert_weights, logits, top_experts = norm_router.norm_router(x, weight, router, top_k=top_k, order=order)
+
+    x64, weight64, router64 = (as_float64(array) for array in (x, weight, router))
+    centered = x64 - x64.mean(axis=1, keepdims=True)
+    expected = centered / np.sqrt((centered**2).mean(axis=1, keepdims=True) + EPS) * weight64
+    twin = mx.fast.layer_norm(x, weight, None, EPS)
+    assert_no_worse(normed, twin, expected)
+    assert_no_worse(logits, twin @ router.T, expected @ router64.T)
+    assert relative_error(logits, as_float64(normed) @ router64.T) < 2e-6
+
+    # Other logits can choose others, so that the rest is by its own.
+    own = as_float64(logits)
+    odds = np.exp(own - own.max(axis=1, keepdims=True))
+    chosen = np.sort(np.argsort(-own, axis=1, kind="stable")[:, :top_k], axis=1)
+    np.testing.assert_array_equal(np.array(top_experts), chosen)
+    shares = np.take_along_axis(odds / odds.sum(axis=1, keepdims=True), chosen, axis=1)
+    if order is not None:
+        shares = shares / np.linalg.norm(shares, ord=order, axis=1, keepdims=True)
+    np.testing.assert_allclose(as_float64(expert_weights[:tokens]), shares, rtol=2**-8)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 135])
+def test_a_row_without_numbers_chooses_experts_that_there_are_and_changes_no_other(tokens: int) -> None:
+    x, weight, router = normal(0, tokens, 512), normal(1, 512), normal(2, 16, 512)
+    broken = mx.where((mx.arange(tokens) % 3 == 0)[:, None], mx.array(mx.nan, mx.bfloat16), x)
+    found = norm_router.norm_router(broken, weight, router, top_k=4, order=1.0)
+    expected = norm_router.norm_router(x, weight, router, top_k=4, order=1.0)
+    for row in range(tokens):
+        if row % 3:
+            assert all(mx.array_equal(one[row], other[row]) for one, other in zip(found, expected, strict=True))
+            continue
+        normed, expert_weights, logits, top_experts = (one[row] for one in found)
+        assert all(mx.isnan(one).all() for one in (normed, expert_weights, logits))
+        assert np.array(top_experts).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("form", [None, Format(4, 64), Format(4, 32, "mxfp4")], ids=str)
+@pytest.mark.parametrize("time", [1, 9, 200])
+def test_an_id_outside_of_the_vocabulary_is_a_matter_of_its_row(time: int, form: Format | None) -> None:
+    config = Config(
+        d_model=256,
+        n_heads=4,
+        n_layers=2,
+        vocab_size=40,
+        attn=AttnConfig(clip_qkv=8.0, kv_n_heads=2),
+        ffn=FFNConfig(ffn_hidden_size=256, moe_num_experts=16, moe_top_k=4),
+        dtype="bfloat16",
+    )
+    params = init_params(config, mx.random.key(0))
+    if form is not None:
+        params = quantize(params, config, Quantization(form, form, form, form))
+    known = integers(1, 40, 3, time)
+    outside = mx.where((mx.arange(3) == 1)[:, None], mx.array(5_000_000, mx.int32), known)
+    (found, cache), (expected, known_cache) = (
+        forward(params, tokens, init_cache(config, 3, 512)) for tokens in (outside, known)
+    )
+    after, _ = forward(params, known[:, :1], cache)
+    known_after, _ = forward(params, known[:, :1], known_cache)
+    for logits, sound in ((found, expected), (after, known_after)):
+        assert mx.isnan(logits[1]).all()
+        assert mx.array_equal(logits[::2], sound[::2])
+
+
+def test_equal_logits_choose_the_first() -> None:
+    x, row = normal(0, 2, 512), normal(1, 1, 512)
+    _, expert_weights, _, top_experts = norm_router.norm_router(
+        x, mx.ones(512, mx.bfloat16), mx.broadcast_to(row, (16, 512)), top_k=4, order=1.0
+    )
+    assert top_experts.tolist() == [[0, 1, 2, 3]] * 2
+    assert expert_weights[:2].tolist() == [[0.25] * 4] * 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "d_model", "top_k", "slots"), [(1, 6144, 4, 4), (3, 6144, 4, 100), (129, 264, 1, 200), (64, 512, 3, 200)]
+)
+def test_combine(tokens: int, d_model: int, top_k: int, slots: int) -> None:
+    down, residual = normal(0, slots, d_model), normal(1, tokens, d_model)
+    pair_slots = integers(2, slots, tokens, top_k)
+    expert_weights = mx.random.uniform(shape=(tokens, top_k), key=mx.random.key(3)).astype(mx.bfloat16)
+    ours = combine.combine(down, pair_slots, expert_weights, residual)
+
+    twin = residual + (down[pair_slots] * expert_weights[..., None]).sum(axis=1)
+    rows: Any = as_float64(down)[np.array(pair_slots)]
+    expected = as_float64(residual) + (rows * as_float64(expert_weights)[..., None]).sum(axis=1)
+    assert_no_worse(ours, twin, expected)
+
+
+@pytest.mark.parametrize(("waves", "times"), [(1, 1), (3, 5), (2, 2)])
+def test_all_memory_is_read(waves: int, times: int) -> None:
+    words = integers(0, 2**31 - 1, waves * WAVE // 4).view(mx.uint32)
+    read = np.bitwise_xor.reduce(np.array(read_memory(words, times)))
+    assert read == (np.bitwise_xor.reduce(np.array(words)) if times % 2 else 0)
