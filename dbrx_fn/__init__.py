@@ -54,8 +54,6 @@ from dbrx_fn.model.config import AttnConfig as AttnConfig
 from dbrx_fn.model.config import Config as Config
 from dbrx_fn.model.config import FFNConfig as FFNConfig
 from dbrx_fn.model.layers.router import Routing as Routing
-from dbrx_fn.model.params import Format as Format
-from dbrx_fn.model.params import Params as Params
 from dbrx_fn.model.params import check_params as check_params
 from dbrx_fn.model.params import init_params as init_params
 from dbrx_fn.model.params import param_count as param_count
@@ -64,6 +62,8 @@ from dbrx_fn.model.quantization import dequantize as dequantize
 from dbrx_fn.model.quantization import quantize as quantize
 from dbrx_fn.model.transformer import forward as forward
 from dbrx_fn.model.transformer import score as score
+from dbrx_fn.model.tree import Params as Params
+from dbrx_fn.ops.formats import Format as Format
 from dbrx_fn.text.chat import encode_chat as encode_chat
 from dbrx_fn.text.chat import render_chat as render_chat
 from dbrx_fn.text.tokenizer import Tokenizer as Tokenizer

@@ -20,13 +20,14 @@ from dbrx_fn.benchmarks.mlx_lm import check_mlx_lm, mlx_lm_program
 from dbrx_fn.benchmarks.plan import Cases, Planned, check_cases, plan_checkpoint, plan_random
 from dbrx_fn.benchmarks.roofline import RooflinePoint, draw_roofline
 from dbrx_fn.benchmarks.training import BILLION, TrainingSpeed, measure_training
+from dbrx_fn.checkpoints.config_file import config_to_dict, read_config, read_config_file
 from dbrx_fn.checkpoints.hub import SMALL
 from dbrx_fn.cli.command import Parser, program, run
 from dbrx_fn.cli.quantize_options import FORMAT_HELP, add_quantize_options, chosen_quantization
 from dbrx_fn.cli.terminal import print_result, size_text
 from dbrx_fn.drawing.figure import check_new_picture, write_picture
 from dbrx_fn.errors import InputError
-from dbrx_fn.model.config import DBRX, Config, Dtype, config_to_dict, read_config, read_config_file
+from dbrx_fn.model.config import DBRX, Config, Dtype
 from dbrx_fn.model.costs import weight_bytes
 from dbrx_fn.model.params import param_count
 

@@ -34,9 +34,10 @@ from dbrx_fn.evaluation.comparison import Comparison, Model, check_same_model, c
 from dbrx_fn.evaluation.perplexity import Evaluation, check_targets
 from dbrx_fn.evaluation.picture import QuantizedModel, draw_quantizations, short_names
 from dbrx_fn.model.config import Config, Dtype
-from dbrx_fn.model.params import Params, param_count
+from dbrx_fn.model.params import param_count
 from dbrx_fn.model.quantization import dequantize
-from dbrx_fn.ops.products import backend, memory_size
+from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.device import backend, memory_size
 from dbrx_fn.text.tokenizer import read_tokenizer
 
 _SECONDS_BETWEEN_LINES = 30

@@ -22,9 +22,9 @@ from dbrx_fn.generation.generation_config import read_generation_config
 from dbrx_fn.generation.sampling import Sampling, random_key
 from dbrx_fn.generation.stream import Piece, check_limits, stream_text, token_budget, warm_up
 from dbrx_fn.model.config import Config, Dtype
-from dbrx_fn.model.params import Params
-from dbrx_fn.model.transformer import CHUNK_SIZE
-from dbrx_fn.ops.products import backend
+from dbrx_fn.model.shapes import CHUNK_SIZE
+from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.device import backend
 from dbrx_fn.text.chat import encode_chat
 from dbrx_fn.text.prompt_length import encode_prompt
 from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer

@@ -20,7 +20,7 @@ from dbrx_fn.checkpoints.surprises import surprises, tokenizer_text
 from dbrx_fn.cli.command import Parser, program, run
 from dbrx_fn.cli.terminal import print_result, size_text
 from dbrx_fn.model.config import Config
-from dbrx_fn.ops.products import Backend
+from dbrx_fn.runtime.device import Backend
 
 MISFIT = 1
 """The exit status where tensors don't fit the config: described, but it can't be loaded."""

@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from dbrx_fn.checkpoints.config_file import read_config, read_config_file
 from dbrx_fn.checkpoints.hub import SMALL, checkpoint_folder
 from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.checkpoints.saver import copy_tokenizer
@@ -21,7 +22,6 @@ from dbrx_fn.errors import InputError, TokenizerError
 from dbrx_fn.evaluation.perplexity import check_targets
 from dbrx_fn.files.atomic import write_file
 from dbrx_fn.generation.sampling import random_key
-from dbrx_fn.model.config import read_config, read_config_file
 from dbrx_fn.model.quantization import tree_formats
 from dbrx_fn.runs.folder import RunFolder
 from dbrx_fn.runs.loop import train

@@ -20,11 +20,12 @@ from dbrx_fn.checkpoints.checkpoint import open_checkpoint
 from dbrx_fn.errors import lacks_memory
 from dbrx_fn.generation.sampling import sample
 from dbrx_fn.generation.stream import GREEDY, stream_tokens
-from dbrx_fn.model.cache import Cache, capacity_bucket, grow_cache, init_cache
+from dbrx_fn.model.cache import Cache, grow_cache, init_cache
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.costs import Work, decode_work, prefill_work, weight_bytes
-from dbrx_fn.model.params import Params
+from dbrx_fn.model.shapes import capacity_bucket
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.model.tree import Params
 
 What = Literal["load", "draw", "prefill", "first token", "decode"]
 Step = Callable[[mx.array], mx.array]

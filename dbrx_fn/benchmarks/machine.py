@@ -12,8 +12,8 @@ import mlx.core as mx
 
 from dbrx_fn.benchmarks.machine_rates import matmul_rate, memory_rates
 from dbrx_fn.model.config import Dtype
-from dbrx_fn.ops.products import Backend, backend, memory_size
 from dbrx_fn.runtime.blas import FAST_BLAS
+from dbrx_fn.runtime.device import Backend, backend, memory_size
 
 _READ_AT_ONCE = 16 * 2**20
 _READERS = 4

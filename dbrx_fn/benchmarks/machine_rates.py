@@ -18,7 +18,7 @@ import numpy as np
 from dbrx_fn.model.config import Dtype
 from dbrx_fn.ops.kernels.cuda_module import on_hopper
 from dbrx_fn.ops.kernels.read_memory import WAVE, read_memory
-from dbrx_fn.ops.products import backend, memory_size
+from dbrx_fn.runtime.device import backend, memory_size
 
 _MIB = 2**20
 _TOGETHER = 0.03

@@ -11,11 +11,12 @@ from mlx.utils import tree_flatten
 
 from dbrx_fn.benchmarks.inference import Program, Step, random_cache
 from dbrx_fn.benchmarks.plan import ANSWER
+from dbrx_fn.checkpoints.config_file import config_to_dict
 from dbrx_fn.checkpoints.layouts import sources
 from dbrx_fn.errors import InputError
-from dbrx_fn.model.config import Config, config_to_dict
+from dbrx_fn.model.config import Config
 from dbrx_fn.model.costs import Formats
-from dbrx_fn.model.params import Params
+from dbrx_fn.model.tree import Params
 
 NAME = "mlx-lm"
 _CHUNK = 2048

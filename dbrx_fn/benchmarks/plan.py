@@ -10,12 +10,12 @@ from dbrx_fn.benchmarks.random_weights import random_params
 from dbrx_fn.checkpoints.checkpoint import open_checkpoint, require_fit
 from dbrx_fn.checkpoints.loader import computing_dtype, load
 from dbrx_fn.errors import InputError
-from dbrx_fn.model.cache import capacity_bucket
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.costs import Formats, cache_bytes, weight_bytes
-from dbrx_fn.model.params import Params
 from dbrx_fn.model.quantization import Quantization, quantize, wanted_formats
-from dbrx_fn.ops.products import backend, memory_size
+from dbrx_fn.model.shapes import capacity_bucket
+from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.device import backend, memory_size
 
 ANSWER = 100
 """Tokens that are asked for where the first is measured."""

@@ -10,7 +10,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.params import Format, Leaf, Params, init_params, nest, param_spec
+from dbrx_fn.model.params import Leaf, init_params, nest, param_spec
+from dbrx_fn.model.tree import Params
+from dbrx_fn.ops.formats import Format
 
 # Without the upper half of their exponents, which holds NaN, 8-bit floats (e4m3) are at most 1.875.
 _FINITE_E4M3 = 0xBFBFBFBF

@@ -12,6 +12,7 @@ from typing import cast, get_args
 
 import mlx.core as mx
 
+from dbrx_fn.checkpoints.config_file import read_config
 from dbrx_fn.checkpoints.gguf_file import gguf_config, gguf_headers, open_gguf
 from dbrx_fn.checkpoints.hub import checkpoint_path
 from dbrx_fn.checkpoints.layouts import (
@@ -27,8 +28,9 @@ from dbrx_fn.checkpoints.layouts import (
 from dbrx_fn.checkpoints.raw import Raw, mapped, of_raw, raw
 from dbrx_fn.checkpoints.safetensors_file import Tensor, is_hidden, read_headers
 from dbrx_fn.errors import CheckpointError
-from dbrx_fn.model.config import Config, Dtype, read_config
-from dbrx_fn.model.params import Format, companions, formats_of, listed
+from dbrx_fn.model.config import Config, Dtype
+from dbrx_fn.model.params import companions, formats_of, listed
+from dbrx_fn.ops.formats import Format
 
 FLOATS: tuple[Dtype, ...] = get_args(Dtype)
 

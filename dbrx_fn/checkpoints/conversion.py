@@ -32,9 +32,10 @@ from dbrx_fn.checkpoints.shards import SHARD_BYTES, Shard, ShardSum, plan_shards
 from dbrx_fn.errors import CheckpointError, InputError
 from dbrx_fn.files.work_folder import WorkFolder, hidden
 from dbrx_fn.model.config import Config, Dtype
-from dbrx_fn.model.params import Format, companions, listed, param_count
-from dbrx_fn.model.quantization import Quantization, dequantize_matrix, quantize_matrix, wanted_formats
-from dbrx_fn.ops.products import backend
+from dbrx_fn.model.params import companions, listed, param_count
+from dbrx_fn.model.quantization import Quantization, wanted_formats
+from dbrx_fn.ops.formats import Format, dequantize_matrix, quantize_matrix
+from dbrx_fn.runtime.device import backend
 
 Progress = Callable[[int, int], None]
 """Called with bytes written so far and bytes in all."""

@@ -13,11 +13,12 @@ from typing import Literal, get_args
 from dbrx_fn.checkpoints.checkpoint import Checkpoint
 from dbrx_fn.checkpoints.layouts import Layout
 from dbrx_fn.errors import InputError
-from dbrx_fn.model.cache import capacity_bucket
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.costs import cache_bytes, read_weight_bytes
-from dbrx_fn.model.params import Format, param_count, param_spec
-from dbrx_fn.ops.products import Backend, backend, memory_size
+from dbrx_fn.model.params import param_count, param_spec
+from dbrx_fn.model.shapes import capacity_bucket
+from dbrx_fn.ops.formats import Format
+from dbrx_fn.runtime.device import Backend, backend, memory_size
 
 PartName = Literal["experts", "attention", "router", "embedding", "head", "norms"]
 PARTS: tuple[PartName, ...] = get_args(PartName)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import mlx.core as mx
 
-from dbrx_fn.model.params import Format
+from dbrx_fn.ops.formats import Format
 
 # Bit patterns, sign apart: E8M0's only NaN, as scales of mxfp4 and mxfp8 have it, and E4M3's (OCP Microscaling Formats
 # 1.0, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf; OCP 8-bit Floating Point).

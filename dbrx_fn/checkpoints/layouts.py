@@ -37,7 +37,8 @@ from numpy.typing import NDArray
 
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.params import Described, Format, Leaf, param_spec, quantized_spec
+from dbrx_fn.model.params import Leaf, param_spec, quantized_spec
+from dbrx_fn.ops.formats import Described, Format
 
 Layout = Literal["fused", "split", "stacked", "converted", "mlp_experts", "nxd", "nxd_inference", "gguf"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)

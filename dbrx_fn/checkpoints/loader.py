@@ -16,9 +16,10 @@ from dbrx_fn.checkpoints.checkpoint import Checkpoint, LeafReader, open_checkpoi
 from dbrx_fn.checkpoints.hub import checkpoint_path, tokenizer_folder
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.model.config import Config, Dtype
-from dbrx_fn.model.params import Params, nest
-from dbrx_fn.ops.products import backend, memory_size
+from dbrx_fn.model.params import nest
+from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import checked
+from dbrx_fn.runtime.device import backend, memory_size
 from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
 
 _GIB = 2**30

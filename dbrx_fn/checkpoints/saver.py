@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from dbrx_fn.checkpoints.config_file import config_to_dict
 from dbrx_fn.checkpoints.layouts import Written, holds_quantized, sources
 from dbrx_fn.checkpoints.raw import Raw, raw
 from dbrx_fn.checkpoints.safetensors_file import INDEX
@@ -22,9 +23,11 @@ from dbrx_fn.checkpoints.shards import SHARD_BYTES, Shard, index_content, plan_s
 from dbrx_fn.errors import CheckpointError, InputError, TokenizerError
 from dbrx_fn.files.atomic import new_folder
 from dbrx_fn.files.json_file import LARGEST_VOCABULARY, parse_json, read_bounded, shown, shown_path
-from dbrx_fn.model.config import Config, config_to_dict
-from dbrx_fn.model.params import Format, Params, check_params, companions
+from dbrx_fn.model.config import Config
+from dbrx_fn.model.params import check_params, companions
 from dbrx_fn.model.quantization import tree_formats
+from dbrx_fn.model.tree import Params
+from dbrx_fn.ops.formats import Format
 from dbrx_fn.runtime.arguments import checked
 
 TOKENIZER_FILES = (

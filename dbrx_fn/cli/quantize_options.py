@@ -4,8 +4,8 @@ import argparse
 import re
 
 from dbrx_fn.errors import InputError
-from dbrx_fn.model.params import MODES, Format, format_of_mode
 from dbrx_fn.model.quantization import Quantization
+from dbrx_fn.ops.formats import MODES, Format, format_of_mode
 
 FORMAT_HELP = f"FORMAT is a number of bits (4), bits and group size (4:32), {', '.join(MODES[1:])}, or none."
 _KINDS = ("experts", "attention", "embedding", "head", "router")

@@ -18,8 +18,8 @@ from dbrx_fn.data.token_file import TokenFile, check_ids
 from dbrx_fn.errors import InputError
 from dbrx_fn.evaluation.perplexity import Evaluation, check_targets, of_sums, read_tokens, window_sums
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.params import Params
 from dbrx_fn.model.transformer import score
+from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.compile import compiled
 
 Progress = Callable[[int, int], None]

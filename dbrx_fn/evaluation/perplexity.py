@@ -13,8 +13,8 @@ from dbrx_fn.data.batches import eval_windows
 from dbrx_fn.data.token_file import TokenFile, check_ids
 from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.params import Params
 from dbrx_fn.model.transformer import score
+from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.compile import compiled
 from dbrx_fn.training.losses import bits_per_byte, busiest_expert, chosen_experts, token_nats
 

@@ -14,12 +14,13 @@ import mlx.core as mx
 from dbrx_fn.errors import GenerationError, InputError
 from dbrx_fn.files.json_file import shown
 from dbrx_fn.generation.sampling import Key, Sampling, init_history, sample
-from dbrx_fn.model.cache import capacity_bucket, grow_cache, init_cache
+from dbrx_fn.model.cache import grow_cache, init_cache
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.params import Params
-from dbrx_fn.model.transformer import CHUNK_SIZE, chunk_widths, forward, time_bucket
-from dbrx_fn.ops.products import attended, backend
+from dbrx_fn.model.shapes import CHUNK_SIZE, attended, capacity_bucket, chunk_widths, time_bucket
+from dbrx_fn.model.transformer import forward
+from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import checked
+from dbrx_fn.runtime.device import backend
 from dbrx_fn.text.prompt_length import encode_prompt
 from dbrx_fn.text.tokenizer import Tokenizer
 

@@ -20,9 +20,9 @@ from dbrx_fn.errors import CacheError
 from dbrx_fn.files.json_file import shown
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.layers.rotary import turns
-from dbrx_fn.ops.products import memory_size
 from dbrx_fn.runtime.arguments import checked
 from dbrx_fn.runtime.compile import compiled, typed
+from dbrx_fn.runtime.device import memory_size
 
 Keys = Float[mx.array, "batch kv_heads capacity head_dim"]
 
@@ -101,19 +101,6 @@ def init_cache(config: Config, batch_size: int = 1, capacity: int = 512) -> Cach
         return tuple(mx.zeros(shape, dtype) for _ in range(config.n_layers))
 
     return Cache(config, (0,) * batch_size, empty(), empty())
-
-
-def capacity_bucket(length: int) -> int:
-    """The capacity to give a cache that must hold `length` tokens: a power of two from 256 to 8,192, then four steps to
-    each doubling.
-
-    Each capacity is one more trace of the decoding step, so there should be few of them. But to make room for twice
-    16,384 tokens of DBRX when there is one more would be 2.5 GiB for nothing.
-    """
-    length = max(length, 256)
-    power = 1 << (length - 1).bit_length()
-    step = power if power <= 8192 else power // 8
-    return -(-length // step) * step
 
 
 @checked

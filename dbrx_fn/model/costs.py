@@ -12,7 +12,8 @@ from typing import Literal
 import mlx.core as mx
 
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.params import Format, param_count, param_spec, quantized_spec
+from dbrx_fn.model.params import param_count, param_spec, quantized_spec
+from dbrx_fn.ops.formats import Format
 
 Formats = Mapping[str, Format]
 """Of the quantized matrices, by their paths; none, for a dense model."""

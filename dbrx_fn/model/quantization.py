@@ -4,7 +4,7 @@ Which matrices are worth how many bits differs by what they do: the experts are 
 router is tiny and its errors send tokens to other experts, so it stays as it is unless asked for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,7 +12,9 @@ from mlx.utils import tree_flatten
 
 from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.params import Format, Params, check_params, companions, formats_of, nest, param_spec
+from dbrx_fn.model.params import check_params, companions, formats_of, nest, param_spec
+from dbrx_fn.model.tree import Params
+from dbrx_fn.ops.formats import Format
 from dbrx_fn.runtime.arguments import check_fields, checked
 
 _USUAL = Format(4, 64)
@@ -85,26 +87,6 @@ def tree_formats(params: Params, config: Config) -> Mapping[str, Format]:
     spec = param_spec(config)
     places = {path: ((path,), leaf.shape[-1]) for path, leaf in spec.items() if not leaf.is_norm}
     return formats_of(dict(tree_flatten(params)), places)[0]
-
-
-def quantize_matrix(matrix: mx.array, form: Format) -> Sequence[mx.array]:
-    """Its weight, scales and perhaps biases."""
-    leaves: Sequence[mx.array] = mx.quantize(matrix, group_size=form.group_size, bits=form.bits, mode=form.mode)
-    return leaves
-
-
-def dequantize_matrix(leaves: Sequence[mx.array], form: Format, dtype: mx.Dtype) -> mx.array:
-    """The floats that weight, scales and perhaps biases stand for."""
-    weight, scales, *rest = leaves
-    return mx.dequantize(
-        weight,
-        scales,
-        rest[0] if rest else None,
-        group_size=form.group_size,
-        bits=form.bits,
-        mode=form.mode,
-        dtype=dtype,
-    )
 
 
 def wanted_formats(config: Config, quantization: Quantization) -> dict[str, Format]:

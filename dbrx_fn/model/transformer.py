@@ -20,15 +20,13 @@ from dbrx_fn.model.layers.block import block
 from dbrx_fn.model.layers.embedding import embedding
 from dbrx_fn.model.layers.norm_attn_norm import Stream
 from dbrx_fn.model.layers.router import Routing
-from dbrx_fn.model.params import Params, check_params, check_part
+from dbrx_fn.model.params import check_params, check_part
+from dbrx_fn.model.shapes import attended
+from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.linear import linear
 from dbrx_fn.ops.norm import layer_norm
-from dbrx_fn.ops.products import attended, cheap_chunk
 from dbrx_fn.runtime.arguments import checked
 from dbrx_fn.runtime.compile import compiled
-
-CHUNK_SIZE = 2048
-"""Tokens of each row that go through the model at once, unless asked otherwise."""
 
 
 @checked
@@ -133,39 +131,6 @@ def score(
     x, _, _, routing = _run_blocks(params, tokens, lengths, cache, jitter_key, recompute)
     layers = (mx.stack(list(parts)).reshape(len(parts), batch, x.shape[1], -1) for parts in zip(*routing, strict=True))
     return _head(params, x, config)[:, :time], Routing(*(layer[:, :, :time] for layer in layers))
-
-
-def time_bucket(time: int, capacity: int) -> int:
-    """The length that `time` tokens are padded to, within a capacity other than 0. Each is one trace of the block.
-
-    1, or a power of two from 8 on; a prompt is cut so that it comes close to them (`chunk_widths`). What goes into a
-    cache of capacity 0 can't be cut, so there are eight lengths to each doubling then.
-    """
-    if time == 1:
-        return 1
-    bucket = _power_of_two(time)
-    if capacity:
-        return min(bucket, capacity)
-    step = max(8, bucket // 16)
-    return -(-time // step) * step
-
-
-def chunk_widths(time: int, chunk_size: int) -> list[int]:
-    """Cuts `time` tokens into chunks of at most `chunk_size`, each little shorter than what it will be padded to."""
-    widths = []
-    while time:
-        width = min(chunk_size, time)
-        bucket = _power_of_two(width)
-        # Two passes cost less than one with a third of padding, unless passes this short all cost the same.
-        if bucket > cheap_chunk() and 4 * width <= 3 * bucket:
-            width = bucket // 2
-        widths.append(width)
-        time -= width
-    return widths
-
-
-def _power_of_two(time: int) -> int:
-    return max(8, 1 << (time - 1).bit_length())
 
 
 def _run_chunk(params: Params, tokens: mx.array, lengths: tuple[int, ...], cache: Cache) -> tuple[mx.array, Cache]:

@@ -7,7 +7,7 @@ weight goes through here. Gradients reach the activations through either kind, a
 import mlx.core as mx
 from jaxtyping import Float
 
-from dbrx_fn.model.params import Linear, format_of
+from dbrx_fn.ops.formats import Linear, format_of
 from dbrx_fn.ops.kernels import linears
 from dbrx_fn.ops.products import grouped_matmul, grouped_quantized_matmul, quantized_matmul
 from dbrx_fn.ops.twin import with_gradients_of

@@ -1,94 +1,11 @@
 """What differs between MLX's back ends, and nothing else does: Metal, CUDA and the CPU."""
 
-import os
-import sys
-from typing import Literal
-
 import mlx.core as mx
 from jaxtyping import Float, Integer, Shaped, UInt32
 
-from dbrx_fn.model.params import Format
-from dbrx_fn.model.quantization import dequantize_matrix
-from dbrx_fn.ops import cpu
+from dbrx_fn.ops.formats import Format, dequantize_matrix
 from dbrx_fn.runtime.blas import FAST_BLAS
 from dbrx_fn.runtime.compile import typed
-
-Backend = Literal["metal", "cuda", "cpu"]
-
-
-def backend() -> Backend:
-    """The back end of the default device."""
-    if mx.default_device().type == mx.cpu:
-        return "cpu"
-    return "cuda" if mx.cuda.is_available() else "metal"
-
-
-def memory_size() -> int:
-    """Bytes of memory that the default device has in all."""
-    if backend() == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    info = mx.device_info()
-    return int(info.get("max_recommended_working_set_size") or info.get("total_memory") or info["memory_size"])
-
-
-def cheap_chunk() -> int:
-    """Tokens up to which a pass through the model costs about the same however many they are.
-
-    On a GPU that is where reading the weights takes longer than computing with them: 8 layers of the released widths
-    on one H200 take 19 ms for 16 tokens, 27 for 128, 52 for 512, 108 for 1076 in two chunks, 164 for 2048. A CPU
-    computes more slowly than it reads.
-    """
-    return 64 if backend() == "cpu" else 512
-
-
-def on_linux_cpu() -> bool:
-    """Whether there is need of `dbrx_fn.ops.cpu`: a Mac's CPU back end computes the same fast."""
-    return backend() == "cpu" and sys.platform == "linux"
-
-
-def sigmoid(x: mx.array) -> mx.array:
-    """1 / (1 + e^-x)."""
-    return cpu.sigmoid(x) if on_linux_cpu() else mx.sigmoid(x)
-
-
-def normalized(weight: mx.array, x: mx.array, eps: float) -> mx.array:
-    """`x` `[... d_model]` less its mean, over its deviation, times `weight` `[d_model]`; computed in float32."""
-    return cpu.layer_norm(weight, x, eps) if on_linux_cpu() else mx.fast.layer_norm(x, weight, None, eps)
-
-
-def attended(time: int, held: int, capacity: int) -> int:
-    """How many positions of a cache attention looks at from `time` tokens, if no row then holds more than `held`.
-
-    On a CPU each number is one more signature for which types are checked, on a GPU one more trace, so there should
-    be few of them: the next 128, and for a GPU the next power of two. Single tokens see the whole capacity on a GPU,
-    lest one of them has to wait for a trace.
-    """
-    if backend() == "cpu":
-        return min(capacity, -(-held // 128) * 128)
-    return capacity if time == 1 else min(capacity, 1 << (held - 1).bit_length())
-
-
-def attention(
-    q: Float[mx.array, "batch heads time head_dim"],
-    k: Float[mx.array, "batch kv_heads seen head_dim"],
-    v: Float[mx.array, "batch kv_heads seen head_dim"],
-    mask: Float[mx.array, "batch 1 time seen"] | None,
-    *,
-    wraps: bool,
-) -> Float[mx.array, "batch heads time head_dim"]:
-    """Grouped-query attention, scores scaled by 1 / sqrt(head_dim).
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        mask: what is added to the scores; causal if not given.
-        wraps: whether queries stand past the last key. If not, query t sees none past `seen - time + t`.
-    """
-    scale = q.shape[-1] ** -0.5
-    if on_linux_cpu():
-        return cpu.attention(q, k, v, scale, mask, wraps=wraps)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if mask is None else mask)
 
 
 def segment_rows(rows: int, experts: int, dtype: mx.Dtype, quantization: Format | None = None) -> int:

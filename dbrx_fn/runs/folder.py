@@ -34,7 +34,7 @@ from dbrx_fn.files.checksums import file_sum, folder_sums
 from dbrx_fn.files.file_lock import folder_claimed, locked
 from dbrx_fn.files.json_file import LARGEST_VOCABULARY, parse_json, read_bounded, shown
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.params import Params
+from dbrx_fn.model.tree import Params
 from dbrx_fn.runs.checkpoint import leaves, not_finite_leaf, read_run_checkpoint, write_run_checkpoint
 from dbrx_fn.runs.plan import Plan, difference
 from dbrx_fn.training.step import State

@@ -23,8 +23,9 @@ from dbrx_fn.drawing.figure import check_matplotlib, write_picture
 from dbrx_fn.errors import InputError
 from dbrx_fn.evaluation.perplexity import Evaluation, evaluate
 from dbrx_fn.generation.sampling import random_key
-from dbrx_fn.model.params import Params, init_params, param_count
+from dbrx_fn.model.params import init_params, param_count
 from dbrx_fn.model.quantization import dequantize
+from dbrx_fn.model.tree import Params
 from dbrx_fn.runs.folder import RunFolder
 from dbrx_fn.runs.metrics_file import cut_metrics, evaluation_line, number, read_metrics, step_line, write_line
 from dbrx_fn.runs.pictures import draw_expert_load, draw_losses

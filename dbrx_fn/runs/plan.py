@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dbrx_fn.checkpoints.config_file import config_from_dict, config_to_dict
 from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.files.json_file import shown
-from dbrx_fn.model.config import Config, config_from_dict, config_to_dict
+from dbrx_fn.model.config import Config
 from dbrx_fn.training.step import Recipe
 
 _DECIDES = ("config", "recipe", "batch_size", "sequence_length", "seed")

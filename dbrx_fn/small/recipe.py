@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_fn import train
+from dbrx_fn.checkpoints.config_file import config_to_dict
 from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.checkpoints.saver import write_checkpoint
 from dbrx_fn.cli.command import INTERRUPTED, TERMINATED, Parser, Terminated, program, run
@@ -35,9 +36,10 @@ from dbrx_fn.evaluation.perplexity import Evaluation, evaluate
 from dbrx_fn.files.atomic import new_folder, write_file
 from dbrx_fn.generation.sampling import Sampling, random_key
 from dbrx_fn.generation.stream import stream_text
-from dbrx_fn.model.config import AttnConfig, Config, FFNConfig, config_to_dict
-from dbrx_fn.model.params import Format, param_count
+from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
+from dbrx_fn.model.params import param_count
 from dbrx_fn.model.quantization import Quantization, dequantize, quantize
+from dbrx_fn.ops.formats import Format
 from dbrx_fn.runs.folder import RunFolder
 from dbrx_fn.runs.metrics_file import read_metrics
 from dbrx_fn.runs.pictures import draw_expert_load, draw_losses

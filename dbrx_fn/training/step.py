@@ -23,10 +23,11 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.files.json_file import shown
 from dbrx_fn.model.argument_checks import check_key, check_tree
 from dbrx_fn.model.config import Config, Dtype
-from dbrx_fn.model.params import Params, nest, param_count
-from dbrx_fn.ops.products import memory_size
+from dbrx_fn.model.params import nest, param_count
+from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import check_fields, checked
 from dbrx_fn.runtime.compile import compiled
+from dbrx_fn.runtime.device import memory_size
 from dbrx_fn.training.losses import LossParts, check_batch, loss
 
 State = dict[str, Any]

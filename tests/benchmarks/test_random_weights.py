@@ -8,9 +8,10 @@ from mlx.utils import tree_flatten
 from dbrx_fn.benchmarks.random_weights import random_params, random_words
 from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
-from dbrx_fn.model.params import Format, check_params, format_of_mode
+from dbrx_fn.model.params import check_params
 from dbrx_fn.model.quantization import Quantization, dequantize, tree_formats, wanted_formats
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.ops.formats import Format, format_of_mode
 
 CONFIG = Config(
     d_model=128,

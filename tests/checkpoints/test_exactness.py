@@ -9,18 +9,20 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 import pytest
+from dbrx_fn.model.tree import Params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 
+from dbrx_fn.checkpoints.config_file import config_from_dict
 from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.checkpoints.saver import save
 from dbrx_fn.generation.stream import stream_tokens
 from dbrx_fn.model.cache import init_cache
-from dbrx_fn.model.config import Config, Dtype, config_from_dict
-from dbrx_fn.model.params import Format, Params
+from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.quantization import Quantization, dequantize, quantize
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.ops.formats import Format
 from dbrx_fn.runs.folder import RunFolder
 from dbrx_fn.runs.plan import Plan
 from dbrx_fn.training.step import Recipe, State, init_state, train_step

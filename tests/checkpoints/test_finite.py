@@ -5,15 +5,17 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
+from dbrx_fn.model.tree import Params
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from dbrx_fn.checkpoints import finite
+from dbrx_fn.checkpoints.config_file import config_from_dict
 from dbrx_fn.checkpoints.finite import is_finite, not_finite
-from dbrx_fn.model.config import config_from_dict
-from dbrx_fn.model.params import MODES, Format, Mode, Params, nest
+from dbrx_fn.model.params import nest
 from dbrx_fn.model.quantization import Quantization, quantize, tree_formats
+from dbrx_fn.ops.formats import MODES, Format, Mode
 from tests.support import checkpoints, trees
 
 SIZES: dict[Mode, tuple[int, int]] = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}

@@ -14,16 +14,19 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 import pytest
+from dbrx_fn.model.tree import Params
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
+from dbrx_fn.checkpoints.config_file import config_from_dict
 from dbrx_fn.checkpoints.layouts import LAYOUTS, Layout, sources
 from dbrx_fn.checkpoints.loader import computing_dtype, load, load_tokenizer
 from dbrx_fn.errors import CheckpointError, ConfigError, TokenizerError
 from dbrx_fn.model.cache import init_cache
-from dbrx_fn.model.config import DBRX, Config, Dtype, config_from_dict
-from dbrx_fn.model.params import Format, Params, check_params, param_count, param_spec
+from dbrx_fn.model.config import DBRX, Config, Dtype
+from dbrx_fn.model.params import check_params, param_count, param_spec
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.ops.formats import Format
 from tests.support import checkpoints, oracle
 
 RAW: dict[str, Any] = {

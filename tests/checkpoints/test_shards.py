@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from dbrx_fn.checkpoints.config_file import config_from_dict
 from dbrx_fn.checkpoints.layouts import Source, Written, sources
 from dbrx_fn.checkpoints.raw import Raw, in_order, mapped, of_raw, raw
 from dbrx_fn.checkpoints.safetensors_file import INDEX
 from dbrx_fn.checkpoints.shards import Matrices, Shard, ShardSum, index_content, plan_shards, sum_in, write_shard
 from dbrx_fn.errors import CheckpointError
-from dbrx_fn.model.config import Config, Dtype, config_from_dict
-from dbrx_fn.model.params import Format
+from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.quantization import Quantization, wanted_formats
+from dbrx_fn.ops.formats import Format
 from tests.support.checkpoints import QUANTIZABLE
 
 CONFIG = config_from_dict(QUANTIZABLE)

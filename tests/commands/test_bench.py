@@ -15,12 +15,14 @@ from dbrx_fn.benchmarks.inference import Program, measure_inference, our_program
 from dbrx_fn.benchmarks.machine import MachineLimits
 from dbrx_fn.benchmarks.plan import Cases, plan_checkpoint, plan_random
 from dbrx_fn.benchmarks.training import BILLION
+from dbrx_fn.checkpoints.config_file import config_to_dict
 from dbrx_fn.checkpoints.saver import save
 from dbrx_fn.generation.stream import stream_tokens
-from dbrx_fn.model.config import DBRX, AttnConfig, Config, FFNConfig, config_to_dict
+from dbrx_fn.model.config import DBRX, AttnConfig, Config, FFNConfig
 from dbrx_fn.model.costs import decode_work, prefill_work, weight_bytes
-from dbrx_fn.model.params import Format, init_params, param_count
+from dbrx_fn.model.params import init_params, param_count
 from dbrx_fn.model.quantization import Quantization, quantize
+from dbrx_fn.ops.formats import Format
 
 TINY = Config(
     d_model=64,

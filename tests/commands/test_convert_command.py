@@ -20,8 +20,8 @@ import pytest
 from dbrx_fn.checkpoints.hub import SMALL
 from dbrx_fn.checkpoints.loader import load, load_tokenizer
 from dbrx_fn.convert import main
-from dbrx_fn.model.params import Format
 from dbrx_fn.model.quantization import Quantization, tree_formats
+from dbrx_fn.ops.formats import Format
 from tests.support import checkpoints
 from tests.support.checkpoints import QUANTIZABLE
 from tests.support.layouts_written import write_gguf

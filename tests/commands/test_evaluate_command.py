@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from dbrx_fn.model.tree import Params
 
 import dbrx_fn.evaluate
 from dbrx_fn.checkpoints.loader import load, load_tokenizer
@@ -20,8 +21,9 @@ from dbrx_fn.data.token_file import write_token_file
 from dbrx_fn.evaluate import main
 from dbrx_fn.evaluation.comparison import Model, compare
 from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
-from dbrx_fn.model.params import Format, Params, param_count
+from dbrx_fn.model.params import param_count
 from dbrx_fn.model.quantization import Quantization, dequantize, quantize
+from dbrx_fn.ops.formats import Format
 from dbrx_fn.random_checkpoint import write_random_checkpoint
 from dbrx_fn.train_tokenizer import SMALLEST_VOCABULARY
 from tests.support.tiny_runs import sentences

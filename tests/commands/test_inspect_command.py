@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from dbrx_fn.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from dbrx_fn.checkpoints.config_file import config_from_dict, config_to_dict
 from dbrx_fn.checkpoints.conversion import Request, convert, plan_conversion
 from dbrx_fn.checkpoints.description import PARTS, describe
 from dbrx_fn.checkpoints.hub import SMALL
@@ -33,10 +34,11 @@ from dbrx_fn.checkpoints.layouts import Layout, sources
 from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.inspect import main
 from dbrx_fn.model.cache import init_cache
-from dbrx_fn.model.config import DBRX, Config, config_from_dict, config_to_dict
-from dbrx_fn.model.params import Format, param_spec
+from dbrx_fn.model.config import DBRX, Config
+from dbrx_fn.model.params import param_spec
 from dbrx_fn.model.quantization import Quantization, wanted_formats
-from dbrx_fn.ops.products import memory_size
+from dbrx_fn.ops.formats import Format
+from dbrx_fn.runtime.device import memory_size
 from tests.support import checkpoints, layouts_written
 
 RAW: dict[str, Any] = checkpoints.QUANTIZABLE

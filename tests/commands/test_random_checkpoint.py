@@ -13,9 +13,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 import dbrx_fn.random_checkpoint
+from dbrx_fn.checkpoints.config_file import read_config
 from dbrx_fn.checkpoints.loader import load, load_tokenizer
 from dbrx_fn.errors import InputError
-from dbrx_fn.model.config import AttnConfig, Config, Dtype, FFNConfig, read_config
+from dbrx_fn.model.config import AttnConfig, Config, Dtype, FFNConfig
 from dbrx_fn.model.params import check_params, init_params, param_count
 from dbrx_fn.random_checkpoint import main, write_random_checkpoint
 from dbrx_fn.text.tokenizer import read_tokenizer

@@ -21,13 +21,14 @@ import pytest
 from mlx.utils import tree_flatten
 
 from dbrx_fn import generate
+from dbrx_fn.checkpoints.config_file import config_from_dict
 from dbrx_fn.checkpoints.hub import SMALL
 from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.checkpoints.saver import save
 from dbrx_fn.data.token_file import read_token_file
-from dbrx_fn.model.config import config_from_dict
-from dbrx_fn.model.params import Format, init_params
+from dbrx_fn.model.params import init_params
 from dbrx_fn.model.quantization import Quantization, dequantize, quantize
+from dbrx_fn.ops.formats import Format
 from dbrx_fn.runs.folder import RunFolder
 from dbrx_fn.text.tokenizer import read_tokenizer
 from dbrx_fn.train import main, parser

@@ -14,12 +14,12 @@ import mlx.core as mx
 import pytest
 
 from dbrx_fn import train, train_tokenizer
+from dbrx_fn.checkpoints.config_file import config_from_dict
 from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.checkpoints.saver import save
 from dbrx_fn.errors import InputError
 from dbrx_fn.files.atomic import new_folder
 from dbrx_fn.files.file_lock import folder_claimed, locked
-from dbrx_fn.model.config import config_from_dict
 from dbrx_fn.model.params import init_params
 from dbrx_fn.runs.folder import RunFolder
 from tests.support.tiny_runs import TINY, arguments, contents, write_config, write_text

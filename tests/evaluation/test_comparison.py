@@ -17,9 +17,9 @@ from dbrx_fn.data.token_file import TokenFile, write_token_file
 from dbrx_fn.errors import InputError
 from dbrx_fn.evaluation.comparison import Comparison, Model, check_same_model, compare, experts_in_common, kl_divergence
 from dbrx_fn.evaluation.perplexity import Evaluation, evaluate
-from dbrx_fn.model.params import Format
 from dbrx_fn.model.quantization import Quantization, dequantize, quantize
 from dbrx_fn.model.transformer import score
+from dbrx_fn.ops.formats import Format
 from dbrx_fn.text.tokenizer import read_tokenizer
 from dbrx_fn.train_tokenizer import SMALLEST_VOCABULARY, save_tokenizer, train_bpe
 from tests.support.tiny_runs import TINY, sentences

@@ -19,8 +19,9 @@ from dbrx_fn.model.costs import (
     training_operations,
     weight_bytes,
 )
-from dbrx_fn.model.params import Format, init_params
+from dbrx_fn.model.params import init_params
 from dbrx_fn.model.quantization import Quantization, wanted_formats
+from dbrx_fn.ops.formats import Format
 
 TINY = Config(
     d_model=8,

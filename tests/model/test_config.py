@@ -13,17 +13,9 @@ from typing import Any
 
 import pytest
 
+from dbrx_fn.checkpoints.config_file import config_from_dict, config_to_dict, read_config, read_config_file
 from dbrx_fn.errors import ConfigError
-from dbrx_fn.model.config import (
-    DBRX,
-    AttnConfig,
-    Config,
-    FFNConfig,
-    config_from_dict,
-    config_to_dict,
-    read_config,
-    read_config_file,
-)
+from dbrx_fn.model.config import DBRX, AttnConfig, Config, FFNConfig
 
 # The released databricks/dbrx-instruct's.
 RELEASED: dict[str, Any] = {

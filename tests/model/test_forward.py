@@ -8,14 +8,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from dbrx_fn.model.tree import Params
 from mlx.utils import tree_flatten
 from numpy.typing import ArrayLike, NDArray
 
 from dbrx_fn.errors import CheckpointError, InputError
 from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.config import DBRX, Config, Dtype, FFNConfig
-from dbrx_fn.model.params import Params, init_params
-from dbrx_fn.model.transformer import chunk_widths, forward, time_bucket
+from dbrx_fn.model.params import init_params
+from dbrx_fn.model.shapes import chunk_widths, time_bucket
+from dbrx_fn.model.transformer import forward
 from tests.support.trees import Case, as_float64, random_case, relative_error
 
 Measured = Callable[[str, float], float]

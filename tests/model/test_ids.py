@@ -6,18 +6,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from dbrx_fn.model.tree import Params
+from dbrx_fn.ops.experts import mix_experts
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
+from dbrx_fn.checkpoints.config_file import config_from_dict
 from dbrx_fn.errors import CacheError, InputError
 from dbrx_fn.generation.sampling import apply_logit_bias, init_history
 from dbrx_fn.model.cache import Cache, init_cache
-from dbrx_fn.model.config import Config, Dtype, config_from_dict
-from dbrx_fn.model.layers.moe import mix_experts
-from dbrx_fn.model.params import Format, Params
+from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.quantization import Quantization, quantize
 from dbrx_fn.model.transformer import forward, score
+from dbrx_fn.ops.formats import Format
 from dbrx_fn.training.losses import loss
 from tests.support import checkpoints
 from tests.support.trees import tree

@@ -6,13 +6,15 @@ from typing import Any, get_args
 import mlx.core as mx
 import numpy as np
 import pytest
+from dbrx_fn.ops.activations import ACTIVATIONS
+from dbrx_fn.ops.dispatch import dispatch
+from dbrx_fn.ops.experts import combine, gather_segments, mix_experts
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dbrx_fn.model.config import Activation, FFNConfig
-from dbrx_fn.model.layers.dispatch import dispatch
-from dbrx_fn.model.layers.moe import ACTIVATIONS, combine, gather_segments, mix_experts, moe
+from dbrx_fn.model.layers.moe import moe
 from dbrx_fn.ops.linear import expert_linear, linear
 from dbrx_fn.ops.products import segment_rows
 from dbrx_fn.runtime.blas import FAST_BLAS

@@ -6,11 +6,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from dbrx_fn.model.tree import Params
 from mlx.utils import tree_flatten
 
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.model.config import DBRX, AttnConfig, Config, FFNConfig
-from dbrx_fn.model.params import Params, check_params, init_params, nest, param_count, param_spec
+from dbrx_fn.model.params import check_params, init_params, nest, param_count, param_spec
 from tests.support.trees import as_float64
 
 CONFIG = Config(

@@ -7,15 +7,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from dbrx_fn.model.tree import Params
 from mlx.utils import tree_flatten
 
 from dbrx_fn.errors import CheckpointError, InputError
 from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.layers.embedding import embedding
-from dbrx_fn.model.params import Format, Linear, Params, check_params, nest, param_count, param_spec
+from dbrx_fn.model.params import check_params, nest, param_count, param_spec
 from dbrx_fn.model.quantization import Quantization, dequantize, quantize, tree_formats
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.ops.formats import Format, Linear
 from dbrx_fn.ops.linear import expert_linear, linear
 from dbrx_fn.ops.products import segment_rows
 from tests.support.checkpoints import QUANTIZABLE

@@ -8,16 +8,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from dbrx_fn.ops.experts import in_segments, mix_experts
 from mlx.utils import tree_map
 from numpy.typing import NDArray
 
 from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.model.layers import decode_block
-from dbrx_fn.model.layers.moe import in_segments, mix_experts
-from dbrx_fn.model.params import Format, init_params
+from dbrx_fn.model.params import init_params
 from dbrx_fn.model.quantization import Quantization, dequantize, quantize
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.ops.formats import Format
 from dbrx_fn.ops.kernels import experts, layer_norm, linears, segments
 from dbrx_fn.ops.kernels.cuda_module import on_hopper
 from dbrx_fn.ops.linear import linear

@@ -8,16 +8,16 @@ import pytest
 from numpy.typing import NDArray
 
 from dbrx_fn.model.cache import init_cache
-from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
+from dbrx_fn.model.config import EPS, AttnConfig, Config, FFNConfig
 from dbrx_fn.model.layers.rotary import inverse_frequencies, turn, turns
-from dbrx_fn.model.params import Format, init_params
+from dbrx_fn.model.params import init_params
 from dbrx_fn.model.quantization import Quantization, quantize
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.ops.formats import Format
 from dbrx_fn.ops.kernels import combine, decode_attention, norm_router, project_qkv
 from dbrx_fn.ops.kernels import layer_norm as layer_norm_kernel
 from dbrx_fn.ops.kernels.cuda_module import on_hopper
 from dbrx_fn.ops.kernels.read_memory import WAVE, read_memory
-from dbrx_fn.ops.norm import EPS
 from dbrx_fn.ops.products import quantized_matmul
 from tests.support.kernel_operands import dense, error, matrix, normal
 from tests.support.trees import as_float64, relative_error

@@ -11,9 +11,10 @@ from dbrx_fn.bench import main
 from dbrx_fn.benchmarks.inference import our_program
 from dbrx_fn.benchmarks.mlx_lm import check_mlx_lm, mlx_lm_program
 from dbrx_fn.benchmarks.random_weights import random_params
+from dbrx_fn.checkpoints.config_file import config_to_dict
 from dbrx_fn.checkpoints.saver import save
 from dbrx_fn.errors import InputError
-from dbrx_fn.model.config import AttnConfig, Config, FFNConfig, config_to_dict
+from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.model.quantization import Quantization, wanted_formats
 
 CONFIG = Config(

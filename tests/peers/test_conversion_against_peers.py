@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.convert import main
 from dbrx_fn.model.cache import init_cache
-from dbrx_fn.model.params import Format
 from dbrx_fn.model.quantization import tree_formats
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.ops.formats import Format
 from tests.peers import reference
 from tests.support import layouts_written, oracle
 from tests.support.checkpoints import QUANTIZABLE, split_tensors, write_fused, write_split

@@ -10,12 +10,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from dbrx_fn.ops.activations import ACTIVATIONS
 from numpy.typing import NDArray
 from transformers.activations import ACT2FN
 
 from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.config import Activation
-from dbrx_fn.model.layers.moe import ACTIVATIONS
 from dbrx_fn.model.transformer import forward
 from tests.peers import reference
 from tests.support.checkpoints import random_config, write_fused

@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DbrxConfig
 
+from dbrx_fn.checkpoints.config_file import read_config
 from dbrx_fn.checkpoints.saver import save
 from dbrx_fn.convert import main as convert
 from dbrx_fn.model.cache import init_cache
-from dbrx_fn.model.config import Activation, AttnConfig, Config, FFNConfig, read_config
+from dbrx_fn.model.config import Activation, AttnConfig, Config, FFNConfig
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.transformer import forward
 from tests.peers import reference

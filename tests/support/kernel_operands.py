@@ -4,8 +4,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from dbrx_fn.model.params import Format, format_of
-from dbrx_fn.model.quantization import dequantize_matrix, quantize_matrix
+from dbrx_fn.ops.formats import Format, dequantize_matrix, format_of, quantize_matrix
 from tests.support.trees import as_float64
 
 

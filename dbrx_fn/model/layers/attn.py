@@ -20,8 +20,8 @@ from jaxtyping import Float
 from dbrx_fn.model.cache import Keys, Window, write
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.layers.rotary import turn
+from dbrx_fn.ops.attention import attention
 from dbrx_fn.ops.linear import linear
-from dbrx_fn.ops.products import attention
 from dbrx_fn.runtime.compile import compiled
 
 

@@ -29,13 +29,14 @@ import mlx.nn as nn
 from jaxtyping import Float, Integer, UInt32
 
 from dbrx_fn.model.config import Activation, FFNConfig
-from dbrx_fn.model.layers.dispatch import Dispatch, dispatch
 from dbrx_fn.model.layers.router import Routing, router
-from dbrx_fn.model.params import format_of
+from dbrx_fn.ops.activations import sigmoid
 from dbrx_fn.ops.bounded import within
+from dbrx_fn.ops.dispatch import Dispatch, dispatch
+from dbrx_fn.ops.formats import format_of
 from dbrx_fn.ops.kernels import experts
 from dbrx_fn.ops.linear import expert_linear
-from dbrx_fn.ops.products import segment_rows, sigmoid
+from dbrx_fn.ops.products import segment_rows
 from dbrx_fn.ops.twin import with_gradients_of
 from dbrx_fn.runtime.compile import compiled, typed
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from dbrx_fn.model.config import FFNConfig
-from dbrx_fn.model.layers.dispatch import dispatch
+from dbrx_fn.ops.dispatch import dispatch
 from dbrx_fn.ops.kernels import combine
 from dbrx_fn.ops.kernels.cuda_module import on_hopper
 from dbrx_fn.ops.kernels.segments import (

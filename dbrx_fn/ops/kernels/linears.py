@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from dbrx_fn.model.params import Linear
+from dbrx_fn.ops.formats import Linear
 from dbrx_fn.ops.kernels.cuda_module import on_hopper
 from dbrx_fn.ops.kernels.segments import INNER, MATRIX_ROWS, kernel_format, long_segments, pack_rows, short_segments
 

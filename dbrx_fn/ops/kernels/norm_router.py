@@ -7,8 +7,8 @@ ones are rounded to bfloat16, and the probabilities' order is that of the logits
 import mlx.core as mx
 from jaxtyping import BFloat16, Float32, UInt32
 
+from dbrx_fn.model.config import EPS
 from dbrx_fn.ops.kernels.cuda_module import Kernel, launch
-from dbrx_fn.ops.norm import EPS
 from dbrx_fn.runtime.compile import typed
 
 _MULTIPROCESSORS = 132

@@ -8,11 +8,11 @@ import math
 import mlx.core as mx
 from jaxtyping import BFloat16, Float32, Int32
 
-from dbrx_fn.model.params import Linear
+from dbrx_fn.model.config import EPS
+from dbrx_fn.ops.formats import Linear
 from dbrx_fn.ops.kernels.cuda_module import Kernel, launch
 from dbrx_fn.ops.kernels.layer_norm import layer_norm
 from dbrx_fn.ops.kernels.segments import format_defines, leaves
-from dbrx_fn.ops.norm import EPS
 from dbrx_fn.runtime.compile import typed
 
 _WARPS = 8

@@ -12,7 +12,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from dbrx_fn.model.params import Linear, Mode, format_of
+from dbrx_fn.ops.formats import Linear, Mode, format_of
 from dbrx_fn.ops.kernels.cuda_module import Kernel, launch
 
 LONG_ROWS = 256

@@ -1,0 +1,163 @@
+"""The formats of matrices: dense, or packed integers with scales as `mx.quantize` makes them.
+
+A quantized matrix's shapes and dtypes say which format it is:
+
+    weight     uint32 [... inner * bits / 32]
+    scales     the model's dtype, or uint8 [... inner / group_size]
+    biases     as scales, in the affine mode only
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NotRequired, Protocol, TypedDict, get_args
+
+import mlx.core as mx
+
+from dbrx_fn.errors import CheckpointError, InputError
+
+
+class Linear(TypedDict):
+    """One matrix `[... outer inner]`: `weight`, and where it is quantized `scales` and perhaps `biases`."""
+
+    weight: mx.array
+    scales: NotRequired[mx.array]
+    biases: NotRequired[mx.array]
+
+
+Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
+
+
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+_AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+
+
+_AFFINE_GROUPS = (32, 64, 128)
+
+
+# The others are floating-point formats of one size each: (bits, group_size).
+_FLOAT_MODES: dict[tuple[int, int], Mode] = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix is quantized: `bits` for each entry, and one scale for each `group_size` entries of a row.
+
+    Modes are `mx.quantize`'s. `affine` has a bias to each scale, and these are of the model's dtype; in the other three
+    the scales are 8-bit floats and there are no biases.
+
+    Raises:
+        InputError: if there is no such mode, or it has no such bits or group size.
+    """
+
+    bits: int
+    group_size: int
+    mode: Mode = "affine"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        size = (self.bits, self.group_size)
+        if self.mode != "affine" and _FLOAT_MODES.get(size) != self.mode:
+            bits, group_size = next(size for size, mode in _FLOAT_MODES.items() if mode == self.mode)
+            raise InputError(
+                f"bits and group_size are {self.bits} and {self.group_size} where {self.mode} has {bits} and"
+                f" {group_size}."
+            )
+        if self.mode == "affine" and not (self.bits in _AFFINE_BITS and self.group_size in _AFFINE_GROUPS):
+            raise InputError(
+                f"bits and group_size are {self.bits} and {self.group_size} where one of {_either(_AFFINE_BITS)} and"
+                f" one of {_either(_AFFINE_GROUPS)} are expected."
+            )
+
+
+def format_of_mode(mode: str) -> Format:
+    """The one format of a mode that isn't `affine`.
+
+    Raises:
+        InputError: if there is no such mode.
+    """
+    for (bits, group_size), known in _FLOAT_MODES.items():
+        if known == mode:
+            return Format(bits, group_size, known)
+    raise InputError(f"mode is {mode!r} where one of {_either(_FLOAT_MODES.values())} is expected.")
+
+
+def _either(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+class Described(Protocol):
+    """What has a shape and a dtype: an array, or what a file's header says of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+
+    @property
+    def dtype(self) -> Any:
+        """An MLX dtype, or the name of one."""
+
+
+def dtype_name(array: Described) -> str:
+    """The name of an array's dtype, as in a config: `float32`."""
+    return str(array.dtype).removeprefix("mlx.core.")
+
+
+def format_of(linear: Mapping[str, Described], inner: int) -> Format:
+    """The format of a quantized linear, read from its leaves' shapes and from which there are.
+
+    Args:
+        linear: `weight`, `scales` and perhaps `biases`.
+        inner: the linear's input width, without which 4 bits in groups of 64 can't be told from 8 in groups of 32.
+
+    Raises:
+        CheckpointError: if the leaves are of no known format.
+    """
+    found = _format_or_problem(linear, inner)
+    if isinstance(found, str):
+        raise CheckpointError(f"A quantized linear's {found}.")
+    return found
+
+
+def _format_or_problem(linear: Mapping[str, Described], inner: int) -> Format | str:
+    """The format, or what is wrong, to be read after the linear's name."""
+    for name in ("weight", "scales"):
+        if name not in linear:
+            return f"{name} is missing, which a quantized linear has"
+        if len(linear[name].shape) < 2:
+            return f"{name} is {list(linear[name].shape)} where a matrix is expected"
+    columns, groups = linear["weight"].shape[-1], linear["scales"].shape[-1]
+    bits = columns * 32 // inner if columns * 32 % inner == 0 else 0
+    group_size = inner // groups if groups and inner % groups == 0 else 0
+    of_width = f"which for an input width of {inner} is none of"
+    if dtype_name(linear["scales"]) == "uint8":
+        mode = _FLOAT_MODES.get((bits, group_size))
+        if mode is None:
+            return f"weight has {columns} columns and its uint8 scales {groups}, {of_width} {_either(MODES[1:])}"
+        return Format(bits, group_size, mode)
+    if bits not in _AFFINE_BITS:
+        return f"weight has {columns} columns, {of_width} {_either(_AFFINE_BITS)} bits"
+    if group_size not in _AFFINE_GROUPS:
+        return f"scales has {groups} columns, {of_width} the group sizes {_either(_AFFINE_GROUPS)}"
+    return Format(bits, group_size)
+
+
+def quantize_matrix(matrix: mx.array, form: Format) -> Sequence[mx.array]:
+    """Its weight, scales and perhaps biases."""
+    leaves: Sequence[mx.array] = mx.quantize(matrix, group_size=form.group_size, bits=form.bits, mode=form.mode)
+    return leaves
+
+
+def dequantize_matrix(leaves: Sequence[mx.array], form: Format, dtype: mx.Dtype) -> mx.array:
+    """The floats that weight, scales and perhaps biases stand for."""
+    weight, scales, *rest = leaves
+    return mx.dequantize(
+        weight,
+        scales,
+        rest[0] if rest else None,
+        group_size=form.group_size,
+        bits=form.bits,
+        mode=form.mode,
+        dtype=dtype,
+    )
