@@ -6,7 +6,7 @@ Kullback-Leibler divergence looks at the whole distribution at each token and ta
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -157,7 +157,7 @@ def experts_in_common(
 
 @compiled
 def _score(
-    params: dict[str, Any],
+    params: Params,
     tokens: Int32[mx.array, "batch time"],
     mask: Bool[mx.array, "batch time"],
     lengths: Int32[mx.array, " batch"],
@@ -177,7 +177,7 @@ def _score(
 
 @compiled
 def _compare(
-    params: dict[str, Any],
+    params: Params,
     first_logits: Float[mx.array, "batch time {config.vocab_size}"],
     first_experts: UInt32[mx.array, "layer batch time top_k"],
     tokens: Int32[mx.array, "batch time+1"],

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -128,7 +128,7 @@ def read_tokens(lengths: Int32[mx.array, " batch"], time: int) -> Bool[mx.array,
 
 @compiled
 def _score(
-    params: dict[str, Any],
+    params: Params,
     tokens: Int32[mx.array, "batch time"],
     mask: Bool[mx.array, "batch time"],
     lengths: Int32[mx.array, " batch"],

@@ -238,7 +238,10 @@ def warm_up(
     with this it is out of the way, and can be timed apart. On the CPU, where layers aren't compiled, it costs little.
     """
     transformer = params["transformer"]
-    shallow = {"transformer": {**transformer, "blocks": transformer["blocks"][:1]}, "lm_head": params["lm_head"]}
+    shallow: Params = {
+        "transformer": {**transformer, "blocks": transformer["blocks"][:1]},
+        "lm_head": params["lm_head"],
+    }
     empty = init_cache(replace(config, n_layers=1), 1, _first_capacity(prompt_length, max_tokens))
     history = init_history([[0]], config.vocab_size) if sampling.uses_history else None
     key = mx.random.key(0)

@@ -9,9 +9,8 @@ Writing a token does not copy the cache as long as nobody holds the old one: MLX
 `logits, cache = forward(params, tokens, cache)`.
 """
 
-import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
 
 import mlx.core as mx
 from jaxtyping import Bool, Float, Int32
@@ -19,34 +18,16 @@ from jaxtyping import Bool, Float, Int32
 from dbrx_fn.errors import CacheError
 from dbrx_fn.files.json_file import shown
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.layers.rotary import turns
+from dbrx_fn.model.shapes import capacity_bucket
 from dbrx_fn.runtime.arguments import checked
-from dbrx_fn.runtime.compile import compiled, typed
+from dbrx_fn.runtime.compile import typed
 from dbrx_fn.runtime.device import memory_size
 
 Keys = Float[mx.array, "batch kv_heads capacity head_dim"]
 
 
-class Window(TypedDict):
-    """Where one chunk of tokens stands in the cache, the same for all layers.
-
-    `cosines`, `sines`: by which queries and keys turn (`dbrx_fn.model.layers.rotary.turns`); those of all rows, if they stand
-        at the same positions.
-    `slots`: int32 `[batch time]`, where each token's key and value go.
-    `kept`: bool `[batch time]`, which of those slots must keep what they hold; `None` where none must.
-    `mask`: `[batch 1 time attended]`, added to attention scores: a token sees what is at its own position or before.
-        So many of the cache's positions are looked at.
-    `near_offsets`: int32 `[batch + 3]`, the position of each row's first new token and zeros, for kernels. MLX keeps
-        CUDA arrays of up to 8 bytes in the host's memory, where a kernel that reads them waits 6 to 17 us.
-    All but the first two are `None` for a cache of capacity 0.
-    """
-
-    cosines: mx.array
-    sines: mx.array
-    slots: mx.array | None
-    kept: mx.array | None
-    mask: mx.array | None
-    near_offsets: mx.array | None
+LayerCache = tuple[Keys, Keys]
+"""One layer's keys and values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,56 +115,22 @@ def _check_memory(config: Config, batch_size: int, capacity: int) -> None:
         )
 
 
-@compiled
-def window(
-    offsets: Int32[mx.array, " batch"],
-    lengths: Int32[mx.array, " batch"],
-    *,
-    time: int,
-    capacity: int,
-    attended: int,
-    wraps: bool,
-    config: Config,
-) -> Window:
-    """Where `time` tokens a row, of which the first `lengths` are real, go after the `offsets` that are there.
-
-    Padding is written behind a row's real tokens, where the next ones will overwrite it. Where a row has no room for
-    its padding (`wraps`), that goes round to the row's start and writes there what is there already.
-    The mask is additive because on CUDA that costs less than half of what a boolean one does.
-    """
-    turns_at = functools.partial(turns, head_dim=config.head_dim, theta=config.attn.rope_theta)
-    if capacity == 0:
-        cosines, sines = turns_at(mx.arange(time, dtype=mx.int32)[None])
-        return {"cosines": cosines, "sines": sines, "slots": None, "kept": None, "mask": None, "near_offsets": None}
-    float_type = getattr(mx, config.dtype)
-    near_offsets = mx.pad(offsets, (0, 3))
-    # Of the longer array, so that one token's slot too lies in the GPU's memory.
-    positions = (near_offsets[:, None] + mx.arange(time, dtype=mx.int32))[: offsets.size]
-    visible = mx.arange(attended, dtype=mx.int32) <= positions[:, None, :, None]
-    mask = mx.where(visible, mx.array(0, float_type), mx.array(mx.finfo(float_type).min, float_type))
-    cosines, sines = turns_at(positions)
-    slots, kept = positions, None
-    if wraps:
-        slots, kept = positions % capacity, mx.arange(time, dtype=mx.int32) >= lengths[:, None]
-    return {
-        "cosines": cosines,
-        "sines": sines,
-        "slots": slots,
-        "kept": kept,
-        "mask": mask,
-        "near_offsets": near_offsets,
-    }
+def extended(cache: Cache, lengths: Sequence[int], layers: Sequence[LayerCache]) -> Cache:
+    """The cache after `lengths` more tokens in each row, with the keys and values that each layer then has."""
+    after = tuple(held + new for held, new in zip(cache.lengths, lengths, strict=True))
+    keys, values = zip(*layers, strict=True)
+    return replace(cache, lengths=after, keys=keys, values=values)
 
 
 @typed
 def write(
     held: Keys,
     new: Float[mx.array, "batch kv_heads time head_dim"],
-    slots: Int32[mx.array, "batch time"],
+    index: Int32[mx.array, "batch time"],
     kept: Bool[mx.array, "batch time"] | None,
 ) -> Keys:
-    """Puts each row's `new` keys (or values) at its `slots`."""
-    index = mx.broadcast_to(slots[:, None, :, None], new.shape)
+    """Puts each row's `new` keys (or values) at `index`, but where it is to keep what is there."""
+    index = mx.broadcast_to(index[:, None, :, None], new.shape)
     if kept is not None:
         new = mx.where(kept[:, None, :, None], mx.take_along_axis(held, index, axis=2), new)
     return mx.put_along_axis(held, index, new, axis=2)

@@ -7,7 +7,8 @@ Defaults of absent fields are the reference's
 (https://github.com/huggingface/transformers/blob/main/src/transformers/models/dbrx/configuration_dbrx.py).
 """
 
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -98,6 +99,58 @@ class FFNConfig:
         require(weight >= 0, "ffn_config.moe_loss_weight", weight, "0 or a positive number")
 
 
+def _hashed_once(value: Any) -> int:
+    """A frozen dataclass's hash, kept: each layer of each token asks for it."""
+    known: int | None = vars(value).get("_hash")
+    if known is None:
+        known = vars(value)["_hash"] = hash(tuple(getattr(value, each.name) for each in fields(value)))
+    return known
+
+
+def _fields_alone(value: Any) -> dict[str, Any]:
+    """What is pickled of it: another process hashes strings to other numbers."""
+    return {each.name: getattr(value, each.name) for each in fields(value)}
+
+
+NORM_EPS = 1e-5
+"""Of every LayerNorm: `torch.nn.LayerNorm`'s default, which the reference leaves as it is."""
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What one layer's numbers depend on, the same for models that differ in depth or context only.
+
+    Compiled layers take this as their static value, so that such models share them. `Config.layer` makes it.
+    """
+
+    d_model: int
+    n_heads: int
+    vocab_size: int
+    attn: AttnConfig
+    ffn: FFNConfig
+    dtype: Dtype
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """Sizes of the tree's axes, by the names that `dbrx_fn.model.params` has for them."""
+        return {
+            "vocab": self.vocab_size,
+            "d_model": self.d_model,
+            "qkv": (self.n_heads + 2 * self.attn.kv_n_heads) * self.head_dim,
+            "heads": self.n_heads * self.head_dim,
+            "expert": self.ffn.moe_num_experts,
+            "ffn_hidden": self.ffn.ffn_hidden_size,
+        }
+
+    __hash__ = _hashed_once
+    __getstate__ = _fields_alone
+
+
 @dataclass(frozen=True)
 class Config:
     """A DBRX model's sizes and constants.
@@ -145,29 +198,17 @@ class Config:
         return self.d_model // self.n_heads
 
     @cached_property
-    def _hash(self) -> int:
-        return hash(tuple(getattr(self, each.name) for each in fields(self)))
+    def layer(self) -> LayerConfig:
+        """What one layer's numbers depend on."""
+        return LayerConfig(self.d_model, self.n_heads, self.vocab_size, self.attn, self.ffn, self.dtype)
 
-    def __hash__(self) -> int:
-        """As of any frozen dataclass, but made once: each layer of each token asks for it."""
-        return self._hash
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Another process hashes strings to other numbers.
-        return {each.name: getattr(self, each.name) for each in fields(self)}
-
-    @cached_property
-    def layer(self) -> "Config":
-        """What one layer's numbers depend on: the same for models that differ in depth or context only.
-
-        Compiled layers take this as their static value, so that such models share them.
-        """
-        return replace(self, n_layers=1, max_seq_len=1, initializer_range=0.0)
+    __hash__ = _hashed_once
+    __getstate__ = _fields_alone
 
     @property
     def qkv_dim(self) -> int:
         """Rows of `Wqkv`: every query head, then every key head, then every value head."""
-        return (self.n_heads + 2 * self.attn.kv_n_heads) * self.head_dim
+        return self.layer.sizes["qkv"]
 
 
 DBRX = Config(

@@ -9,28 +9,29 @@ experts along rows:
     params["transformer"]["blocks"][3]["ffn"]["experts"]["mlp"]["w1"]["weight"]        [expert ffn_hidden d_model]
 
 Each matrix may be quantized instead, in MLX's formats (`mx.quantize`). Its dict then holds packed integers and what
-turns them back into weights, and their shapes and dtypes say which format it is:
-
-    weight     uint32 [... inner * bits / 32]
-    scales     the model's dtype, or uint8 [... inner / group_size]
-    biases     as scales, in the affine mode only
+turns them back into weights (`dbrx_fn.ops.formats`).
 """
 
 import functools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import mlx.core as mx
 from jaxtyping import UInt32
 from mlx.utils import tree_flatten, tree_unflatten
 
 from dbrx_fn.errors import CheckpointError
-from dbrx_fn.model.config import Config
+from dbrx_fn.model.config import Config, Dtype, LayerConfig
+from dbrx_fn.model.tree import Params
+from dbrx_fn.ops.formats import LEAVES, Described, Format, dtype_name, format_or_problem
 from dbrx_fn.runtime.arguments import checked
 from dbrx_fn.runtime.compile import once
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,6 @@ class Leaf:
         return {"weight": weight, "scales": scales} | ({"biases": scales} if affine else {})
 
 
-_LEAVES = ("weight", "scales", "biases")
-"""A linear's own, in canonical order."""
-
 _EMBEDDING = {"transformer.wte.weight": "vocab d_model"}
 _BLOCK = {
     "norm_attn_norm.norm_1.weight": "d_model",
@@ -91,19 +89,23 @@ _HEAD = {"transformer.norm_f.weight": "d_model", "lm_head.weight": "vocab d_mode
 @functools.cache
 def param_spec(config: Config) -> Mapping[str, Leaf]:
     """Every leaf of the tree for `config`, by its dotted path, in the tree's canonical order."""
-    sizes = {
-        "vocab": config.vocab_size,
-        "d_model": config.d_model,
-        "qkv": config.qkv_dim,
-        "heads": config.n_heads * config.head_dim,
-        "expert": config.ffn.moe_num_experts,
-        "ffn_hidden": config.ffn.ffn_hidden_size,
-    }
     blocks = {f"transformer.blocks.{n}.{name}": axes for n in range(config.n_layers) for name, axes in _BLOCK.items()}
-    leaves = _EMBEDDING | blocks | _HEAD
+    return _leaves(_EMBEDDING | blocks | _HEAD, config.layer)
+
+
+def _leaves(axes_of: Mapping[str, str], layer: LayerConfig) -> dict[str, Leaf]:
     return {
-        path: Leaf(tuple(axes.split()), tuple(sizes[axis] for axis in axes.split())) for path, axes in leaves.items()
+        path: Leaf(tuple(axes.split()), tuple(layer.sizes[axis] for axis in axes.split()))
+        for path, axes in axes_of.items()
     }
+
+
+@functools.cache
+def _part_spec(layer: LayerConfig, under: str) -> Mapping[str, Leaf]:
+    """`param_spec` of what lies below a path outside the blocks, or in the first of them."""
+    blocks = {f"transformer.blocks.0.{name}": axes for name, axes in _BLOCK.items()}
+    spec = _leaves(_EMBEDDING | blocks | _HEAD, layer)
+    return {path: leaf for path, leaf in spec.items() if path.startswith(f"{under}.")}
 
 
 @checked
@@ -152,7 +154,7 @@ def nest(arrays: Mapping[str, mx.array], config: Config) -> Params:
 
     def place(path: str) -> tuple[int, int, str]:
         linear, _, name = path.rpartition(".")
-        return places.get(linear, len(places)), _LEAVES.index(name) if name in _LEAVES else len(_LEAVES), path
+        return places.get(linear, len(places)), LEAVES.index(name) if name in LEAVES else len(LEAVES), path
 
     tree: Params = tree_unflatten([(path, mx.contiguous(arrays[path])) for path in sorted(arrays, key=place)])
     return tree
@@ -179,7 +181,7 @@ def formats_of(
         problems: list[str] = []
         for name in names:
             linear = _linear(found, name)
-            known = _format_or_problem(linear, inner) if _is_quantized(linear) else None
+            known = format_or_problem(linear, inner) if _is_quantized(linear) else None
             if isinstance(known, str):
                 problems.append(name.removesuffix("weight") + known)
             else:
@@ -194,7 +196,7 @@ def formats_of(
 def _linear(found: Mapping[str, Described], name: str) -> dict[str, Described]:
     """The leaves, by their names, of the linear whose weight has this name."""
     base = name.removesuffix("weight")
-    return {leaf: found[base + leaf] for leaf in _LEAVES if base + leaf in found}
+    return {leaf: found[base + leaf] for leaf in LEAVES if base + leaf in found}
 
 
 def _is_quantized(linear: Mapping[str, Described]) -> bool:
@@ -204,7 +206,7 @@ def _is_quantized(linear: Mapping[str, Described]) -> bool:
 
 def companions(name: str) -> list[str]:
     """The names of all that can make up the linear whose weight has this name."""
-    return [name.removesuffix("weight") + leaf for leaf in _LEAVES]
+    return [name.removesuffix("weight") + leaf for leaf in LEAVES]
 
 
 def quantized_spec(spec: Mapping[str, Leaf], formats: Mapping[str, Format]) -> dict[str, Leaf]:
@@ -220,21 +222,42 @@ def quantized_spec(spec: Mapping[str, Leaf], formats: Mapping[str, Format]) -> d
 
 
 @checked
-def check_params(params: Params, config: Config, *, under: str = "") -> None:
+def check_params(params: Params, config: Config) -> None:
     """Compares a tree with the spec. Any of its matrices may be quantized.
-
-    Args:
-        params: the tree, or the part of it below a path.
-        config: the model's.
-        under: that path, such as `transformer.blocks.0`.
 
     Raises:
         CheckpointError: naming every leaf that is missing, unexpected, misshapen or of another dtype than
             `config.dtype`, with found and expected shapes.
     """
-    prefix = f"{under}." if under else ""
-    spec = {path: leaf for path, leaf in param_spec(config).items() if path.startswith(prefix)}
-    leaves = {prefix + path: leaf for path, leaf in dict(tree_flatten(params)).items()}
+    _check(dict(tree_flatten(params)), param_spec(config), config.dtype)
+
+
+def checked_under(path: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a layer: its first argument, of its keyword `config`, must be what lies below `path` (`check_part`)."""
+
+    def decorate(layer: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(layer)
+        def call(*arrays: P.args, **static: P.kwargs) -> R:
+            check_part(arrays[0], config=cast(LayerConfig, static["config"]), under=path)
+            return layer(*arrays, **static)
+
+        return call
+
+    return decorate
+
+
+@once
+def check_part(part: Any, *, config: LayerConfig, under: str) -> None:
+    """`check_params` of what lies below a path, such as `transformer.blocks.0`, for layers.
+
+    It costs nothing for shapes and dtypes that passed before.
+    """
+    found = {f"{under}.{path}": array for path, array in dict(tree_flatten(part)).items()}
+    _check(found, _part_spec(config, under), config.dtype)
+
+
+def _check(leaves: dict[str, Any], expected: Mapping[str, Leaf], dtype: Dtype) -> None:
+    spec = dict(expected)
     found: dict[str, mx.array] = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, mx.array)}
     formats, unknown = formats_of(
         found, {path: ((path,), leaf.shape[-1]) for path, leaf in spec.items() if not leaf.is_norm}
@@ -249,19 +272,13 @@ def check_params(params: Params, config: Config, *, under: str = "") -> None:
     problems += [f"{path} is missing" for path in spec.keys() - leaves.keys()]
     problems += [f"{path} is unexpected" for path in found.keys() - spec.keys()]
     for path in spec.keys() & found.keys():
-        leaf, shape, dtype = spec[path], list(found[path].shape), dtype_name(found[path])
+        leaf, shape, found_dtype = spec[path], list(found[path].shape), dtype_name(found[path])
         if shape != list(leaf.shape):
             problems.append(f"{path} is {shape} where {list(leaf.shape)} ({' '.join(leaf.axes)}) is expected")
-        if dtype != (leaf.dtype or config.dtype):
-            problems.append(f"{path} is {dtype} where {leaf.dtype or config.dtype} is expected")
+        if found_dtype != (leaf.dtype or dtype):
+            problems.append(f"{path} is {found_dtype} where {leaf.dtype or dtype} is expected")
     if problems:
         raise CheckpointError(f"The parameters don't fit the config: {listed(problems)}.")
-
-
-@once
-def check_part(part: dict[str, Any], *, config: Config, under: str) -> None:
-    """`check_params` of what lies below a path, for layers: costs nothing for shapes and dtypes that passed before."""
-    check_params(part, config, under=under)
 
 
 def listed(problems: list[str], most: int = 40) -> str:

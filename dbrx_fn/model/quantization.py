@@ -14,7 +14,7 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.params import check_params, companions, formats_of, nest, param_spec
 from dbrx_fn.model.tree import Params
-from dbrx_fn.ops.formats import Format
+from dbrx_fn.ops.formats import Format, dequantize_matrix, quantize_matrix
 from dbrx_fn.runtime.arguments import check_fields, checked
 
 _USUAL = Format(4, 64)

@@ -6,23 +6,23 @@ lengths. On the device: embed, one compiled `block` a layer, and the head. See `
 
 import contextlib
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
 import mlx.core as mx
 from jaxtyping import Float, Int32, Integer, UInt32
 
 from dbrx_fn.errors import CacheError, CheckpointError, InputError
-from dbrx_fn.model.cache import Cache, Window, init_cache, window
-from dbrx_fn.model.config import Config
+from dbrx_fn.model.cache import Cache, LayerCache, extended
+from dbrx_fn.model.config import NORM_EPS, Config, LayerConfig
 from dbrx_fn.model.layers.block import block
 from dbrx_fn.model.layers.embedding import embedding
 from dbrx_fn.model.layers.norm_attn_norm import Stream
 from dbrx_fn.model.layers.router import Routing
-from dbrx_fn.model.params import check_params, check_part
-from dbrx_fn.model.shapes import attended
-from dbrx_fn.model.tree import Params
+from dbrx_fn.model.params import check_params, check_part, checked_under
+from dbrx_fn.model.positions import Positions, positions_of
+from dbrx_fn.model.shapes import CHUNK_SIZE, chunk_widths, time_bucket
+from dbrx_fn.model.tree import BlockParams, NormParams, Params
+from dbrx_fn.ops.formats import Linear
 from dbrx_fn.ops.linear import linear
 from dbrx_fn.ops.norm import layer_norm
 from dbrx_fn.runtime.arguments import checked
@@ -64,35 +64,30 @@ def forward(
             another batch size.
         CheckpointError: if the tree doesn't fit the cache's config.
     """
-    lengths = _checked_lengths(tokens, cache, lengths)
-    if chunk_size < 1:
-        raise InputError(f"chunk_size is {chunk_size} where it must be at least 1.")
-    config, capacity = cache.config, cache.capacity
-    _check_outline(params, config)
-    time = tokens.shape[1]
-    chunks = chunk_widths(max(lengths), min(chunk_size, capacity)) if capacity else [max(lengths)]
+    real_lengths = _checked(params, tokens, cache, lengths, chunk_size)
+    config, held = cache.config.layer, cache if cache.capacity else None
+    chunks = [max(real_lengths)] if held is None else chunk_widths(max(real_lengths), min(chunk_size, cache.capacity))
     pieces: list[mx.array] = []
-    last = None
-    start = 0
+    last, start = None, 0
     for width in chunks:
-        real = tuple(max(0, min(length - start, width)) for length in lengths)
-        x, cache = _run_chunk(params, tokens[:, start : start + width], real, cache)
+        real = tuple(max(0, min(length - start, width)) for length in real_lengths)
+        x, held, _ = run_layers(params, tokens[:, start : start + width], real, held, config=config)
         if last_only:
             last = pick_last(x, mx.array(real, mx.int32), last)
         else:
-            pieces.append(_head(params, x, config)[:, :width])
+            pieces.append(logits_of(params, x, config)[:, :width])
         start += width
-        if len(chunks) > 1:
+        if held is not None and len(chunks) > 1:
             # Chunk by chunk, or the cache's old buffers would all be alive at once. Within a transformation of the
             # caller's, such as mx.grad, nothing can be evaluated, and it has to hold them all anyway.
             with contextlib.suppress(ValueError):
-                mx.async_eval(last, pieces, cache.keys, cache.values)
+                mx.async_eval(last, pieces, held.keys, held.values)
+    after = cache if held is None else held
     if last is not None:
-        return _head(params, last, config), cache
+        return logits_of(params, last, config), after
+    padding = tokens.shape[1] - start
     logits = mx.concatenate(pieces, axis=1)
-    if logits.shape[1] < time:
-        logits = mx.pad(logits, [(0, 0), (0, time - logits.shape[1]), (0, 0)])
-    return logits, cache
+    return mx.pad(logits, [(0, 0), (0, padding), (0, 0)]) if padding else logits, after
 
 
 @checked
@@ -124,82 +119,87 @@ def score(
         InputError: if tokens aren't of this shape and type.
         CheckpointError: if the tree doesn't fit the config.
     """
-    cache = init_cache(config, tokens.shape[0] if tokens.ndim and tokens.shape[0] else 1, 0)
-    lengths = _checked_lengths(tokens, cache, None)
     _check_outline(params, config)
+    _check_tokens(tokens)
     batch, time = tokens.shape
-    x, _, _, routing = _run_blocks(params, tokens, lengths, cache, jitter_key, recompute)
+    x, _, routing = run_layers(
+        params, tokens, (time,) * batch, None, jitter_key, config=config.layer, recompute=recompute
+    )
     layers = (mx.stack(list(parts)).reshape(len(parts), batch, x.shape[1], -1) for parts in zip(*routing, strict=True))
-    return _head(params, x, config)[:, :time], Routing(*(layer[:, :, :time] for layer in layers))
+    return logits_of(params, x, config.layer)[:, :time], Routing(*(layer[:, :, :time] for layer in layers))
 
 
-def _run_chunk(params: Params, tokens: mx.array, lengths: tuple[int, ...], cache: Cache) -> tuple[mx.array, Cache]:
-    x, keys, values, _ = _run_blocks(params, tokens, lengths, cache)
-    if cache.capacity == 0:
-        return x, cache
-    after = tuple(held + new for held, new in zip(cache.lengths, lengths, strict=True))
-    return x, replace(cache, lengths=after, keys=tuple(keys), values=tuple(values))
-
-
-def _run_blocks(
+def run_layers(
     params: Params,
     tokens: mx.array,
     lengths: tuple[int, ...],
-    cache: Cache,
+    cache: Cache | None,
     jitter_key: mx.array | None = None,
+    *,
+    config: LayerConfig,
     recompute: bool = False,
-) -> tuple[mx.array, list[mx.array], list[mx.array], list[Routing]]:
-    """Pads `tokens` to their bucket and runs them through every block; returns what each made, padding and all."""
-    config, capacity = cache.config.layer, cache.capacity
+) -> tuple[Stream, Cache | None, list[Routing]]:
+    """Embeds tokens and runs them through every block.
+
+    Args:
+        params: the tree.
+        tokens: integer `[batch time]`.
+        lengths: how many of each row's tokens are real.
+        cache: what came before; `None` if nothing is remembered.
+        jitter_key: for the routers' jitter; none, if not given.
+        config: sizes and constants.
+        recompute: under a gradient, keep only each block's input.
+
+    Returns:
+        The residual stream after the last block, its time padded to a bucket; the cache with the tokens in it; what
+        each block's router said.
+    """
+    transformer, blocks = params["transformer"], params["transformer"]["blocks"]
     given = tokens.shape[1]
-    time = time_bucket(given, capacity)
+    time = time_bucket(given, 0 if cache is None else cache.capacity)
     tokens = mx.pad(tokens, [(0, 0), (0, time - given)])
-    real = mx.array(lengths, mx.int32)
-    place = window(
-        mx.array(cache.lengths, mx.int32),
-        real,
-        time=time,
-        capacity=capacity,
-        attended=attended(time, max(cache.lengths) + time, capacity),
-        wraps=max(cache.lengths) + time > capacity,
-        config=config,
-    )
-    n_layers = cache.config.n_layers
-    jitter_keys = [None] * n_layers if jitter_key is None else list(mx.random.split(jitter_key, n_layers))
-    transformer = params["transformer"]
-    keys, values = list(cache.keys), list(cache.values)
+    positions = positions_of(time, lengths, cache, config)
+    jitter_keys = [None] * len(blocks) if jitter_key is None else list(mx.random.split(jitter_key, len(blocks)))
+    layer_caches = [None] * len(blocks) if cache is None else list(zip(cache.keys, cache.values, strict=True))
+    after: list[LayerCache] = []
     routing: list[Routing] = []
-    x = embed(transformer["wte"], tokens, real if min(lengths) < given else None, config=config)
-    for n, (parameters, key) in enumerate(zip(transformer["blocks"], jitter_keys, strict=True)):
-        layer = _block_at(place, key, config)
+    real = mx.array(lengths, mx.int32) if min(lengths) < given else None
+    x = embed(transformer["wte"], tokens, real, config=config)
+    for layer_params, layer_cache, key in zip(blocks, layer_caches, jitter_keys, strict=True):
         if recompute:
-            layer = mx.checkpoint(layer)
-        x, keys[n], values[n], said = layer(parameters, x, keys[n], values[n])
+            x, said = _recomputed(layer_params, x, positions, key, config)
+        else:
+            x, layer_cache, said = block(layer_params, x, layer_cache, positions, key, config=config)
+        if layer_cache is not None:
+            after.append(layer_cache)
         routing.append(said)
-    return x, keys, values, routing
+    return x, None if cache is None else extended(cache, lengths, after), routing
 
 
-def _block_at(
-    place: Window, jitter_key: mx.array | None, config: Config
-) -> Callable[..., tuple[mx.array, mx.array, mx.array, Routing]]:
-    """The block as a function of what has a gradient; `mx.checkpoint` asks for that of all that it is given."""
+def _recomputed(
+    params: BlockParams, x: mx.array, positions: Positions, jitter_key: mx.array | None, config: LayerConfig
+) -> tuple[Stream, Routing]:
+    """`block` without a cache, of which a gradient keeps the input alone."""
 
-    def run(parameters: Params, x: mx.array, keys: mx.array, values: mx.array) -> Any:
-        return block(parameters, x, keys, values, place, jitter_key, config=config)
+    # `mx.checkpoint` asks for the gradient by all that the function is given.
+    def layer(params: BlockParams, x: mx.array) -> tuple[mx.array, Routing]:
+        x, _, routing = block(params, x, None, positions, jitter_key, config=config)
+        return x, routing
 
-    return run
+    said: tuple[mx.array, Routing] = mx.checkpoint(layer)(params, x)
+    return said
 
 
 @compiled
+@checked_under("transformer.wte")
 def embed(
-    wte: dict[Any, Any],
+    wte: Linear,
     tokens: Integer[mx.array, "batch time"],
     lengths: Int32[mx.array, " batch"] | None,
     *,
-    config: Config,
+    config: LayerConfig,
 ) -> Stream:
     """Rows of `wte` `[vocab d_model]`. What lies behind a row's first `lengths` tokens is taken for token 0."""
-    check_part(wte, config=config, under="transformer.wte")
     if lengths is not None:
         tokens = mx.where(mx.arange(tokens.shape[1], dtype=mx.int32) < lengths[:, None], tokens, 0)
     return embedding(wte, tokens, config=config)
@@ -216,16 +216,17 @@ def pick_last(
 
 @compiled
 def head(
-    norm_f: dict[Any, Any], lm_head: dict[Any, Any], x: Stream, *, config: Config
+    norm_f: NormParams, lm_head: Linear, x: Stream, *, config: LayerConfig
 ) -> Float[mx.array, "batch time {config.vocab_size}"]:
     """The final norm and the vocabulary's projection, which has a matrix of its own in DBRX."""
     check_part(norm_f, config=config, under="transformer.norm_f")
     check_part(lm_head, config=config, under="lm_head")
-    return linear(lm_head, layer_norm(norm_f, x))
+    return linear(lm_head, layer_norm(norm_f["weight"], x, eps=NORM_EPS))
 
 
-def _head(params: Params, x: mx.array, config: Config) -> mx.array:
-    return head(params["transformer"]["norm_f"], params["lm_head"], x, config=config.layer)
+def logits_of(params: Params, x: Stream, config: LayerConfig) -> mx.array:
+    """The residual stream `[batch time d_model]` to logits `[batch time vocab]`."""
+    return head(params["transformer"]["norm_f"], params["lm_head"], x, config=config)
 
 
 def _check_outline(params: Params, config: Config) -> None:
@@ -240,13 +241,11 @@ def _check_outline(params: Params, config: Config) -> None:
         raise CheckpointError("transformer.blocks isn't a list of dicts, one for each layer: nest it as load does.")
 
 
-def _checked_lengths(tokens: mx.array, cache: Cache, lengths: Sequence[int] | None) -> tuple[int, ...]:
-    """One real length a row; raises where tokens, lengths and cache don't go together."""
-    if tokens.ndim != 2 or tokens.size == 0 or not mx.issubdtype(tokens.dtype, mx.integer):
-        raise InputError(
-            f"tokens is {tokens.dtype} {list(tokens.shape)} where integers [batch time] with at least one of each are"
-            " expected."
-        )
+def _checked(
+    params: Params, tokens: mx.array, cache: Cache, lengths: Sequence[int] | None, chunk_size: int
+) -> tuple[int, ...]:
+    """One real length a row; raises where `forward`'s arguments don't go together."""
+    _check_tokens(tokens)
     batch, time = tokens.shape
     if batch != cache.batch_size:
         raise CacheError(
@@ -261,13 +260,23 @@ def _checked_lengths(tokens: mx.array, cache: Cache, lengths: Sequence[int] | No
             f"lengths is {lengths} where {batch} whole numbers from 0 to {time}, not all 0, are expected: how"
             " many of each row's tokens are real."
         )
-    if cache.capacity:
-        for row, (held, new) in enumerate(zip(cache.lengths, real, strict=True)):
-            if held < 0:
-                raise CacheError(f"Row {row} of the cache holds {held} tokens: make one with init_cache.")
-            if held + new > cache.capacity:
-                raise CacheError(
-                    f"Row {row} of the cache holds {held} of {cache.capacity} positions and {new} more don't fit: make"
-                    f" room with grow_cache(cache, {held + new}) first."
-                )
+    for row, (held, new) in enumerate(zip(cache.lengths, real, strict=True)):
+        if held < 0:
+            raise CacheError(f"Row {row} of the cache holds {held} tokens: make one with init_cache.")
+        if cache.capacity and held + new > cache.capacity:
+            raise CacheError(
+                f"Row {row} of the cache holds {held} of {cache.capacity} positions and {new} more don't fit: make"
+                f" room with grow_cache(cache, {held + new}) first."
+            )
+    if chunk_size < 1:
+        raise InputError(f"chunk_size is {chunk_size} where it must be at least 1.")
+    _check_outline(params, cache.config)
     return real
+
+
+def _check_tokens(tokens: mx.array) -> None:
+    if tokens.ndim != 2 or tokens.size == 0 or not mx.issubdtype(tokens.dtype, mx.integer):
+        raise InputError(
+            f"tokens is {tokens.dtype} {list(tokens.shape)} where integers [batch time] with at least one of each are"
+            " expected."
+        )

@@ -7,13 +7,16 @@ A quantized matrix's shapes and dtypes say which format it is:
     biases     as scales, in the affine mode only
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NotRequired, Protocol, TypedDict, get_args
+from typing import Annotated, Any, Literal, NotRequired, Protocol, TypedDict, cast, get_args
 
 import mlx.core as mx
+from beartype.vale import Is
+from jaxtyping import Float, Shaped, UInt32
 
 from dbrx_fn.errors import CheckpointError, InputError
+from dbrx_fn.runtime.arguments import check_fields
 
 
 class Linear(TypedDict):
@@ -24,18 +27,36 @@ class Linear(TypedDict):
     biases: NotRequired[mx.array]
 
 
+LEAVES = ("weight", "scales", "biases")
+"""A matrix's own, in canonical order."""
+
+
+def _has_axes(outer: str) -> Callable[[Linear], bool]:
+    """Whether the leaves are of these axes; within a typed function, axes of one name must be of one size."""
+    dense: Any = Float[mx.array, f"{outer} inner"]
+    packed: Any = UInt32[mx.array, f"{outer} packed"]
+    scales: Any = Shaped[mx.array, f"{outer} group"]
+    biases: Any = Float[mx.array, f"{outer} group"]
+
+    def has_axes(matrix: Linear) -> bool:
+        if "scales" not in matrix:
+            return isinstance(matrix["weight"], dense)
+        quantized = isinstance(matrix["weight"], packed) and isinstance(matrix["scales"], scales)
+        return quantized and ("biases" not in matrix or isinstance(matrix["biases"], biases))
+
+    return has_axes
+
+
+Matrix = Annotated[Linear, Is[_has_axes("outer")]]
+"""A `Linear` of one matrix, its axes checked where a typed function takes it."""
+Matrices = Annotated[Linear, Is[_has_axes("expert outer")]]
+"""A `Linear` of one matrix for each expert."""
+
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
-
-
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
-
-
 _AFFINE_GROUPS = (32, 64, 128)
-
-
 # The others are floating-point formats of one size each: (bits, group_size).
 _FLOAT_MODES: dict[tuple[int, int], Mode] = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
 
@@ -66,8 +87,8 @@ class Format:
             )
         if self.mode == "affine" and not (self.bits in _AFFINE_BITS and self.group_size in _AFFINE_GROUPS):
             raise InputError(
-                f"bits and group_size are {self.bits} and {self.group_size} where one of {_either(_AFFINE_BITS)} and"
-                f" one of {_either(_AFFINE_GROUPS)} are expected."
+                f"bits and group_size are {self.bits} and {self.group_size} where one of {either(_AFFINE_BITS)} and"
+                f" one of {either(_AFFINE_GROUPS)} are expected."
             )
 
 
@@ -80,10 +101,10 @@ def format_of_mode(mode: str) -> Format:
     for (bits, group_size), known in _FLOAT_MODES.items():
         if known == mode:
             return Format(bits, group_size, known)
-    raise InputError(f"mode is {mode!r} where one of {_either(_FLOAT_MODES.values())} is expected.")
+    raise InputError(f"mode is {mode!r} where one of {either(_FLOAT_MODES.values())} is expected.")
 
 
-def _either(values: Iterable[object]) -> str:
+def either(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))
 
 
@@ -104,7 +125,7 @@ def dtype_name(array: Described) -> str:
     return str(array.dtype).removeprefix("mlx.core.")
 
 
-def format_of(linear: Mapping[str, Described], inner: int) -> Format:
+def format_of(linear: Linear | Mapping[str, Described], inner: int) -> Format:
     """The format of a quantized linear, read from its leaves' shapes and from which there are.
 
     Args:
@@ -114,13 +135,13 @@ def format_of(linear: Mapping[str, Described], inner: int) -> Format:
     Raises:
         CheckpointError: if the leaves are of no known format.
     """
-    found = _format_or_problem(linear, inner)
+    found = format_or_problem(cast(Mapping[str, Described], linear), inner)
     if isinstance(found, str):
         raise CheckpointError(f"A quantized linear's {found}.")
     return found
 
 
-def _format_or_problem(linear: Mapping[str, Described], inner: int) -> Format | str:
+def format_or_problem(linear: Mapping[str, Described], inner: int) -> Format | str:
     """The format, or what is wrong, to be read after the linear's name."""
     for name in ("weight", "scales"):
         if name not in linear:
@@ -134,12 +155,12 @@ def _format_or_problem(linear: Mapping[str, Described], inner: int) -> Format | 
     if dtype_name(linear["scales"]) == "uint8":
         mode = _FLOAT_MODES.get((bits, group_size))
         if mode is None:
-            return f"weight has {columns} columns and its uint8 scales {groups}, {of_width} {_either(MODES[1:])}"
+            return f"weight has {columns} columns and its uint8 scales {groups}, {of_width} {either(MODES[1:])}"
         return Format(bits, group_size, mode)
     if bits not in _AFFINE_BITS:
-        return f"weight has {columns} columns, {of_width} {_either(_AFFINE_BITS)} bits"
+        return f"weight has {columns} columns, {of_width} {either(_AFFINE_BITS)} bits"
     if group_size not in _AFFINE_GROUPS:
-        return f"scales has {groups} columns, {of_width} the group sizes {_either(_AFFINE_GROUPS)}"
+        return f"scales has {groups} columns, {of_width} the group sizes {either(_AFFINE_GROUPS)}"
     return Format(bits, group_size)
 
 

@@ -1,58 +1,89 @@
-"""Linear maps of the tree: one for activations, one for stacked experts.
+"""Products with the tree's matrices: one for activations, one for segments of rows with their experts' matrices.
 
-A linear is a dict whose leaves say what it is, dense or quantized (`dbrx_fn.model.params`); everything that multiplies by a
-weight goes through here. Gradients reach the activations through either kind, and the weight of a dense one.
+A matrix is a dict whose leaves say what it is, dense or quantized (`dbrx_fn.ops.formats`). Gradients reach the
+activations through either kind, and the weight of a dense one.
 """
 
 import mlx.core as mx
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 
-from dbrx_fn.ops.formats import Linear, format_of
+from dbrx_fn.ops.formats import Linear, Matrices, Matrix, format_of
 from dbrx_fn.ops.kernels import linears
-from dbrx_fn.ops.products import grouped_matmul, grouped_quantized_matmul, quantized_matmul
-from dbrx_fn.ops.twin import with_gradients_of
+from dbrx_fn.ops.quantized import as_floats, has_no_kernel, operands, pays_as_floats
+from dbrx_fn.ops.twin import with_kernel
 from dbrx_fn.runtime.compile import typed
+from dbrx_fn.runtime.device import backend
 
 
-def linear(params: Linear, x: mx.array) -> mx.array:
-    """`[... inner]` times a weight `[outer inner]`, as `[... outer]`.
+def _has_kernel(params: Linear, x: mx.array) -> bool:
+    # cuBLAS is as fast for a dense matrix.
+    return "scales" in params and linears.fits(params, x)
+
+
+@typed
+@with_kernel(linears.linear, fits=_has_kernel)
+def linear(params: Matrix, x: Float[mx.array, "*batch inner"]) -> Float[mx.array, "*batch outer"]:
+    """`x` `[... inner]` times a matrix `[outer inner]`, as `[... outer]`, in `x`'s dtype.
 
     Raises:
-        CheckpointError: if the weight is quantized in a way that isn't known.
+        CheckpointError: if the matrix is quantized in a way that isn't known.
     """
     if "scales" not in params:
-        return _dense(params["weight"], x)
-    quantization = format_of(params, x.shape[-1])
+        return x @ params["weight"].T
+    inner = x.shape[-1]
+    rows, form = x.size // inner, format_of(params, inner)
+    if pays_as_floats(rows, form) or has_no_kernel(rows, inner, x.dtype, form):
+        return (x.astype(mx.float32) @ as_floats(params, form).T).astype(x.dtype)
+    product = mx.quantized_matmul(
+        *operands(x, params),
+        transpose=True,
+        group_size=form.group_size,
+        bits=form.bits,
+        mode=form.mode,
+    )
+    return product.astype(x.dtype)
 
-    def stock(x: mx.array) -> mx.array:
-        return quantized_matmul(x, params["weight"], params["scales"], params.get("biases"), quantization)
 
-    if linears.fits(params, x):
-        return with_gradients_of(stock, lambda x: linears.linear(params, x), x)
-    return stock(x)
-
-
-def expert_linear(params: Linear, x: mx.array, segment_experts: mx.array) -> mx.array:
-    """Segments of rows `[segments rows inner]`, each times the weight of its own expert, as `[segments rows outer]`.
+@typed
+def expert_linear(
+    params: Matrices, x: Float[mx.array, "segments rows inner"], segment_experts: Integer[mx.array, " segments"]
+) -> Float[mx.array, "segments rows outer"]:
+    """`x[s] @ matrix[segment_experts[s]].T` for every segment `s`, in `x`'s dtype.
 
     Args:
-        params: `weight` is `[expert outer inner]`, or quantized from that.
+        params: matrices `[expert outer inner]`, dense or quantized.
         x: the segments.
-        segment_experts: int `[segments]`, ascending.
+        segment_experts: which expert each belongs to, ascending.
 
     Raises:
         CheckpointError: as `linear`.
     """
-    if "scales" not in params:
-        return grouped_matmul(x, params["weight"], segment_experts)
-    quantization = format_of(params, x.shape[-1])
-    return grouped_quantized_matmul(
-        x, params["weight"], params["scales"], params.get("biases"), segment_experts, quantization
+    segments, rows, inner = x.shape
+    experts = params["weight"].shape[0]
+    weight = params["weight"]
+    if "scales" in params:
+        form = format_of(params, inner)
+        average = segments * rows // experts
+        if not (pays_as_floats(average, form) or has_no_kernel(rows, inner, x.dtype, form)):
+            product = mx.gather_qmm(
+                *operands(x, params),
+                rhs_indices=segment_experts,
+                transpose=True,
+                group_size=form.group_size,
+                bits=form.bits,
+                mode=form.mode,
+                sorted_indices=backend() != "cuda",
+            )
+            return product.astype(x.dtype)
+        weight = as_floats(params, form)
+    # The CPU's `gather_mm` knows float32 only.
+    dtype = mx.float32 if backend() == "cpu" else x.dtype
+    if experts == 1:
+        return (x.astype(dtype) @ weight[0].astype(dtype).T).astype(x.dtype)
+    # Told that experts ascend, MLX makes the weights' gradient expert by expert; else it makes a matrix for every
+    # segment. On CUDA (MLX 0.32.4) single rows then take another kernel, which is slower and was seen to be wrong.
+    ascending = backend() != "cuda" or rows > 1
+    product = mx.gather_mm(
+        x.astype(dtype), weight.astype(dtype).swapaxes(-1, -2), rhs_indices=segment_experts, sorted_indices=ascending
     )
-
-
-@typed
-def _dense(
-    weight: Float[mx.array, "outer inner"], x: Float[mx.array, "*batch inner"]
-) -> Float[mx.array, "*batch outer"]:
-    return x @ weight.T
+    return product.astype(x.dtype)

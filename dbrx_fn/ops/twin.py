@@ -1,29 +1,79 @@
-"""A kernel and the stock operations that compute the same: the kernel's values, the operations' gradients."""
+"""Functions that exist twice: as stock operations, which run everywhere, and as a kernel for some machines.
 
+The decorated function is the stock operations. Where a kernel fits its arguments, the kernel computes the values, and
+the gradients stay those of the stock operations, since MLX knows none for custom kernels.
+"""
+
+import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import mlx.core as mx
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def with_gradients_of(twin: Callable[..., mx.array], kernel: Callable[..., mx.array], *primals: Any) -> mx.array:
-    """`kernel(*primals)`, whose gradients are those of `twin(*primals)`: MLX knows none for custom kernels.
+
+def with_kernel(
+    kernel: Callable[P, R], *, fits: Callable[P, bool], gradients: bool = True
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates stock operations with a kernel that computes the same.
 
     Args:
-        twin: stock operations.
-        kernel: the same function by custom kernels.
-        primals: arrays of floats, or trees of them.
+        kernel: takes the same arguments as the stock operations.
+        fits: whether the kernel can take these arguments on this machine.
+        gradients: whether a gradient can be asked through the kernel. It is that of the stock operations, by every
+            array of floats among the arguments and by dicts of nothing else. If not, MLX raises where one is asked.
     """
-    function = mx.custom_function(kernel)
+
+    def decorate(stock: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(stock)
+        def call(*args: P.args, **static: P.kwargs) -> R:
+            if not fits(*args, **static):
+                return stock(*args, **static)
+            if not gradients:
+                return kernel(*args, **static)
+            return cast(R, _with_gradients_of(stock, kernel, args, static))
+
+        return call
+
+    return decorate
+
+
+def _with_gradients_of(
+    stock: Callable[..., Any], kernel: Callable[..., Any], args: tuple[Any, ...], static: dict[str, Any]
+) -> mx.array:
+    places = [place for place, arg in enumerate(args) if _has_gradient(arg)]
+
+    def by_primals(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*primals: Any) -> Any:
+            filled = list(args)
+            for place, primal in zip(places, primals, strict=True):
+                filled[place] = primal
+            return function(*filled, **static)
+
+        return call
+
+    def weighed(cotangent: mx.array) -> Callable[..., mx.array]:
+        def call(*primals: Any) -> mx.array:
+            output: mx.array = by_primals(stock)(*primals)
+            return (output.astype(mx.float32) * cotangent.astype(mx.float32)).sum()
+
+        return call
+
+    function = mx.custom_function(by_primals(kernel))
 
     def vjp(given: Any, cotangent: mx.array, output: mx.array) -> Any:
-        def weighed(*primals: Any) -> mx.array:
-            return (twin(*primals).astype(mx.float32) * cotangent.astype(mx.float32)).sum()
-
         # MLX passes one primal as it is, several as a tuple.
-        if len(primals) == 1:
-            return mx.grad(weighed)(given)
-        return mx.grad(weighed, argnums=list(range(len(primals))))(*given)
+        if len(places) == 1:
+            return mx.grad(weighed(cotangent))(given)
+        return mx.grad(weighed(cotangent), argnums=list(range(len(places))))(*given)
 
     function.vjp(vjp)
-    return cast(mx.array, function(*primals))
+    return cast(mx.array, function(*(args[place] for place in places)))
+
+
+def _has_gradient(arg: Any) -> bool:
+    if isinstance(arg, dict):
+        return all(map(_has_gradient, arg.values()))
+    return isinstance(arg, mx.array) and mx.issubdtype(arg.dtype, mx.floating)

@@ -24,6 +24,7 @@ from dbrx_fn.errors import CheckpointError, DbrxError, InputError, lacks_memory
 from dbrx_fn.files.checksums import SEAL, disagreement, file_sum, folder_sums, read_note, sealed
 from dbrx_fn.files.json_file import LARGEST_VOCABULARY, shown
 from dbrx_fn.model.config import Config
+from dbrx_fn.model.tree import Params
 from dbrx_fn.runs.plan import difference
 from dbrx_fn.training.step import State
 
@@ -127,7 +128,7 @@ def not_finite_leaf(state: State) -> str | None:
     return next((path for path, array in leaves(state) if not mx.isfinite(array).all().item()), None)
 
 
-def leaves(tree: State) -> list[tuple[str, mx.array]]:
+def leaves(tree: State | Params) -> list[tuple[str, mx.array]]:
     """A tree's arrays by path."""
     return cast(list[tuple[str, mx.array]], tree_flatten(tree))
 

@@ -148,6 +148,7 @@ def _kind(hint: Any) -> _Kind:
             continue
         # Of `dict[str, Any]`, `dict`.
         kind = object if part is Any else typing.get_origin(part) or part
+        kind = dict if typing.is_typeddict(kind) else kind
         others.append(kind)
         # An array's shape and dtype aren't of its class.
         if not hasattr(kind, "dim_str"):

@@ -9,7 +9,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from dbrx_fn.model.tree import Params
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -23,6 +22,7 @@ from dbrx_fn.checkpoints.saver import save
 from dbrx_fn.errors import CheckpointError, InputError
 from dbrx_fn.model.config import Dtype
 from dbrx_fn.model.quantization import Quantization, dequantize, quantize
+from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import Format, format_of_mode
 from dbrx_fn.random_checkpoint import write_random_checkpoint
 from tests.support import checkpoints, layouts_written

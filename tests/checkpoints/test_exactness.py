@@ -9,7 +9,6 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 import pytest
-from dbrx_fn.model.tree import Params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
@@ -22,6 +21,7 @@ from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.quantization import Quantization, dequantize, quantize
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import Format
 from dbrx_fn.runs.folder import RunFolder
 from dbrx_fn.runs.plan import Plan

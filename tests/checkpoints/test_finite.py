@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
-from dbrx_fn.model.tree import Params
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -15,6 +14,7 @@ from dbrx_fn.checkpoints.config_file import config_from_dict
 from dbrx_fn.checkpoints.finite import is_finite, not_finite
 from dbrx_fn.model.params import nest
 from dbrx_fn.model.quantization import Quantization, quantize, tree_formats
+from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import MODES, Format, Mode
 from tests.support import checkpoints, trees
 

@@ -14,7 +14,6 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 import pytest
-from dbrx_fn.model.tree import Params
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
@@ -26,6 +25,7 @@ from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.config import DBRX, Config, Dtype
 from dbrx_fn.model.params import check_params, param_count, param_spec
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import Format
 from tests.support import checkpoints, oracle
 

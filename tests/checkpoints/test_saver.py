@@ -15,7 +15,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from dbrx_fn.model.tree import Params
 from mlx.utils import tree_flatten
 from safetensors import safe_open
 
@@ -27,6 +26,7 @@ from dbrx_fn.files.atomic import new_folder, write_file
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.quantization import Quantization, quantize
+from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import Format
 from dbrx_fn.random_checkpoint import write_random_checkpoint
 from tests.support.trees import case_of

@@ -10,7 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from dbrx_fn.model.tree import Params
 
 import dbrx_fn.evaluate
 from dbrx_fn.checkpoints.loader import load, load_tokenizer
@@ -329,7 +328,7 @@ def test_a_picture_without_matplotlib(
 
 def test_weights_that_are_not_finite(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     params, config = load(made / "dense")
-    norm: Params = params["transformer"]["norm_f"]
+    norm = params["transformer"]["norm_f"]
     norm["weight"] = norm["weight"] * mx.array(float("nan"))
     save(tmp_path / "nan", params, config)
     given = ["perplexity", str(made / "dense"), str(tmp_path / "nan"), *arguments(made)[1:]]

@@ -128,9 +128,11 @@ def test_models_do_not_touch_each_other(files: dict[str, TokenFile]) -> None:
 def test_experts_in_another_order_are_another_routing_and_the_same_model(files: dict[str, TokenFile]) -> None:
     """Experts are told apart by number: a permutation of all four, with the routers' rows, changes no logits."""
     order = mx.array([1, 2, 3, 0])
-    transformer = CASE.params["transformer"]
-    blocks = [{**block, "ffn": tree_map(lambda array: array[order], block["ffn"])} for block in transformer["blocks"]]
-    permuted = Model({**CASE.params, "transformer": {**transformer, "blocks": blocks}}, CONFIG)
+    transformer: Any = CASE.params["transformer"]
+    blocks: Any = [
+        {**block, "ffn": tree_map(lambda array: array[order], block["ffn"])} for block in transformer["blocks"]
+    ]
+    permuted = Model({**CASE.params, "transformer": transformer | {"blocks": blocks}}, CONFIG)
     _, (found,) = run(files["plain"], permuted)
     assert abs(found.kl_divergence) < 1e-7
     assert found.top1_agreement == 1

@@ -11,7 +11,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tokenizers
-from dbrx_fn.model.tree import Params
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_map
@@ -24,6 +23,7 @@ from dbrx_fn.generation.sampling import Sampling
 from dbrx_fn.generation.stream import Piece, stream_text, stream_tokens, token_budget, warm_up
 from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.model.tree import Params
 from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
 from tests.support import oracle, trees
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from dbrx_fn.model.tree import Params
 
 from dbrx_fn.errors import CacheError
 from dbrx_fn.model.cache import Cache, grow_cache, init_cache
@@ -13,6 +12,7 @@ from dbrx_fn.model.config import DBRX, AttnConfig, Config, Dtype, FFNConfig
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.shapes import capacity_bucket
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.model.tree import Params
 from tests.support.trees import as_float64
 
 CONFIG = Config(

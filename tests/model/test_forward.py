@@ -3,12 +3,11 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from dbrx_fn.model.tree import Params
 from mlx.utils import tree_flatten
 from numpy.typing import ArrayLike, NDArray
 
@@ -18,6 +17,7 @@ from dbrx_fn.model.config import DBRX, Config, Dtype, FFNConfig
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.shapes import chunk_widths, time_bucket
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.model.tree import Params
 from tests.support.trees import Case, as_float64, random_case, relative_error
 
 Measured = Callable[[str, float], float]
@@ -28,6 +28,7 @@ CAPACITY = 43
 LONGEST = 40
 
 Ints = NDArray[np.int64]
+NO_PARAMS = cast(Params, {})
 
 
 @functools.cache
@@ -371,20 +372,20 @@ def test_gradients_through_a_cache_in_chunks() -> None:
 )
 def test_tokens_that_are_no_tokens(tokens: mx.array, found: str) -> None:
     with pytest.raises(InputError) as error:
-        forward({}, tokens, init_cache(DBRX, 2, 8))
+        forward(NO_PARAMS, tokens, init_cache(DBRX, 2, 8))
     assert f"tokens is {found} where" in str(error.value)
 
 
 @pytest.mark.parametrize("lengths", [[3], [3, 3, 3], [-1, 3], [3, 4], [0, 0], [], [2.5, 3]])
 def test_lengths_that_do_not_fit_the_tokens(lengths: list[int]) -> None:
     with pytest.raises(InputError) as error:
-        forward({}, mx.zeros((2, 3), mx.int32), init_cache(DBRX, 2, 8), lengths=lengths)
+        forward(NO_PARAMS, mx.zeros((2, 3), mx.int32), init_cache(DBRX, 2, 8), lengths=lengths)
     assert f"lengths is {lengths} where 2 whole numbers from 0 to 3" in str(error.value)
 
 
 def test_tokens_that_are_no_array() -> None:
     with pytest.raises(InputError, match="tokens is a list where"):
-        forward({}, [[1, 2]], init_cache(DBRX, 1, 8))  # type: ignore[arg-type]
+        forward(NO_PARAMS, [[1, 2]], init_cache(DBRX, 1, 8))  # type: ignore[arg-type]
 
 
 SMALL = Config(
@@ -416,7 +417,7 @@ def test_parameters_of_another_model(other: Config, sentence: str) -> None:
 
 @pytest.mark.parametrize("part", ["transformer", "lm_head"])
 def test_parameters_without_a_part(part: str) -> None:
-    params = init_params(SMALL, mx.random.key(0))
+    params: Any = init_params(SMALL, mx.random.key(0))
     del params[part]
     with pytest.raises(CheckpointError, match=rf"{part}[.\w]* is missing"):
         forward(params, batch_of([1, 2]), init_cache(SMALL, 1, 8))
@@ -424,7 +425,7 @@ def test_parameters_without_a_part(part: str) -> None:
 
 @pytest.mark.parametrize("path", ["wte", "norm_f"])
 def test_parameters_without_a_leaf(path: str) -> None:
-    params = init_params(SMALL, mx.random.key(0))
+    params: Any = init_params(SMALL, mx.random.key(0))
     params["transformer"][path] = {}
     with pytest.raises(CheckpointError, match=f"transformer.{path}.weight is missing"):
         forward(params, batch_of([1, 2]), init_cache(SMALL, 1, 8))
@@ -433,4 +434,4 @@ def test_parameters_without_a_leaf(path: str) -> None:
 @pytest.mark.parametrize("chunk_size", [0, -1])
 def test_chunks_of_nothing(chunk_size: int) -> None:
     with pytest.raises(InputError, match=f"chunk_size is {chunk_size} where it must be at least 1"):
-        forward({}, mx.zeros((2, 3), mx.int32), init_cache(DBRX, 2, 8), chunk_size=chunk_size)
+        forward(NO_PARAMS, mx.zeros((2, 3), mx.int32), init_cache(DBRX, 2, 8), chunk_size=chunk_size)

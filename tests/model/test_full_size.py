@@ -8,13 +8,13 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from dbrx_fn.model.tree import Params
 from mlx.utils import tree_flatten
 
 from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.config import DBRX
 from dbrx_fn.model.params import check_params, init_params
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.model.tree import Params
 
 LARGEST_ALLOCATION = 2**24
 """Far below any matrix of the model; there are small constants."""

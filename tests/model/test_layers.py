@@ -9,8 +9,8 @@ import pytest
 from jaxtyping import TypeCheckError
 from numpy.typing import NDArray
 
-from dbrx_fn.model.cache import Window, init_cache, window
-from dbrx_fn.model.config import AttnConfig, Config, Dtype, FFNConfig
+from dbrx_fn.model.cache import init_cache
+from dbrx_fn.model.config import NORM_EPS, AttnConfig, Config, Dtype, FFNConfig
 from dbrx_fn.model.layers.attn import attn
 from dbrx_fn.model.layers.block import block
 from dbrx_fn.model.layers.embedding import embedding
@@ -19,6 +19,7 @@ from dbrx_fn.model.layers.norm_attn_norm import norm_attn_norm
 from dbrx_fn.model.layers.rotary import inverse_frequencies, turn, turns
 from dbrx_fn.model.layers.router import router
 from dbrx_fn.model.params import init_params
+from dbrx_fn.model.positions import Positions, positions_of
 from dbrx_fn.model.transformer import score
 from dbrx_fn.ops.linear import linear
 from dbrx_fn.ops.norm import layer_norm
@@ -49,18 +50,15 @@ def normal(seed: int, *shape: int) -> Array:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def nothing_cached(config: Config) -> tuple[mx.array, mx.array, Window]:
-    """Keys, values and window of a cache of capacity 0."""
-    cache = init_cache(config, 1, 0)
-    zero = mx.zeros(1, mx.int32)
-    place = window(zero, zero, time=TIME, capacity=0, attended=0, wraps=False, config=config)
-    return cache.keys[0], cache.values[0], place
+def nothing_cached(config: Config) -> tuple[None, Positions]:
+    """No cache, and the positions of tokens without one."""
+    return None, positions_of(TIME, (TIME,), None, config.layer)
 
 
 def attention(config: Config, x: Array, wqkv: Array, out_proj: Array) -> tuple[mx.array, NDArray[np.float64]]:
     """Ours and the oracle's."""
-    params = {"Wqkv": {"weight": mx.array(wqkv)}, "out_proj": {"weight": mx.array(out_proj)}}
-    ours, _, _ = attn(params, mx.array(x)[None], *nothing_cached(config), config=config)
+    params: Any = {"Wqkv": {"weight": mx.array(wqkv)}, "out_proj": {"weight": mx.array(out_proj)}}
+    ours, _ = attn(params, mx.array(x)[None], *nothing_cached(config), config=config.layer)
     raw = {
         "n_heads": config.n_heads,
         "d_model": config.d_model,
@@ -115,12 +113,13 @@ def test_cosines_and_sines_are_right_at_every_position() -> None:
 
 def test_attention_writes_clipped_and_rotated_keys() -> None:
     config = config_with(0.5)
-    params = {"Wqkv": {"weight": mx.array(normal(1, config.qkv_dim, 36))}, "out_proj": {"weight": mx.eye(36)}}
+    params: Any = {"Wqkv": {"weight": mx.array(normal(1, config.qkv_dim, 36))}, "out_proj": {"weight": mx.eye(36)}}
     x = normal(0, 1, TIME, 36)
     cache = init_cache(config, 1, 16)
-    start, lengths = mx.array([0], mx.int32), mx.array([TIME], mx.int32)
-    place = window(start, lengths, time=TIME, capacity=16, attended=16, wraps=False, config=config)
-    _, keys, values = attn(params, mx.array(x), cache.keys[0], cache.values[0], place, config=config)
+    positions = positions_of(TIME, (TIME,), cache, config.layer)
+    _, after = attn(params, mx.array(x), (cache.keys[0], cache.values[0]), positions, config=config.layer)
+    assert after is not None
+    keys, values = after
 
     qkv = np.clip(x[0].astype(np.float64) @ as_float64(params["Wqkv"]["weight"]).T, -0.5, 0.5)
     heads = qkv.reshape(TIME, -1, config.head_dim).swapaxes(0, 1)
@@ -256,7 +255,7 @@ def test_layer_norm(scale: float) -> None:
     """The small scale shows the epsilon."""
     x, weight = scale * normal(0, 5, 12), normal(1, 12)
     expected = oracle.layer_norm(x.astype(np.float64), weight.astype(np.float64))
-    assert relative_error(layer_norm({"weight": mx.array(weight)}, mx.array(x)), expected) <= BAR
+    assert relative_error(layer_norm(mx.array(weight), mx.array(x), eps=NORM_EPS), expected) <= BAR
 
 
 def block_params(config: Config) -> Any:
@@ -270,9 +269,14 @@ def test_norm_attn_norm_hands_on_the_residual_and_its_norm() -> None:
     params["attn"]["out_proj"]["weight"] = mx.array(normal(2, 36, 36))
     params["norm_1"]["weight"], params["norm_2"]["weight"] = mx.array(normal(3, 36)), mx.array(normal(4, 36))
     x = mx.array(normal(0, 1, TIME, 36))
-    residual, normed, _, _ = norm_attn_norm(params, x, *nothing_cached(config), config=config)
+    residual, normed, _ = norm_attn_norm(params, x, *nothing_cached(config), config=config.layer)
 
-    attended, _, _ = attn(params["attn"], layer_norm(params["norm_1"], x), *nothing_cached(config), config=config)
+    attended, _ = attn(
+        params["attn"],
+        layer_norm(params["norm_1"]["weight"], x, eps=NORM_EPS),
+        *nothing_cached(config),
+        config=config.layer,
+    )
     assert relative_error(residual, as_float64(x + attended)) <= BAR
     norm_2 = as_float64(params["norm_2"]["weight"])
     assert relative_error(normed[0], oracle.layer_norm(as_float64(residual[0]), norm_2)) <= BAR
@@ -285,8 +289,8 @@ def test_block_adds_what_the_experts_say_of_the_norm() -> None:
         name: {"weight": 10 * leaf["weight"]} for name, leaf in params["ffn"]["experts"]["mlp"].items()
     }
     x = mx.array(normal(0, 1, TIME, 36))
-    out, _, _, routing = block(params, x, *nothing_cached(config), config=config)
-    residual, normed, _, _ = norm_attn_norm(params["norm_attn_norm"], x, *nothing_cached(config), config=config)
+    out, _, routing = block(params, x, *nothing_cached(config), config=config.layer)
+    residual, normed, _ = norm_attn_norm(params["norm_attn_norm"], x, *nothing_cached(config), config=config.layer)
     said, expected_routing = moe(params["ffn"], normed, config=config.ffn)
     assert relative_error(out, as_float64(residual + said)) <= BAR
     assert relative_error(routing.logits, as_float64(expected_routing.logits)) <= BAR
@@ -319,11 +323,15 @@ def test_layers_refuse_what_does_not_fit() -> None:
             layer(*arrays, **static)
 
     params = block_params(config)
-    refused(block, params, x[0], *cached, config=config)
-    refused(block, params, mx.zeros((1, TIME, 36), mx.int32), *cached, config=config)
-    refused(block, params, x, cached[0][0], *cached[1:], config=config)
+    refused(block, params, x[0], *cached, config=config.layer)
+    refused(block, params, mx.zeros((1, TIME, 36), mx.int32), *cached, config=config.layer)
+    refused(block, params, x, (mx.zeros((2, 4, 6)),) * 2, cached[1], config=config.layer)
     refused(
-        attn, {**params["norm_attn_norm"]["attn"], "Wqkv": {"weight": mx.zeros((60, 35))}}, x, *cached, config=config
+        attn,
+        {**params["norm_attn_norm"]["attn"], "Wqkv": {"weight": mx.zeros((60, 35))}},
+        x,
+        *cached,
+        config=config.layer,
     )
     refused(moe, params["ffn"], x[0], config=config.ffn)
     refused(moe, {**params["ffn"], "router": {"layer": {"weight": mx.zeros((5, 35))}}}, x, config=config.ffn)
@@ -331,8 +339,8 @@ def test_layers_refuse_what_does_not_fit() -> None:
     refused(moe, {**params["ffn"], "experts": experts}, x, config=config.ffn)
     experts = {"mlp": {**params["ffn"]["experts"]["mlp"], "w2": {"weight": mx.zeros((5, 36, 8))}}}
     refused(moe, {**params["ffn"], "experts": experts}, x, config=config.ffn)
-    refused(layer_norm, {"weight": mx.zeros(35)}, x)
-    block(params, x, *cached, config=config)
+    refused(layer_norm, mx.zeros(35), x, eps=NORM_EPS)
+    block(params, x, *cached, config=config.layer)
 
 
 def test_types_are_checked_once_a_trace() -> None:
@@ -360,10 +368,10 @@ def test_gradients_of_a_frequent_token_are_all_added(dtype: Dtype) -> None:
     weight = mx.array(normal(0, 5, config.d_model)).astype(getattr(mx, dtype))
 
     def total(weight: mx.array) -> mx.array:
-        return embedding({"weight": weight}, tokens, config=config).sum()
+        return embedding({"weight": weight}, tokens, config=config.layer).sum()
 
     np.testing.assert_array_equal(
-        as_float64(embedding({"weight": weight}, tokens, config=config)[0, -1]), as_float64(weight[1])
+        as_float64(embedding({"weight": weight}, tokens, config=config.layer)[0, -1]), as_float64(weight[1])
     )
     for grad in (mx.grad(total), mx.compile(mx.grad(total))):
         made = as_float64(grad(weight))

@@ -6,17 +6,16 @@ from typing import Any, get_args
 import mlx.core as mx
 import numpy as np
 import pytest
-from dbrx_fn.ops.activations import ACTIVATIONS
-from dbrx_fn.ops.dispatch import dispatch
-from dbrx_fn.ops.experts import combine, gather_segments, mix_experts
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dbrx_fn.model.config import Activation, FFNConfig
 from dbrx_fn.model.layers.moe import moe
+from dbrx_fn.ops.activations import ACTIVATIONS
+from dbrx_fn.ops.dispatch import dispatch, segment_rows
+from dbrx_fn.ops.experts import combine, gather_segments, mix_experts
 from dbrx_fn.ops.linear import expert_linear, linear
-from dbrx_fn.ops.products import segment_rows
 from dbrx_fn.runtime.blas import FAST_BLAS
 from tests.support import oracle
 from tests.support.trees import relative_error
@@ -39,13 +38,11 @@ def naive(
     return oracle.moe(x, expert_weights, top_experts, weights["w1"], weights["v1"], weights["w2"], act)
 
 
-def as_params(weights: Weights) -> dict[str, dict[str, mx.array]]:
+def as_params(weights: Weights) -> Any:
     return {name: {"weight": mx.array(weight)} for name, weight in weights.items()}
 
 
-def in_segments(
-    params: dict[str, dict[str, mx.array]], x: mx.array, expert_weights: mx.array, top_experts: mx.array, rows: int
-) -> mx.array:
+def in_segments(params: Any, x: mx.array, expert_weights: mx.array, top_experts: mx.array, rows: int) -> mx.array:
     """`mix_experts` with segments of `rows` rows, whatever the back end would choose."""
     plan = dispatch(top_experts, experts=params["w1"]["weight"].shape[0], rows=rows)
     segments = gather_segments(x, plan)
@@ -178,7 +175,7 @@ def test_gradients_take_memory_by_experts_not_by_segments(tokens: int) -> None:
     experts = mx.random.randint(0, 8, (tokens, 2), key=key)
 
     def loss(params: Any) -> mx.array:
-        return mix_experts(params, x, weights, experts, config=config).square().sum()
+        return mix_experts(params, x, weights, experts, activation=config.ffn_act_fn).square().sum()
 
     mx.eval(params, x, weights, experts, mx.grad(loss)(params))
     held = mx.get_active_memory()
@@ -211,7 +208,7 @@ def test_gradients_equal_finite_differences_of_the_oracle() -> None:
     config = FFNConfig(ffn_hidden_size=FFN_HIDDEN, moe_num_experts=4, moe_top_k=2)
 
     def mix(params: Any, x: mx.array, expert_weights: mx.array) -> mx.array:
-        return mix_experts(params, x, expert_weights, mx.array(top_experts), config=config)
+        return mix_experts(params, x, expert_weights, mx.array(top_experts), activation=config.ffn_act_fn)
 
     actual = gradients(mix, as_params(weights), mx.array(x), mx.array(expert_weights), mx.array(cotangent))
     for ours, name in zip(actual, arguments, strict=True):
@@ -234,7 +231,7 @@ def test_the_compiled_mixture_equals_the_loop(tokens: int, top_k: int, experts: 
     expert_weights = rng.standard_normal(top_experts.shape).astype(np.float32)
     config = FFNConfig(ffn_hidden_size=FFN_HIDDEN, moe_num_experts=experts, moe_top_k=top_k)
     arrays = (mx.array(array) for array in (x, expert_weights, top_experts))
-    actual = mix_experts(as_params(weights), *arrays, config=config)
+    actual = mix_experts(as_params(weights), *arrays, activation=config.ffn_act_fn)
     assert relative_error(actual, naive(x, expert_weights, top_experts, weights)) <= BAR
 
 
@@ -249,7 +246,7 @@ def test_one_expert_is_a_dense_mlp(tokens: int) -> None:
     """Whatever the router says, its one weight is 1."""
     rng = np.random.default_rng(tokens)
     mlp = as_params(draw_weights(rng, 1))
-    router = {"layer": {"weight": mx.array(rng.standard_normal((1, D_MODEL)).astype(np.float32))}}
+    router: Any = {"layer": {"weight": mx.array(rng.standard_normal((1, D_MODEL)).astype(np.float32))}}
     x = mx.array(rng.standard_normal((1, tokens, D_MODEL)).astype(np.float32))
     config = FFNConfig(ffn_hidden_size=FFN_HIDDEN, moe_num_experts=1, moe_top_k=1)
     actual, _ = moe({"router": router, "experts": {"mlp": mlp}}, x, config=config)
@@ -283,5 +280,5 @@ def test_activations_are_what_their_names_say(act: Activation) -> None:
     expert_weights = rng.random(top_experts.shape).astype(np.float32)
     config = FFNConfig(ffn_hidden_size=FFN_HIDDEN, moe_num_experts=3, moe_top_k=2, ffn_act_fn=act)
     arrays = (mx.array(array) for array in (x, expert_weights, top_experts))
-    actual = mix_experts(as_params(weights), *arrays, config=config)
+    actual = mix_experts(as_params(weights), *arrays, activation=config.ffn_act_fn)
     assert relative_error(actual, naive(x, expert_weights, top_experts, weights, FORMULAS[act])) <= BAR

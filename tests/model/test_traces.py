@@ -12,13 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from dbrx_fn.model.tree import Params
 from mlx.utils import tree_flatten
 
 from dbrx_fn.model.cache import grow_cache, init_cache
 from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.model.params import init_params, nest
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.model.tree import Params
 
 
 class Traces:

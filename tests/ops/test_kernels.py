@@ -3,26 +3,25 @@
 import logging
 from dataclasses import replace
 from functools import partial
+from inspect import unwrap
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from dbrx_fn.ops.experts import in_segments, mix_experts
 from mlx.utils import tree_map
 from numpy.typing import NDArray
 
 from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
-from dbrx_fn.model.layers import decode_block
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.quantization import Quantization, dequantize, quantize
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.ops.experts import mix_experts
 from dbrx_fn.ops.formats import Format
-from dbrx_fn.ops.kernels import experts, layer_norm, linears, segments
+from dbrx_fn.ops.kernels import experts, layer_norm, linears, project_qkv, segments
 from dbrx_fn.ops.kernels.cuda_module import on_hopper
 from dbrx_fn.ops.linear import linear
-from dbrx_fn.ops.products import quantized_matmul
 from tests.support import oracle
 from tests.support.kernel_operands import dense, error, matrix, normal
 from tests.support.trees import as_float64
@@ -35,7 +34,6 @@ every_format = pytest.mark.parametrize("form", FORMATS, ids=str)
 # Of the same products in another order, an error can be a little larger by chance.
 LIMIT = 1.1
 
-CONFIG = FFNConfig(ffn_hidden_size=384, moe_num_experts=6, moe_top_k=2)
 D_MODEL = 256
 
 
@@ -53,11 +51,7 @@ def test_products_with_a_matrix(form: Format | None, rows: int, measured: Any) -
     params, x = matrix(form, 0, 384, D_MODEL), normal(1, rows, D_MODEL)
     assert linears.fits(params, x)
     expected = as_float64(x) @ dense(params, D_MODEL).T
-    if form is None:
-        twin = x @ params["weight"].T
-    else:
-        twin = quantized_matmul(x, params["weight"], params["scales"], params.get("biases"), form)
-    ratio = error(linears.linear(params, x), expected) / error(twin, expected)
+    ratio = error(linears.linear(params, x), expected) / error(unwrap(linear)(params, x), expected)
     assert measured("kernel's error over its twin's, one matrix", ratio) <= LIMIT
     if rows <= linears.FEW_ROWS:
         residual = normal(2, rows, 384)
@@ -69,19 +63,19 @@ def test_products_with_a_matrix(form: Format | None, rows: int, measured: Any) -
 @pytest.mark.usefixtures("height")
 def test_mixed_experts(form: Format | None, tokens: int, measured: Any) -> None:
     shapes = {"w1": (6, 384, D_MODEL), "v1": (6, 384, D_MODEL), "w2": (6, D_MODEL, 384)}
-    params = {name: matrix(form, seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    params: Any = {name: matrix(form, seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
     x = normal(7, tokens, D_MODEL)
     weights = mx.random.uniform(shape=(tokens, 2), key=mx.random.key(8)).astype(mx.bfloat16)
     # An expert that gets nothing, one that gets most, and tokens that name one twice.
     top_experts = mx.random.randint(1, 6, (tokens, 2), key=mx.random.key(9)).astype(mx.uint32)
     top_experts = mx.where(mx.arange(tokens)[:, None] % 3 == 0, 2, top_experts).astype(mx.uint32)
-    assert experts.fits(params, x.dtype, CONFIG)
+    assert experts.fits(params, x.dtype, activation="silu", top_k=2)
     w1, v1, w2 = (dense(params[name], shape[-1]) for name, shape in shapes.items())
     expected = oracle.moe(
         as_float64(x), as_float64(weights), np.array(top_experts), w1, v1, w2, oracle.ACTIVATIONS["silu"]
     )
-    found = error(mix_experts(params, x, weights, top_experts, config=CONFIG, cached=True), expected)
-    twin = error(in_segments(params, x, weights, top_experts, config=CONFIG), expected)
+    found = error(mix_experts(params, x, weights, top_experts, activation="silu", cached=True), expected)
+    twin = error(unwrap(mix_experts)(params, x, weights, top_experts, activation="silu"), expected)
     assert measured("kernels' error over their twin's, experts", found / twin) <= LIMIT
 
 
@@ -89,36 +83,36 @@ def test_mixed_experts(form: Format | None, tokens: int, measured: Any) -> None:
 @pytest.mark.parametrize("ffn_hidden", [384, 512])
 def test_one_token_s_experts_and_the_stream(form: Format | None, ffn_hidden: int, measured: Any) -> None:
     shapes = {"w1": (6, ffn_hidden, D_MODEL), "v1": (6, ffn_hidden, D_MODEL), "w2": (6, D_MODEL, ffn_hidden)}
-    params = {name: matrix(form, seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    params: Any = {name: matrix(form, seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
     x, residual, weights = normal(7, 1, D_MODEL), normal(8, 1, D_MODEL), normal(9, 1, 3)
     top_experts = mx.array([[5, 0, 2]], mx.uint32)
     w1, v1, w2 = (dense(params[name], shape[-1]) for name, shape in shapes.items())
     said = oracle.moe(as_float64(x), as_float64(weights), np.array(top_experts), w1, v1, w2, oracle.ACTIVATIONS["silu"])
     expected = as_float64(residual) + said
-    config = replace(CONFIG, ffn_hidden_size=ffn_hidden, moe_top_k=3)
     found = error(experts.mix_experts(params, x, weights, top_experts, residual), expected)
-    twin = error(residual + in_segments(params, x, weights, top_experts, config=config), expected)
+    twin = error(residual + unwrap(mix_experts)(params, x, weights, top_experts, activation="silu"), expected)
     assert measured("kernels' error over their twin's, experts", found / twin) <= LIMIT
 
 
 @pytest.mark.parametrize("form", [None, Format(4, 64)], ids=str)
 def test_gradients_are_the_twins(form: Format | None) -> None:
     shapes = {"w1": (6, 384, D_MODEL), "v1": (6, 384, D_MODEL), "w2": (6, D_MODEL, 384)}
-    params = {name: matrix(form, seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    params: Any = {name: matrix(form, seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
     x, weights = normal(7, 200, D_MODEL), normal(8, 200, 2)
     top_experts = mx.random.randint(0, 6, (200, 2), key=mx.random.key(9)).astype(mx.uint32)
-    assert experts.fits(params, x.dtype, CONFIG)
+    assert experts.fits(params, x.dtype, activation="silu", top_k=2)
 
     def gradients(function: Any) -> list[mx.array]:
         def scalar(x: mx.array, weights: mx.array, w1: mx.array) -> mx.array:
             tree = {**params, "w1": {**params["w1"], "weight": w1}} if form is None else params
-            mixed: mx.array = function(tree, x, weights, top_experts, config=CONFIG)
+            mixed: mx.array = function(tree, x, weights, top_experts, activation="silu")
             return (mixed.astype(mx.float32) ** 2).sum()
 
         wanted = (0, 1, 2) if form is None else (0, 1)
         return list(mx.grad(scalar, argnums=wanted)(x, weights, params["w1"]["weight"]))
 
-    for found, expected in zip(gradients(partial(mix_experts, cached=True)), gradients(in_segments), strict=True):
+    by_kernels, by_stock = gradients(partial(mix_experts, cached=True)), gradients(unwrap(mix_experts))
+    for found, expected in zip(by_kernels, by_stock, strict=True):
         assert error(found, as_float64(expected)) <= 1e-2
     one, rows = matrix(form or Format(4, 64), 3, 384, D_MODEL), normal(4, 50, D_MODEL)
     found = mx.grad(lambda x: linear(one, x).astype(mx.float32).sum())(rows)
@@ -170,18 +164,18 @@ def test_the_model_is_as_exact_as_by_stock_operations(
         return np.concatenate(pieces, axis=1)
 
     taken: list[bool] = []
-    fits = decode_block.fits
+    kernel = project_qkv.project_qkv
 
-    def noted(*args: Any) -> bool:
-        taken.append(fits(*args))
-        return taken[-1]
+    def noted(*arrays: Any, **static: Any) -> Any:
+        taken.append(True)
+        return kernel(*arrays, **static)
 
-    monkeypatch.setattr(decode_block, "fits", noted)
+    monkeypatch.setattr(project_qkv, "project_qkv", noted)
     # Configs of their own, so that each is traced here.
     found = logits(params, replace(MODEL, ffn=replace(MODEL.ffn, moe_loss_weight=2.0)))
     assert any(taken)
-    for module in (decode_block, experts, layer_norm, linears):
-        monkeypatch.setattr(module, "fits", lambda *_: False)
+    for module in (experts, layer_norm, linears):
+        monkeypatch.setattr(module, "on_hopper", lambda: False)
     twin = logits(params, replace(MODEL, ffn=replace(MODEL.ffn, moe_loss_weight=1.0)))
     mx.set_default_device(mx.cpu)
     try:

@@ -1,5 +1,6 @@
 """The small kernels against NumPy in float64, and no worse than what MLX's own operations make of the same operands."""
 
+from inspect import unwrap
 from typing import Any
 
 import mlx.core as mx
@@ -8,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from dbrx_fn.model.cache import init_cache
-from dbrx_fn.model.config import EPS, AttnConfig, Config, FFNConfig
+from dbrx_fn.model.config import NORM_EPS, AttnConfig, Config, FFNConfig
 from dbrx_fn.model.layers.rotary import inverse_frequencies, turn, turns
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.quantization import Quantization, quantize
@@ -18,7 +19,7 @@ from dbrx_fn.ops.kernels import combine, decode_attention, norm_router, project_
 from dbrx_fn.ops.kernels import layer_norm as layer_norm_kernel
 from dbrx_fn.ops.kernels.cuda_module import on_hopper
 from dbrx_fn.ops.kernels.read_memory import WAVE, read_memory
-from dbrx_fn.ops.products import quantized_matmul
+from dbrx_fn.ops.linear import linear
 from tests.support.kernel_operands import dense, error, matrix, normal
 from tests.support.trees import as_float64, relative_error
 
@@ -40,10 +41,10 @@ def assert_no_worse(ours: mx.array, twin: mx.array, expected: Array) -> None:
 def test_layer_norm(rows: int, width: int) -> None:
     x, weight = normal(0, rows, width) + 3, normal(1, width)
     assert layer_norm_kernel.fits(weight, x)
-    stock = mx.fast.layer_norm(x, weight, None, EPS)
+    stock = mx.fast.layer_norm(x, weight, None, NORM_EPS)
     expected = as_float64(x) - as_float64(x).mean(axis=1, keepdims=True)
-    expected = expected / np.sqrt((expected**2).mean(axis=1, keepdims=True) + EPS) * as_float64(weight)
-    assert_no_worse(layer_norm_kernel.layer_norm(weight, x, eps=EPS), stock, expected)
+    expected = expected / np.sqrt((expected**2).mean(axis=1, keepdims=True) + NORM_EPS) * as_float64(weight)
+    assert_no_worse(layer_norm_kernel.layer_norm(weight, x, eps=NORM_EPS), stock, expected)
 
 
 @pytest.mark.parametrize("clip", [None, 8.0, 1.0])
@@ -77,21 +78,26 @@ def test_project_qkv(
     offsets = mx.concatenate([mx.array([32_767], mx.int32), integers(3, 32_768, batch - 1)])
     frequencies = inverse_frequencies(head_dim, theta)
     q, k, v = project_qkv.project_qkv(
-        weight, wqkv, x, offsets, frequencies, kv_n_heads=kv_n_heads, head_dim=head_dim, clip=clip
+        weight,
+        wqkv,
+        x,
+        offsets,
+        frequencies,
+        eps=NORM_EPS,
+        kv_n_heads=kv_n_heads,
+        head_dim=head_dim,
+        clip=clip,
     )
 
-    normed = mx.fast.layer_norm(x, weight, None, EPS)
-    if form is None:
-        qkv = normed @ wqkv["weight"].T
-    else:
-        qkv = quantized_matmul(normed, wqkv["weight"], wqkv["scales"], wqkv.get("biases"), form)
+    normed = mx.fast.layer_norm(x, weight, None, NORM_EPS)
+    qkv = unwrap(linear)(wqkv, normed)
     if clip is not None:
         qkv = mx.clip(qkv, -clip, clip)
     stock = qkv.reshape(batch, 1, all_heads, head_dim).swapaxes(1, 2)
     turned = turn(stock, *turns(offsets[:, None], head_dim=head_dim, theta=theta))
 
     expected = as_float64(x) - as_float64(x).mean(axis=-1, keepdims=True)
-    expected = expected / np.sqrt((expected**2).mean(axis=-1, keepdims=True) + EPS) * as_float64(weight)
+    expected = expected / np.sqrt((expected**2).mean(axis=-1, keepdims=True) + NORM_EPS) * as_float64(weight)
     expected = (expected @ dense(wqkv, d_model).T).reshape(batch, all_heads, 1, head_dim)
     if clip is not None:
         expected = np.clip(expected, -clip, clip)
@@ -154,12 +160,14 @@ def test_norm_router(tokens: int, d_model: int, experts: int, top_k: int, order:
     x = normal(0, tokens, d_model, scale=2) + 1
     weight = normal(1, d_model, scale=0.2) + 1
     router = normal(2, experts, d_model, scale=2 * d_model**-0.5)
-    normed, expert_weights, logits, top_experts = norm_router.norm_router(x, weight, router, top_k=top_k, order=order)
+    normed, expert_weights, logits, top_experts = norm_router.norm_router(
+        x, weight, router, eps=NORM_EPS, top_k=top_k, order=order
+    )
 
     x64, weight64, router64 = (as_float64(array) for array in (x, weight, router))
     centered = x64 - x64.mean(axis=1, keepdims=True)
-    expected = centered / np.sqrt((centered**2).mean(axis=1, keepdims=True) + EPS) * weight64
-    twin = mx.fast.layer_norm(x, weight, None, EPS)
+    expected = centered / np.sqrt((centered**2).mean(axis=1, keepdims=True) + NORM_EPS) * weight64
+    twin = mx.fast.layer_norm(x, weight, None, NORM_EPS)
     assert_no_worse(normed, twin, expected)
     assert_no_worse(logits, twin @ router.T, expected @ router64.T)
     assert relative_error(logits, as_float64(normed) @ router64.T) < 2e-6
@@ -179,8 +187,8 @@ def test_norm_router(tokens: int, d_model: int, experts: int, top_k: int, order:
 def test_a_row_without_numbers_chooses_experts_that_there_are_and_changes_no_other(tokens: int) -> None:
     x, weight, router = normal(0, tokens, 512), normal(1, 512), normal(2, 16, 512)
     broken = mx.where((mx.arange(tokens) % 3 == 0)[:, None], mx.array(mx.nan, mx.bfloat16), x)
-    found = norm_router.norm_router(broken, weight, router, top_k=4, order=1.0)
-    expected = norm_router.norm_router(x, weight, router, top_k=4, order=1.0)
+    found = norm_router.norm_router(broken, weight, router, eps=NORM_EPS, top_k=4, order=1.0)
+    expected = norm_router.norm_router(x, weight, router, eps=NORM_EPS, top_k=4, order=1.0)
     for row in range(tokens):
         if row % 3:
             assert all(mx.array_equal(one[row], other[row]) for one, other in zip(found, expected, strict=True))
@@ -220,7 +228,7 @@ def test_an_id_outside_of_the_vocabulary_is_a_matter_of_its_row(time: int, form:
 def test_equal_logits_choose_the_first() -> None:
     x, row = normal(0, 2, 512), normal(1, 1, 512)
     _, expert_weights, _, top_experts = norm_router.norm_router(
-        x, mx.ones(512, mx.bfloat16), mx.broadcast_to(row, (16, 512)), top_k=4, order=1.0
+        x, mx.ones(512, mx.bfloat16), mx.broadcast_to(row, (16, 512)), eps=NORM_EPS, top_k=4, order=1.0
     )
     assert top_experts.tolist() == [[0, 1, 2, 3]] * 2
     assert expert_weights[:2].tolist() == [[0.25] * 4] * 2

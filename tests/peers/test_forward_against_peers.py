@@ -10,13 +10,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from dbrx_fn.ops.activations import ACTIVATIONS
 from numpy.typing import NDArray
 from transformers.activations import ACT2FN
 
 from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.config import Activation
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.ops.activations import ACTIVATIONS
 from tests.peers import reference
 from tests.support.checkpoints import random_config, write_fused
 from tests.support.trees import Case, as_float64, case_of, random_case, relative_error

@@ -7,7 +7,6 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 import pytest
-from dbrx_fn.model.tree import Params
 from mlx_lm.utils import dequantize_model, load_config, load_model, quantize_model, save_config, save_model
 from numpy.typing import NDArray
 
@@ -18,6 +17,7 @@ from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.quantization import Quantization, quantize, tree_formats
 from dbrx_fn.model.transformer import forward
+from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import Format
 from tests.peers import reference
 from tests.support.checkpoints import QUANTIZABLE, write_fused

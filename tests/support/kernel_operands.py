@@ -1,10 +1,12 @@
 """Operands for tests of the kernels: matrices as the loader would have them, and the same exactly."""
 
+from typing import cast
+
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from dbrx_fn.ops.formats import Format, dequantize_matrix, format_of, quantize_matrix
+from dbrx_fn.ops.formats import LEAVES, Format, Linear, dequantize_matrix, format_of, quantize_matrix
 from tests.support.trees import as_float64
 
 
@@ -13,19 +15,20 @@ def normal(seed: int, *shape: int, scale: float = 1.0) -> mx.array:
     return (mx.random.normal(shape, key=mx.random.key(seed)) * scale).astype(mx.bfloat16)
 
 
-def matrix(form: Format | None, seed: int, *shape: int, scale: float = 0.1) -> dict[str, mx.array]:
+def matrix(form: Format | None, seed: int, *shape: int, scale: float = 0.1) -> Linear:
     """A linear `[... outer inner]` of normal numbers, quantized if a format is given."""
     weight = normal(seed, *shape, scale=scale)
     if form is None:
         return {"weight": weight}
-    return dict(zip(("weight", "scales", "biases"), quantize_matrix(weight, form), strict=False))
+    return cast(Linear, dict(zip(LEAVES, quantize_matrix(weight, form), strict=False)))
 
 
-def dense(params: dict[str, mx.array], inner: int) -> NDArray[np.float64]:
+def dense(params: Linear, inner: int) -> NDArray[np.float64]:
     """What a linear's matrix is, in float64."""
     if "scales" not in params:
         return as_float64(params["weight"])
-    exact = [leaf.astype(mx.float32) if leaf.dtype == mx.bfloat16 else leaf for leaf in params.values()]
+    leaves = [params["weight"], params["scales"], *([params["biases"]] if "biases" in params else [])]
+    exact = [leaf.astype(mx.float32) if leaf.dtype == mx.bfloat16 else leaf for leaf in leaves]
     return as_float64(dequantize_matrix(exact, format_of(params, inner), mx.float32))
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from dbrx_fn.model.tree import Params
 from numpy.typing import ArrayLike, NDArray
 
 from dbrx_fn.checkpoints.config_file import config_from_dict
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.params import nest, param_spec
+from dbrx_fn.model.tree import Params
 from tests.support import checkpoints, oracle
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from dbrx_fn.model.tree import Params
 from mlx.utils import tree_flatten, tree_map
 
 from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.quantization import Quantization, quantize
+from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import Format
 from dbrx_fn.training.losses import loss
 from dbrx_fn.training.step import Recipe, State, check_memory, gradients, init_state, train_step, update

@@ -1,51 +1,49 @@
 """One of the model's layers: attention's half and the experts' half, joined by the residual stream."""
 
-from typing import Any
-
 import mlx.core as mx
 from jaxtyping import UInt32
 
-from dbrx_fn.model.cache import Keys, Window
-from dbrx_fn.model.config import Config
+from dbrx_fn.model.cache import LayerCache
+from dbrx_fn.model.config import LayerConfig
 from dbrx_fn.model.layers import decode_block
 from dbrx_fn.model.layers.moe import moe
 from dbrx_fn.model.layers.norm_attn_norm import Stream, norm_attn_norm
 from dbrx_fn.model.layers.router import Routing
-from dbrx_fn.model.params import check_part
+from dbrx_fn.model.params import checked_under
+from dbrx_fn.model.positions import Positions
+from dbrx_fn.model.tree import BlockParams
+from dbrx_fn.ops.twin import with_kernel
 from dbrx_fn.runtime.compile import compiled
 
 
 @compiled
+@checked_under("transformer.blocks.0")
+@with_kernel(decode_block.decode_block, fits=decode_block.fits, gradients=False)
 def block(
-    params: dict[Any, Any],
+    params: BlockParams,
     x: Stream,
-    keys: Keys,
-    values: Keys,
-    window: Window,
+    cache: LayerCache | None,
+    positions: Positions,
     jitter_key: UInt32[mx.array, "2"] | None = None,
     *,
-    config: Config,
-) -> tuple[Stream, Keys, Keys, Routing]:
+    config: LayerConfig,
+) -> tuple[Stream, LayerCache | None, Routing]:
     """`h = x + attn(norm_1(x))`, then `h + moe(norm_2(h))`.
 
     Args:
-        params: `norm_attn_norm` and `ffn`.
+        params: one layer's.
         x: the residual stream.
-        keys: this layer's cached keys.
-        values: this layer's cached values.
-        window: where `x` stands in the cache.
+        cache: this layer's keys and values, if there is a cache.
+        positions: where `x` stands.
         jitter_key: for the router's jitter; none, if not given.
         config: sizes and constants.
 
     Returns:
-        The residual stream after this layer, the layer's new keys and values, and what its router said.
+        The residual stream after this layer, the layer's cache with `x` in it, and what its router said.
 
     Raises:
         CheckpointError: when it first meets parameters that don't fit the config, naming those of the first block.
     """
-    check_part(params, config=config, under="transformer.blocks.0")
-    if decode_block.fits(params, x, window, jitter_key, config):
-        return decode_block.decode_block(params, x, keys, values, window, config=config)
-    residual, normed, keys, values = norm_attn_norm(params["norm_attn_norm"], x, keys, values, window, config=config)
-    mixed, routing = moe(params["ffn"], normed, jitter_key, config=config.ffn, cached=window["slots"] is not None)
-    return residual + mixed, keys, values, routing
+    residual, normed, after = norm_attn_norm(params["norm_attn_norm"], x, cache, positions, config=config)
+    mixed, routing = moe(params["ffn"], normed, jitter_key, config=config.ffn, cached=cache is not None)
+    return residual + mixed, after, routing

@@ -5,15 +5,15 @@ from typing import cast
 import mlx.core as mx
 from jaxtyping import Float, Integer
 
-from dbrx_fn.model.config import Config
+from dbrx_fn.model.config import LayerConfig
 from dbrx_fn.ops.bounded import within
-from dbrx_fn.ops.formats import format_of
+from dbrx_fn.ops.formats import Linear, format_of
 from dbrx_fn.runtime.compile import typed
 
 
 @typed
 def embedding(
-    params: dict[str, mx.array], tokens: Integer[mx.array, "batch time"], *, config: Config
+    params: Linear, tokens: Integer[mx.array, "batch time"], *, config: LayerConfig
 ) -> Float[mx.array, "batch time {config.d_model}"]:
     """The matrix's row of each token, in `config.dtype`; of a quantized one only those are turned back into floats.
 
@@ -30,16 +30,16 @@ def embedding(
     return mx.where(known[..., None], _embedded(params, ids, config), mx.nan)
 
 
-def _embedded(params: dict[str, mx.array], ids: mx.array, config: Config) -> mx.array:
+def _embedded(params: Linear, ids: mx.array, config: LayerConfig) -> mx.array:
     if "scales" not in params:
         weight = params["weight"]
         return weight[ids] if weight.dtype == mx.float32 else cast(mx.array, _rows(weight, ids))
-    parts = {name: leaf[ids] for name, leaf in params.items()}
+    scales, biases = params["scales"], params.get("biases")
     quantization = format_of(params, config.d_model)
     return mx.dequantize(
-        parts["weight"],
-        parts["scales"],
-        parts.get("biases"),
+        params["weight"][ids],
+        scales[ids],
+        None if biases is None else biases[ids],
         group_size=quantization.group_size,
         bits=quantization.bits,
         mode=quantization.mode,

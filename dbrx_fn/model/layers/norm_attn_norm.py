@@ -13,14 +13,14 @@ experts is one module that activation checkpointing can take as its unit. Nothin
 the parameters' names (`norm_attn_norm.attn.Wqkv`) follow it.
 """
 
-from typing import Any
-
 import mlx.core as mx
 from jaxtyping import Float
 
-from dbrx_fn.model.cache import Keys, Window
-from dbrx_fn.model.config import Config
+from dbrx_fn.model.cache import LayerCache
+from dbrx_fn.model.config import NORM_EPS, LayerConfig
 from dbrx_fn.model.layers.attn import attn
+from dbrx_fn.model.positions import Positions
+from dbrx_fn.model.tree import NormAttnNormParams
 from dbrx_fn.ops.norm import layer_norm
 from dbrx_fn.runtime.compile import compiled
 
@@ -29,21 +29,21 @@ Stream = Float[mx.array, "batch time d_model"]
 
 @compiled
 def norm_attn_norm(
-    params: dict[str, Any], x: Stream, keys: Keys, values: Keys, window: Window, *, config: Config
-) -> tuple[Stream, Stream, Keys, Keys]:
+    params: NormAttnNormParams, x: Stream, cache: LayerCache | None, positions: Positions, *, config: LayerConfig
+) -> tuple[Stream, Stream, LayerCache | None]:
     """Residual attention with its norms.
 
     Args:
-        params: `norm_1.weight`, `attn`, `norm_2.weight`.
+        params: both norms, and the attention's.
         x: the residual stream.
-        keys: this layer's cached keys.
-        values: this layer's cached values.
-        window: where `x` stands in the cache.
+        cache: this layer's keys and values, if there is a cache.
+        positions: where `x` stands.
         config: sizes and constants.
 
     Returns:
-        The residual stream, its normalized form for the experts, and the layer's new keys and values.
+        The residual stream, its normalized form for the experts, and the layer's cache with `x` in it.
     """
-    attended, keys, values = attn(params["attn"], layer_norm(params["norm_1"], x), keys, values, window, config=config)
+    normed = layer_norm(params["norm_1"]["weight"], x, eps=NORM_EPS)
+    attended, cache = attn(params["attn"], normed, cache, positions, config=config)
     residual = x + attended
-    return residual, layer_norm(params["norm_2"], residual), keys, values
+    return residual, layer_norm(params["norm_2"]["weight"], residual, eps=NORM_EPS), cache

@@ -10,12 +10,13 @@ close choices of experts are tried both ways (https://arxiv.org/abs/2101.03961, 
 there before: transformers 5.23 multiplies in place, so that its experts see the noise too; the reference's don't.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 from jaxtyping import Float, Float32, UInt32
 
 from dbrx_fn.model.config import FFNConfig
+from dbrx_fn.model.tree import RouterParams
 from dbrx_fn.ops.linear import linear
 from dbrx_fn.runtime.compile import compiled
 
@@ -33,7 +34,7 @@ class Routing(NamedTuple):
 
 @compiled
 def router(
-    params: dict[str, Any],
+    params: RouterParams,
     x: Float[mx.array, "tokens d_model"],
     jitter_key: UInt32[mx.array, "2"] | None = None,
     *,

@@ -48,7 +48,7 @@ class Kernel:
     """One kernel: its file here, which names it too, and the macros that make its variant."""
 
     file: str
-    defines: tuple[tuple[str, int], ...] = ()
+    defines: tuple[tuple[str, int | str], ...] = ()
 
 
 def launch(

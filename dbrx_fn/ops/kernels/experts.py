@@ -4,12 +4,12 @@ One for gate, up and their product; one for down, which for a single token also 
 another that does. Long segments take one more, which lays the tokens out for tensor cores.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from dbrx_fn.model.config import FFNConfig
 from dbrx_fn.ops.dispatch import dispatch
 from dbrx_fn.ops.kernels import combine
 from dbrx_fn.ops.kernels.cuda_module import on_hopper
@@ -20,19 +20,21 @@ from dbrx_fn.ops.kernels.segments import (
     kernel_format,
     long_segments,
     pack_rows,
-    short_segments,
+    short_gated,
+    short_mixed,
+    short_slots,
 )
 
 
-def fits(params: dict[str, Any], dtype: mx.Dtype, config: FFNConfig) -> bool:
+def fits(params: Mapping[str, Any], dtype: mx.Dtype, *, activation: str, top_k: int) -> bool:
     """Whether there are kernels for these experts."""
     ffn_hidden, d_model = params["w1"]["weight"].shape[1], params["w2"]["weight"].shape[1]
     if (
         not on_hopper()
-        or config.ffn_act_fn not in ("silu", "swish")
+        or activation not in ("silu", "swish")
         or d_model % INNER
         or ffn_hidden % INNER
-        or not combine.fits(d_model=d_model, top_k=config.moe_top_k, dtype=dtype)
+        or not combine.fits(d_model=d_model, top_k=top_k, dtype=dtype)
     ):
         return False
     formats = {
@@ -41,7 +43,7 @@ def fits(params: dict[str, Any], dtype: mx.Dtype, config: FFNConfig) -> bool:
     return len(formats) == 1 and None not in formats
 
 
-def segment_rows(pairs: int, experts: int) -> int:
+def hopper_segment_rows(pairs: int, experts: int) -> int:
     """How many rows a segment has, of more than one token."""
     average = pairs / experts
     if average <= 3:
@@ -50,29 +52,29 @@ def segment_rows(pairs: int, experts: int) -> int:
 
 
 def mix_experts(
-    params: dict[str, Any],
+    params: Mapping[str, Any],
     x: mx.array,
     expert_weights: mx.array,
     top_experts: mx.array,
     residual: mx.array | None = None,
 ) -> mx.array:
-    """`dbrx_fn.model.layers.moe.mix_experts`, plus `residual` if there is one, in its shape then."""
+    """`dbrx_fn.ops.experts.mix_experts`, plus `residual` if there is one, in its shape then."""
     tokens, top_k = top_experts.shape
     pairs, experts = top_experts.size, params["w1"]["weight"].shape[0]
     gate, up, down = params["w1"], params["v1"], params["w2"]
     if tokens == 1:
         segments = _one_token(top_experts)
-        hidden = short_segments(x, gate, up, segments=segments, rows_are="tokens")
-        return short_segments(hidden, down, segments=segments, expert_weights=expert_weights, residual=residual)
-    rows = segment_rows(pairs, experts)
+        hidden = short_gated(x, gate, up, segments)
+        return short_mixed(hidden, down, segments, expert_weights, residual)
+    rows = hopper_segment_rows(pairs, experts)
     plan = dispatch(top_experts, experts=experts, rows=rows)
     segments = Segments(plan.slot_pairs.reshape(-1), plan.segment_experts, rows, pairs, top_k)
     if rows == LONG_ROWS:
         hidden = long_segments(pack_rows(x, gate, segments), gate, up, segments=segments)
         said = long_segments(hidden, down, segments=segments)
     else:
-        hidden = short_segments(x, gate, up, segments=segments, rows_are="tokens")
-        said = short_segments(hidden, down, segments=segments)
+        hidden = short_gated(x, gate, up, segments)
+        said = short_slots(hidden, down, segments)
     return combine.combine(said, plan.pair_slots, expert_weights, residual)
 
 

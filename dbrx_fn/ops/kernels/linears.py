@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from dbrx_fn.ops.formats import Linear
 from dbrx_fn.ops.kernels.cuda_module import on_hopper
-from dbrx_fn.ops.kernels.segments import INNER, MATRIX_ROWS, kernel_format, long_segments, pack_rows, short_segments
+from dbrx_fn.ops.kernels.segments import INNER, MATRIX_ROWS, kernel_format, long_segments, pack_rows, short_dense
 
 FEW_ROWS = 32
 """Up to which rows are few: the weights' bytes are the bound then."""
@@ -23,7 +23,7 @@ def linear(params: Linear, x: mx.array, residual: mx.array | None = None) -> mx.
     """`x` `[... inner]` by a matrix `[outer inner]`, plus, of few rows, `residual` `[... outer]` if there is one."""
     tokens = x.size // x.shape[-1]
     if tokens <= FEW_ROWS:
-        return short_segments(x, params, residual=residual)
+        return short_dense(x, params, residual)
     assert residual is None
     rows = pack_rows(x.reshape(tokens, -1), params)
     return long_segments(rows, params, tokens=tokens).reshape(*x.shape[:-1], -1)

@@ -7,7 +7,6 @@ ones are rounded to bfloat16, and the probabilities' order is that of the logits
 import mlx.core as mx
 from jaxtyping import BFloat16, Float32, UInt32
 
-from dbrx_fn.model.config import EPS
 from dbrx_fn.ops.kernels.cuda_module import Kernel, launch
 from dbrx_fn.runtime.compile import typed
 
@@ -25,6 +24,7 @@ def norm_router(
     weight: BFloat16[mx.array, " d_model"],
     router: BFloat16[mx.array, "expert d_model"],
     *,
+    eps: float,
     top_k: int,
     order: float | None,
 ) -> tuple[
@@ -39,13 +39,14 @@ def norm_router(
         x: the residual stream, `[... d_model]`; each row is a token.
         weight: of the norm.
         router: `[expert d_model]`.
+        eps: of the norm.
         top_k: how many experts to choose.
         order: of the norm that the chosen experts' weights are divided by; nothing is, if `None`.
 
     Returns:
         normed: `[tokens d_model]`.
         expert_weights: `[tokens + 1, top_k]`; the last row is anything, and is there because of arrays of up to 8 bytes
-            (`dbrx_fn.model.cache.Window`).
+            (`dbrx_fn.model.positions.Slots`).
         logits: float32 `[tokens expert]`.
         top_experts: uint32 `[tokens top_k]`, ascending.
     """
@@ -54,12 +55,12 @@ def norm_router(
     experts = router.shape[0]
     # Two of them share a block's reading of the router as soon as there are blocks for all multiprocessors.
     together = 1 if tokens <= _MULTIPROCESSORS else 2
-    defines = {
+    defines: dict[str, int | str] = {
         "WIDTH": d_model,
         "EXPERTS": experts,
         "TOP_K": top_k,
         "TOKENS": together,
-        "NORM": 0 if order is None else 1 if order == 1 else 2,
+        "NORM": "NONE" if order is None else "SUM" if order == 1 else "ORDER",
     }
     normed, expert_weights, logits, top_experts = launch(
         Kernel("norm_router", tuple(defines.items())),
@@ -72,6 +73,6 @@ def norm_router(
         ],
         blocks=(-(-tokens // together), 1, 1),
         threads=d_model // 8,
-        scalars=(tokens, EPS, 1.0 if order is None else float(order)),
+        scalars=(tokens, eps, 1.0 if order is None else float(order)),
     )
     return normed, expert_weights, logits, top_experts

@@ -8,7 +8,6 @@ import math
 import mlx.core as mx
 from jaxtyping import BFloat16, Float32, Int32
 
-from dbrx_fn.model.config import EPS
 from dbrx_fn.ops.formats import Linear
 from dbrx_fn.ops.kernels.cuda_module import Kernel, launch
 from dbrx_fn.ops.kernels.layer_norm import layer_norm
@@ -31,6 +30,7 @@ def project_qkv(
     offsets: Int32[mx.array, " batch_or_more"],
     inverse_frequencies: Float32[mx.array, "{head_dim}//2"],
     *,
+    eps: float,
     kv_n_heads: int,
     head_dim: int,
     clip: float | None,
@@ -47,6 +47,7 @@ def project_qkv(
         x: the residual stream, of few rows.
         offsets: the token's position, of each row, and perhaps more numbers behind.
         inverse_frequencies: of the rotary positions (`dbrx_fn.model.layers.rotary`).
+        eps: of the norm.
         kv_n_heads: heads of keys, and of values; the others are queries'.
         head_dim: entries of a head.
         clip: none, if `None`.
@@ -67,10 +68,10 @@ def project_qkv(
     }
     q, k, v = launch(
         Kernel("project_qkv", tuple(defines.items())),
-        [*([x, weight] if alone else [layer_norm(weight, x, eps=EPS)]), *leaves(matrix), offsets, inverse_frequencies],
+        [*([x, weight] if alone else [layer_norm(weight, x, eps=eps)]), *leaves(matrix), offsets, inverse_frequencies],
         [((batch, heads, 1, head_dim), mx.bfloat16) for heads in (n_heads, kv_n_heads, kv_n_heads)],
         blocks=(all_heads * head_dim // 16, -(-batch // rows), 1),
         threads=32 * _WARPS,
-        scalars=(batch, d_model, n_heads, kv_n_heads, math.inf if clip is None else float(clip), EPS),
+        scalars=(batch, d_model, n_heads, kv_n_heads, math.inf if clip is None else float(clip), eps),
     )
     return q, k, v

@@ -72,35 +72,104 @@ def kernel_format(params: Linear, inner: int) -> tuple[int, int] | None:
     return known, form.group_size
 
 
-def short_segments(
-    x: mx.array,
-    *matrices: Linear,
-    segments: Segments | None = None,
-    rows_are: Literal["tokens", "slots"] = "slots",
-    expert_weights: mx.array | None = None,
-    residual: mx.array | None = None,
+def short_dense(x: mx.array, matrix: Linear, residual: mx.array | None = None) -> mx.array:
+    """Few rows times one matrix: `x` `[... inner]` to bfloat16 `[... outer]`, plus `residual` if there is one."""
+    inner, outer = x.shape[-1], matrix["weight"].shape[-2]
+    tokens = x.size // inner
+    rows = 8 if tokens <= 8 else 16
+    return _short_segments(
+        [x, *leaves(matrix), *_given(residual)],
+        (*x.shape[:-1], outer),
+        matrix,
+        source="DENSE",
+        sizes=(-(-tokens // rows), rows, inner, outer),
+        scalars=(tokens, 1),
+        residual=residual is not None,
+    )
+
+
+def short_gated(x: mx.array, gate: Linear, up: Linear, segments: Segments) -> mx.array:
+    """`silu(gate x) * (up x)` by each slot's expert: tokens `x` `[tokens inner]` to bfloat16 `[slots outer]`."""
+    return _short_segments(
+        [x, *leaves(gate, up), *segments.arrays],
+        (segments.count * segments.rows, gate["weight"].shape[-2]),
+        gate,
+        source="TOKENS",
+        sizes=(segments.count, segments.rows, x.shape[-1], gate["weight"].shape[-2]),
+        scalars=(segments.pairs, segments.top_k),
+        gated=True,
+    )
+
+
+def short_slots(x: mx.array, matrix: Linear, segments: Segments) -> mx.array:
+    """Slots `x` `[slots inner]` times their experts' matrices, as bfloat16 `[slots outer]`."""
+    return _short_segments(
+        [x, *leaves(matrix), *segments.arrays],
+        (segments.count * segments.rows, matrix["weight"].shape[-2]),
+        matrix,
+        source="SLOTS",
+        sizes=(segments.count, segments.rows, x.shape[-1], matrix["weight"].shape[-2]),
+        scalars=(segments.pairs, segments.top_k),
+    )
+
+
+def short_mixed(
+    x: mx.array, matrix: Linear, segments: Segments, expert_weights: mx.array, residual: mx.array | None = None
 ) -> mx.array:
-    """Rows of `x` times their matrix: bfloat16 `[... outer]`, `[slots outer]` of segments, `[1 outer]` of a mix.
+    """`short_slots` of a single token, each of whose choices has a segment, weighted and added up.
 
     Args:
-        x: bfloat16 `[... inner]`, `[tokens inner]` or `[slots inner]`.
-        matrices: one, or gate and up: then it is `silu(gate x) * (up x)`.
-        segments: which row goes to which expert; none for a plain matrix.
-        rows_are: what the rows of `x` are, where there are segments.
-        expert_weights: of the choices of a single token, of which each has a segment: what their experts say is weighed
-            and added up.
-        residual: added to the product with a plain matrix or to the mix, which then has its shape.
+        x: bfloat16 `[slots inner]`.
+        matrix: the experts' matrices.
+        segments: one for each choice.
+        expert_weights: how much each choice counts.
+        residual: added to the sum, which then has its shape; `[1 outer]` without.
     """
-    inner, outer, gated = x.shape[-1], matrices[0]["weight"].shape[-2], len(matrices) == 2
-    tokens = x.size // inner
-    rows = segments.rows if segments else 8 if tokens <= 8 else 16
-    count = segments.count if segments else -(-tokens // rows)
-    source = "dense" if segments is None else rows_are
-    mixed = segments.count if segments and expert_weights is not None else 0
-    assert not (gated and (mixed or residual is not None))
-    assert residual is None or segments is None or mixed
+    outer = matrix["weight"].shape[-2]
+    return _short_segments(
+        [x, *leaves(matrix), *segments.arrays, expert_weights, *_given(residual)],
+        (1, outer) if residual is None else residual.shape,
+        matrix,
+        source="SLOTS",
+        sizes=(segments.count, segments.rows, x.shape[-1], outer),
+        scalars=(segments.pairs, segments.top_k),
+        mixed=True,
+        residual=residual is not None,
+    )
+
+
+def _given(array: mx.array | None) -> list[mx.array]:
+    return [] if array is None else [array]
+
+
+def _short_segments(
+    arrays: list[mx.array],
+    shape: tuple[int, ...],
+    matrix: Linear,
+    *,
+    source: Literal["DENSE", "TOKENS", "SLOTS"],
+    sizes: tuple[int, int, int, int],
+    scalars: tuple[int, int],
+    gated: bool = False,
+    mixed: bool = False,
+    residual: bool = False,
+) -> mx.array:
+    """One launch of short_segments.cu, whose macros the options are.
+
+    Args:
+        arrays: what it reads, in its order.
+        shape: of what it writes.
+        matrix: one of the matrices, for their format.
+        source: what the rows of activations are.
+        sizes: number of segments, rows of one, inner and outer width.
+        scalars: the number of pairs (or tokens), and of choices to a token.
+        gated: whether there are two matrices, gate and up.
+        mixed: whether the segments' products are weighted and added up.
+        residual: whether there is something to add to.
+    """
+    count, rows, inner, outer = sizes
     height = 8 if gated else 16
-    defines = format_defines(matrices[0], inner)
+    defines = format_defines(matrix, inner)
     # Of 4 bits, a warp that has twice as many rows on their way is 1 to 3% faster, if there are enough for all
     # multiprocessors; wider entries or 16 rows of x leave it no registers for that (docs/performance.md, section 4).
     four_bits = defines["FORMAT"] in (_QUANTIZED["affine", 4], _QUANTIZED["mxfp4", 4])
@@ -115,24 +184,17 @@ def short_segments(
         "TILES": rows // 8,
         "BLOCKS": _SHORT_BLOCKS,
         "GATED": int(gated),
-        "SOURCE": ("dense", "tokens", "slots").index(source),
-        "MIXED": mixed,
-        "RESIDUAL": int(residual is not None),
+        "SOURCE": source,
+        "MIXED": count if mixed else 0,
+        "RESIDUAL": int(residual),
     }
-    optional = [array for array in (expert_weights, residual) if array is not None]
-    if residual is not None:
-        shape = residual.shape
-    elif segments is None:
-        shape = (*x.shape[:-1], outer)
-    else:
-        shape = (1 if mixed else count * rows, outer)
     return launch(
         Kernel("short_segments", tuple(defines.items())),
-        [x, *leaves(*matrices), *(segments.arrays if segments else ()), *optional],
+        arrays,
         [(shape, mx.bfloat16)],
         blocks=(outer // (height * tall), 1 if mixed else count, 1),
         threads=32 * _SHORT_WARPS,
-        scalars=(segments.pairs if segments else tokens, segments.top_k if segments else 1, inner, outer),
+        scalars=(*scalars, inner, outer),
     )[0]
 
 
@@ -189,10 +251,11 @@ def long_segments(
 
 def leaves(*matrices: Linear) -> list[mx.array]:
     """Arrays of matrices, in the order of weights.cuh's MATRIX."""
-    return [matrix[name] for matrix in matrices for name in ("weight", "scales", "biases") if name in matrix]
+    parts = ((matrix["weight"], matrix.get("scales"), matrix.get("biases")) for matrix in matrices)
+    return [leaf for leaves in parts for leaf in leaves if leaf is not None]
 
 
-def format_defines(matrix: Linear, inner: int) -> dict[str, int]:
+def format_defines(matrix: Linear, inner: int) -> dict[str, int | str]:
     """The macros of weights.cuh, for a matrix that has a kernel."""
     known = kernel_format(matrix, inner)
     assert known is not None

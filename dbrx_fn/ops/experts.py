@@ -1,0 +1,156 @@
+"""What the chosen experts say of each token, weighted and added up.
+
+Rows of work are sorted and cut into segments (`dbrx_fn.ops.dispatch`), multiplied by their experts' matrices, put back,
+weighted and added. Where there are kernels for the experts, those carry the plan out.
+"""
+
+from typing import TypedDict, cast
+
+import mlx.core as mx
+from jaxtyping import Float, Integer
+
+from dbrx_fn.ops.activations import ACTIVATIONS
+from dbrx_fn.ops.bounded import within
+from dbrx_fn.ops.dispatch import Dispatch, dispatch, segment_rows
+from dbrx_fn.ops.formats import Linear, format_of
+from dbrx_fn.ops.kernels import experts as kernels
+from dbrx_fn.ops.linear import expert_linear
+from dbrx_fn.ops.twin import with_kernel
+from dbrx_fn.runtime.compile import compiled, typed
+
+
+class ExpertsParams(TypedDict):
+    """All experts' matrices: `w1` (gate) and `v1` (up) `[expert ffn_hidden d_model]`, `w2` `[expert d_model ffn_hidden]`."""
+
+    w1: Linear
+    v1: Linear
+    w2: Linear
+
+
+def _kernels(
+    params: ExpertsParams,
+    x: mx.array,
+    expert_weights: mx.array,
+    top_experts: mx.array,
+    *,
+    activation: str,
+    cached: bool = False,
+) -> mx.array:
+    return kernels.mix_experts(params, x, expert_weights, top_experts)
+
+
+def _have_kernels(
+    params: ExpertsParams,
+    x: mx.array,
+    expert_weights: mx.array,
+    top_experts: mx.array,
+    *,
+    activation: str,
+    cached: bool = False,
+) -> bool:
+    # The kernels' gradient runs the stock operations too, so what is trained, dense weights without a cache, skips them.
+    wanted = cached or "scales" in params["w1"]
+    fits = kernels.fits(params, x.dtype, activation=activation, top_k=top_experts.shape[1])
+    return wanted and fits and expert_weights.dtype == x.dtype
+
+
+@compiled
+@with_kernel(_kernels, fits=_have_kernels)
+def mix_experts(
+    params: ExpertsParams,
+    x: Float[mx.array, "tokens d_model"],
+    expert_weights: Float[mx.array, "tokens top_k"],
+    top_experts: Integer[mx.array, "tokens top_k"],
+    *,
+    activation: str,
+    cached: bool = False,
+) -> Float[mx.array, "tokens d_model"]:
+    """`sum_k expert_weights[t, k] * w2_e(activation(w1_e x[t]) * v1_e x[t])`, with `e = top_experts[t, k]`.
+
+    Args:
+        params: the experts' matrices.
+        x: normalized activations.
+        expert_weights: how much each choice counts.
+        top_experts: experts that exist; one may be named twice.
+        activation: name of the gate's activation.
+        cached: whether the tokens go into a cache, so that nobody will ask for the weights' gradients.
+    """
+    w1 = params["w1"]
+    experts = w1["weight"].shape[0]
+    form = format_of(w1, x.shape[-1]) if "scales" in w1 else None
+    rows = segment_rows(top_experts.size, experts, w1["weight"].dtype, form)
+    plan = dispatch(top_experts, experts=experts, rows=rows)
+    segments = gather_segments(x, plan)
+    gate = ACTIVATIONS[activation](expert_linear(w1, segments, plan.segment_experts))
+    up = expert_linear(params["v1"], segments, plan.segment_experts)
+    down = expert_linear(params["w2"], gate * up, plan.segment_experts)
+    return combine(down, expert_weights, plan)
+
+
+def mix_any_experts(
+    params: ExpertsParams,
+    x: mx.array,
+    expert_weights: mx.array,
+    top_experts: mx.array,
+    *,
+    activation: str,
+    cached: bool = False,
+) -> mx.array:
+    """`mix_experts` for a choice that no router made: a token becomes NaN if one of its experts doesn't exist."""
+    chosen, known = within(top_experts, params["w1"]["weight"].shape[0])
+    expert_weights = mx.where(known, expert_weights, mx.nan)
+    return mix_experts(params, x, expert_weights, chosen, activation=activation, cached=cached)
+
+
+@typed
+def gather_segments(x: Float[mx.array, "tokens d_model"], plan: Dispatch) -> Float[mx.array, "segments rows d_model"]:
+    """The rows of each segment. Padding is zeros, so that it can't overflow and spoil a gradient."""
+    return cast(mx.array, _tokens_to_slots(x, plan.slot_pairs, plan.pair_slots))
+
+
+@typed
+def combine(
+    down: Float[mx.array, "segments rows d_model"], expert_weights: Float[mx.array, "tokens top_k"], plan: Dispatch
+) -> Float[mx.array, "tokens d_model"]:
+    """Takes each pair's row out of its segment, and adds up each token's, weighted."""
+    chosen = cast(mx.array, _slots_to_pairs(down, plan.slot_pairs, plan.pair_slots))
+    return (chosen * expert_weights[..., None]).sum(axis=1)
+
+
+# MLX's gradient of a gather is a scatter-add, whose writers collide. Each pair knows its slot and each slot its pair, so
+# both gradients can be gathers instead: a training step takes 4 to 16% less time on an H100, and sums keep their order.
+
+
+@mx.custom_function
+def _tokens_to_slots(x: mx.array, slot_pairs: mx.array, pair_slots: mx.array) -> mx.array:
+    return _rows_or_zeros(x, slot_pairs // pair_slots.shape[1])
+
+
+@_tokens_to_slots.vjp
+def _tokens_to_slots_vjp(
+    primals: tuple[mx.array, mx.array, mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    _, slot_pairs, pair_slots = primals
+    of_pairs = cotangent.reshape(-1, cotangent.shape[-1])[pair_slots]
+    return of_pairs.sum(axis=1), mx.zeros_like(slot_pairs), mx.zeros_like(pair_slots)
+
+
+@mx.custom_function
+def _slots_to_pairs(down: mx.array, slot_pairs: mx.array, pair_slots: mx.array) -> mx.array:
+    return down.reshape(-1, down.shape[-1])[pair_slots]
+
+
+@_slots_to_pairs.vjp
+def _slots_to_pairs_vjp(
+    primals: tuple[mx.array, mx.array, mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    _, slot_pairs, pair_slots = primals
+    of_slots = _rows_or_zeros(cotangent.reshape(-1, cotangent.shape[-1]), slot_pairs)
+    return of_slots, mx.zeros_like(slot_pairs), mx.zeros_like(pair_slots)
+
+
+def _rows_or_zeros(x: mx.array, slot_rows: mx.array) -> mx.array:
+    """`x[slot_rows]`, with zeros where that is one past the last; segments of one row have no such slots."""
+    if slot_rows.shape[1] > 1:
+        x = mx.concatenate([x, mx.zeros((1, x.shape[1]), x.dtype)])
+    return x[slot_rows]
