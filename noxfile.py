@@ -13,11 +13,14 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 INSTALL = ["-e", "."] if sys.platform == "darwin" else ["-e", ".[cpu]"]
 # What a BLAS could round into another result.
 EXACT = [
-    f"tests/test_{name}.py"
-    for name in (
-        *("exactness", "forward", "layers", "moe", "cache", "cpu", "quantization", "generation", "small_model"),
-        *("losses", "training", "train_resume", "blas"),
-    )
+    *(f"tests/model/test_{name}.py" for name in ("cache", "forward", "ids", "layers", "moe", "quantization")),
+    "tests/training",
+    "tests/runs/test_train_resume.py",
+    "tests/checkpoints/test_exactness.py",
+    "tests/generation/test_generation.py",
+    "tests/commands/test_small_model.py",
+    "tests/ops/test_cpu.py",
+    "tests/runtime/test_blas.py",
 ]
 
 

@@ -114,7 +114,15 @@ def _gpu_memory_rate(size: int) -> float:
             negated = -negated
         mx.eval(negated)
 
-    rates = [best_rate(_lazily(lambda: mx.sum(data))), 2 * best_rate(negate)]
+    # As decoding reads its matrices.
+    matrix = data.view(mx.bfloat16).reshape(-1, WAVE // 2048)
+    row = mx.ones((1, matrix.shape[1]), mx.bfloat16)
+    mx.eval(matrix, row)
+    rates = [
+        best_rate(_lazily(lambda: mx.sum(data))),
+        2 * best_rate(negate),
+        best_rate(_lazily(lambda: row @ matrix.T)),
+    ]
     if on_hopper():
         words = data.view(mx.uint32)
         # A launch takes some us, so what is small is read again within one.

@@ -50,7 +50,7 @@ def program(name: str = "") -> str:
     """What calls a command, for its help: as this process was called; without a name, what calls them all."""
     if BY_SCRIPT:
         return f"{SCRIPT} {name}".strip()
-    return f"python -m {__package__}.{name}".rstrip(".")
+    return f"python -m dbrx_fn.{name}".rstrip(".")
 
 
 def run(

@@ -18,7 +18,7 @@ BY_SCRIPT = os.path.basename(_started).split(".")[0] == SCRIPT
 """Whether this process was started by the console script."""
 
 # Python's name for a module that it is still looking for; another package may be the one that imports this by then.
-_BY_MODULE = _started == "-m" and any(word.removeprefix("-m").split(".")[0] == __package__ for word in sys.orig_argv)
+_BY_MODULE = _started == "-m" and any(word.removeprefix("-m").split(".")[0] == "dbrx_fn" for word in sys.orig_argv)
 
 IS_COMMAND = BY_SCRIPT or _BY_MODULE
 """Whether this process is one of the package's commands."""

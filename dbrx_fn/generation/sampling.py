@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Float32, Int32, UInt32
 
 from dbrx_fn.errors import InputError
 from dbrx_fn.files.json_file import shown
-from dbrx_fn.ops.bounded import within
 from dbrx_fn.runtime.arguments import check_fields
+from dbrx_fn.runtime.bounded import within
 from dbrx_fn.runtime.compile import compiled, typed
 
 Logits = Float32[mx.array, "batch vocab"]

@@ -30,6 +30,7 @@ _ROTARY = "since the rotary embedding turns halves of a head against each other"
 
 
 def require(ok: bool, name: str, value: object, expected: str) -> None:
+    """Raises `ConfigError` unless a field's value is `ok`."""
     if not ok:
         raise ConfigError(f"{name} is {shown(value)} where it must be {expected}.")
 

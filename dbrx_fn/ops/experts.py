@@ -10,12 +10,12 @@ import mlx.core as mx
 from jaxtyping import Float, Integer
 
 from dbrx_fn.ops.activations import ACTIVATIONS
-from dbrx_fn.ops.bounded import within
 from dbrx_fn.ops.dispatch import Dispatch, dispatch, segment_rows
 from dbrx_fn.ops.formats import Linear, format_of
 from dbrx_fn.ops.kernels import experts as kernels
 from dbrx_fn.ops.linear import expert_linear
 from dbrx_fn.ops.twin import with_kernel
+from dbrx_fn.runtime.bounded import within
 from dbrx_fn.runtime.compile import compiled, typed
 
 

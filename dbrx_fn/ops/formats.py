@@ -87,8 +87,8 @@ class Format:
             )
         if self.mode == "affine" and not (self.bits in _AFFINE_BITS and self.group_size in _AFFINE_GROUPS):
             raise InputError(
-                f"bits and group_size are {self.bits} and {self.group_size} where one of {either(_AFFINE_BITS)} and"
-                f" one of {either(_AFFINE_GROUPS)} are expected."
+                f"bits and group_size are {self.bits} and {self.group_size} where one of {_either(_AFFINE_BITS)} and"
+                f" one of {_either(_AFFINE_GROUPS)} are expected."
             )
 
 
@@ -101,10 +101,10 @@ def format_of_mode(mode: str) -> Format:
     for (bits, group_size), known in _FLOAT_MODES.items():
         if known == mode:
             return Format(bits, group_size, known)
-    raise InputError(f"mode is {mode!r} where one of {either(_FLOAT_MODES.values())} is expected.")
+    raise InputError(f"mode is {mode!r} where one of {_either(_FLOAT_MODES.values())} is expected.")
 
 
-def either(values: Iterable[object]) -> str:
+def _either(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))
 
 
@@ -155,12 +155,12 @@ def format_or_problem(linear: Mapping[str, Described], inner: int) -> Format | s
     if dtype_name(linear["scales"]) == "uint8":
         mode = _FLOAT_MODES.get((bits, group_size))
         if mode is None:
-            return f"weight has {columns} columns and its uint8 scales {groups}, {of_width} {either(MODES[1:])}"
+            return f"weight has {columns} columns and its uint8 scales {groups}, {of_width} {_either(MODES[1:])}"
         return Format(bits, group_size, mode)
     if bits not in _AFFINE_BITS:
-        return f"weight has {columns} columns, {of_width} {either(_AFFINE_BITS)} bits"
+        return f"weight has {columns} columns, {of_width} {_either(_AFFINE_BITS)} bits"
     if group_size not in _AFFINE_GROUPS:
-        return f"scales has {groups} columns, {of_width} the group sizes {either(_AFFINE_GROUPS)}"
+        return f"scales has {groups} columns, {of_width} the group sizes {_either(_AFFINE_GROUPS)}"
     return Format(bits, group_size)
 
 

@@ -37,8 +37,8 @@ from dbrx_fn.model.argument_checks import check_key, check_tree
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.transformer import score
 from dbrx_fn.model.tree import Params
-from dbrx_fn.ops.bounded import within
 from dbrx_fn.runtime.arguments import checked
+from dbrx_fn.runtime.bounded import within
 from dbrx_fn.runtime.compile import compiled
 
 

@@ -87,7 +87,7 @@ class Ended:
 def run(cases: list[dict[str, Any]]) -> list[Ended]:
     """Runs commands as `forked_commands` does."""
     ended = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "forked_commands.py")],
+        [sys.executable, str(ROOT / "tests" / "support" / "forked_commands.py")],
         input=json.dumps(cases),
         capture_output=True,
         text=True,

@@ -53,7 +53,7 @@ GOOD: dict[Callable[..., Any], dict[str, Any]] = {
     dbrx_fn.init_cache: {"config": CONFIG, "batch_size": 1, "capacity": 8},
     dbrx_fn.grow_cache: {"cache": dbrx_fn.init_cache(CONFIG, 1, 8), "length": 300},
     dbrx_fn.init_params: {"config": CONFIG, "key": mx.random.key(0)},
-    dbrx_fn.check_params: {"params": PARAMS, "config": CONFIG, "under": ""},
+    dbrx_fn.check_params: {"params": PARAMS, "config": CONFIG},
     dbrx_fn.param_count: {"config": CONFIG, "active": True},
     dbrx_fn.quantize: {"params": PARAMS, "config": CONFIG, "quantization": Quantization(*[Format(4, 32)] * 4)},
     dbrx_fn.dequantize: {"params": QUANTIZED, "config": CONFIG},

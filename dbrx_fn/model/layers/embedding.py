@@ -6,8 +6,8 @@ import mlx.core as mx
 from jaxtyping import Float, Integer
 
 from dbrx_fn.model.config import LayerConfig
-from dbrx_fn.ops.bounded import within
 from dbrx_fn.ops.formats import Linear, format_of
+from dbrx_fn.runtime.bounded import within
 from dbrx_fn.runtime.compile import typed
 
 
