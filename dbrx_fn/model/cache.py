@@ -76,7 +76,7 @@ def init_cache(config: Config, batch_size: int = 1, capacity: int = 512) -> Cach
         )
     shape = (batch_size, config.attn.kv_n_heads, capacity, config.head_dim)
     dtype = getattr(mx, config.dtype)
-    _check_memory(config, batch_size, max(capacity, 1))
+    check_memory(config, batch_size, max(capacity, 1))
 
     def empty() -> tuple[mx.array, ...]:
         return tuple(mx.zeros(shape, dtype) for _ in range(config.n_layers))
@@ -94,7 +94,7 @@ def grow_cache(cache: Cache, length: int) -> Cache:
     if length <= cache.capacity:
         return cache
     capacity = capacity_bucket(length)
-    _check_memory(cache.config, cache.batch_size, capacity)
+    check_memory(cache.config, cache.batch_size, capacity)
     more = [(0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0)]
 
     def grow(arrays: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
@@ -103,7 +103,8 @@ def grow_cache(cache: Cache, length: int) -> Cache:
     return replace(cache, keys=grow(cache.keys), values=grow(cache.values))
 
 
-def _check_memory(config: Config, batch_size: int, capacity: int) -> None:
+def check_memory(config: Config, batch_size: int, capacity: int) -> None:
+    """Raises `CacheError` if such a cache won't fit in memory."""
     if max(batch_size, capacity) >= 2**31:
         raise CacheError(f"A cache can't have {shown(max(batch_size, capacity))} rows or tokens: give below 2**31.")
     needed = 2 * config.n_layers * batch_size * config.attn.kv_n_heads * capacity * config.head_dim

@@ -1,0 +1,135 @@
+"""Rows of a cache as values to work with: choose, repeat and reorder them, replace them, shorten them.
+
+    cache = take_rows(cache, [0] * 8)           # one prompt, eight answers
+    cache = take_rows(cache, [2, 2, 0])         # beam search goes on from row 2 twice and from row 0
+    cache = put_rows(cache, [5], other)         # a new sequence takes row 5's place
+    cache = rewind(cache, [100, 97])            # forget what each row holds after its first 100 and 97 tokens
+
+Each returns a new cache and leaves the old one as it was. Rows never read each other, so a row means the same wherever
+it stands.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+
+from dbrx_fn.errors import CacheError
+from dbrx_fn.model.cache import Cache, check_memory
+
+
+def take_rows(cache: Cache, rows: Sequence[int]) -> Cache:
+    """A cache of these rows of `cache`, in this order; a row may be taken several times, or not at all.
+
+    Args:
+        cache: arrays `[batch kv_heads capacity head_dim]`.
+        rows: at least one, each from 0 to `cache.batch_size - 1`.
+
+    Returns:
+        Arrays `[len(rows) kv_heads capacity head_dim]` of the same capacity. They are copies, and take as much memory
+        for each row.
+
+    Raises:
+        CacheError: if `rows` is empty or names a row that isn't there, or the new cache won't fit in memory.
+    """
+    chosen = _checked_rows(cache, rows)
+    check_memory(cache.config, len(chosen), cache.capacity)
+    index = mx.array(chosen, mx.int32)
+
+    def take(arrays: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+        return tuple(mx.take(array, index, axis=0) for array in arrays)
+
+    lengths = tuple(cache.lengths[row] for row in chosen)
+    return replace(cache, lengths=lengths, keys=take(cache.keys), values=take(cache.values))
+
+
+def put_rows(cache: Cache, rows: Sequence[int], other: Cache) -> Cache:
+    """`cache` with the rows of `other` in place of these: `other`'s row i becomes row `rows[i]`.
+
+    Args:
+        cache: arrays `[batch kv_heads capacity head_dim]`.
+        rows: one for each row of `other`, all different, each from 0 to `cache.batch_size - 1`.
+        other: a cache of the same config. Its capacity may be another, if what it holds fits.
+
+    Returns:
+        A cache of `cache`'s batch size and capacity.
+
+    Raises:
+        CacheError: if the configs differ, `rows` doesn't give each row of `other` a place of its own, or a row holds
+            more than `cache` has room for (`grow_cache` makes room).
+    """
+    places = _checked_rows(cache, rows)
+    if len(places) != other.batch_size or len(set(places)) != len(places):
+        raise CacheError(
+            f"rows is {list(places)} where {other.batch_size} different rows are expected, one for each of the cache"
+            " that is put there."
+        )
+    if other.config != cache.config:
+        raise CacheError("The two caches were made for different configs: make both with init_cache of the same one.")
+    longest = max(other.lengths)
+    if longest > cache.capacity:
+        raise CacheError(
+            f"A row of {longest} tokens doesn't fit a cache of {cache.capacity} positions: make room with"
+            f" grow_cache(cache, {longest}) first."
+        )
+    index = mx.array(places, mx.int32)
+    shared = min(cache.capacity, other.capacity)
+
+    def put(held: tuple[mx.array, ...], new: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+        return tuple(_with_rows(a, index, b[:, :, :shared]) for a, b in zip(held, new, strict=True))
+
+    lengths = list(cache.lengths)
+    for place, length in zip(places, other.lengths, strict=True):
+        lengths[place] = length
+    return replace(
+        cache, lengths=tuple(lengths), keys=put(cache.keys, other.keys), values=put(cache.values, other.values)
+    )
+
+
+def rewind(cache: Cache, lengths: Sequence[int]) -> Cache:
+    """`cache` with only the first `lengths` tokens of each row left; the next tokens go in place of the others.
+
+    Nothing is copied or waited for. What is forgotten stays in the arrays until it is overwritten. No token sees it.
+
+    Args:
+        cache: what to shorten.
+        lengths: one for each row, from 0 to what the row holds.
+
+    Raises:
+        CacheError: if `lengths` isn't that.
+    """
+    kept = _whole_numbers(lengths)
+    if len(kept) != cache.batch_size or any(
+        not 0 <= new <= held for new, held in zip(kept, cache.lengths, strict=True)
+    ):
+        raise CacheError(
+            f"lengths is {lengths} where a whole number for each row is expected, at most what it holds:"
+            f" {list(cache.lengths)}."
+        )
+    return replace(cache, lengths=kept)
+
+
+def _with_rows(held: mx.array, index: mx.array, new: mx.array) -> mx.array:
+    """`held` with `new` `[rows kv_heads time head_dim]` at the first positions of the rows in `index`."""
+    changed = mx.array(held)
+    changed[index, :, : new.shape[2]] = new
+    return changed
+
+
+def _checked_rows(cache: Cache, rows: Sequence[int]) -> tuple[int, ...]:
+    chosen = _whole_numbers(rows)
+    if not chosen or any(not 0 <= row < cache.batch_size for row in chosen):
+        raise CacheError(
+            f"rows is {rows} where at least one whole number from 0 to {cache.batch_size - 1} is expected: the cache"
+            f" has {cache.batch_size} rows."
+        )
+    return chosen
+
+
+def _whole_numbers(numbers: Sequence[int]) -> tuple[int, ...]:
+    """The numbers as Python's; none, if any isn't whole."""
+    try:
+        return tuple(map(operator.index, numbers))
+    except TypeError:
+        return ()
