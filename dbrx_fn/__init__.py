@@ -49,10 +49,15 @@ from dbrx_fn.generation.stream import stream_tokens as stream_tokens
 from dbrx_fn.model.cache import Cache as Cache
 from dbrx_fn.model.cache import grow_cache as grow_cache
 from dbrx_fn.model.cache import init_cache as init_cache
+from dbrx_fn.model.cache_rows import put_rows as put_rows
+from dbrx_fn.model.cache_rows import rewind as rewind
+from dbrx_fn.model.cache_rows import take_rows as take_rows
 from dbrx_fn.model.config import DBRX as DBRX
 from dbrx_fn.model.config import AttnConfig as AttnConfig
 from dbrx_fn.model.config import Config as Config
 from dbrx_fn.model.config import FFNConfig as FFNConfig
+from dbrx_fn.model.hidden_states import hidden_states as hidden_states
+from dbrx_fn.model.hidden_states import logits_of as logits_of
 from dbrx_fn.model.layers.router import Routing as Routing
 from dbrx_fn.model.params import check_params as check_params
 from dbrx_fn.model.params import init_params as init_params

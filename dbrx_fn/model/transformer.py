@@ -120,7 +120,7 @@ def score(
         CheckpointError: if the tree doesn't fit the config.
     """
     _check_outline(params, config)
-    _check_tokens(tokens)
+    check_tokens(tokens)
     batch, time = tokens.shape
     x, _, routing = run_layers(
         params, tokens, (time,) * batch, None, jitter_key, config=config.layer, recompute=recompute
@@ -245,7 +245,7 @@ def _checked(
     params: Params, tokens: mx.array, cache: Cache, lengths: Sequence[int] | None, chunk_size: int
 ) -> tuple[int, ...]:
     """One real length a row; raises where `forward`'s arguments don't go together."""
-    _check_tokens(tokens)
+    check_tokens(tokens)
     batch, time = tokens.shape
     if batch != cache.batch_size:
         raise CacheError(
@@ -274,7 +274,8 @@ def _checked(
     return real
 
 
-def _check_tokens(tokens: mx.array) -> None:
+def check_tokens(tokens: mx.array) -> None:
+    """Raises `InputError` unless these are integers `[batch time]`, at least one of each."""
     if tokens.ndim != 2 or tokens.size == 0 or not mx.issubdtype(tokens.dtype, mx.integer):
         raise InputError(
             f"tokens is {tokens.dtype} {list(tokens.shape)} where integers [batch time] with at least one of each are"

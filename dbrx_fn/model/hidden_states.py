@@ -1,0 +1,73 @@
+"""What flows between the layers: the residual stream after each, and the logits that it would have at once.
+
+    streams = hidden_states(params, tokens, config)       # [layer + 1, batch, time, d_model]
+    logits = logits_of(params, streams, config)           # the logit lens: every layer read as if it were the last
+
+Both run the blocks and the head that `forward` runs, and have gradients.
+"""
+
+import mlx.core as mx
+
+from dbrx_fn.errors import InputError
+from dbrx_fn.model.config import Config
+from dbrx_fn.model.layers.block import block
+from dbrx_fn.model.params import check_params
+from dbrx_fn.model.positions import positions_of
+from dbrx_fn.model.shapes import time_bucket
+from dbrx_fn.model.transformer import check_tokens, embed, head
+from dbrx_fn.model.tree import Params
+
+
+def hidden_states(params: Params, tokens: mx.array, config: Config) -> mx.array:
+    """The residual stream before the first layer and after each, for whole sequences.
+
+    Args:
+        params: the tree.
+        tokens: integer `[batch time]`, ids below `config.vocab_size`.
+        config: the model's.
+
+    Returns:
+        `[layer + 1 batch time d_model]` in `config.dtype`: the tokens' embeddings, then what each layer leaves. The
+        last is before the final norm, as all the others are; `logits_of` makes it the model's logits. (The last of
+        transformers' `hidden_states` has been through that norm.)
+
+    Raises:
+        InputError: if tokens aren't of this shape and type.
+        CheckpointError: if the tree doesn't fit the config.
+    """
+    check_tokens(tokens)
+    check_params(params, config)
+    batch, time = tokens.shape
+    padded = time_bucket(time, 0)
+    positions = positions_of(padded, (time,) * batch, None, config.layer)
+    tokens = mx.pad(tokens.astype(mx.int32), [(0, 0), (0, padded - time)])
+    x = embed(params["transformer"]["wte"], tokens, config=config.layer)
+    streams = [x]
+    for layer_params in params["transformer"]["blocks"]:
+        x, _, _ = block(layer_params, x, None, positions, config=config.layer)
+        streams.append(x)
+    return mx.stack(streams)[:, :, :time]
+
+
+def logits_of(params: Params, streams: mx.array, config: Config) -> mx.array:
+    """The final norm and the head: logits of the next token for any layer's residual stream.
+
+    Args:
+        params: the tree.
+        streams: `[… time d_model]` of a float dtype, such as all or some of what `hidden_states` returns.
+        config: the model's.
+
+    Returns:
+        `[… time vocab]`. Of the last layer's stream, they are the logits of `forward`.
+
+    Raises:
+        InputError: if streams aren't of this shape and type.
+        CheckpointError: if the tree's last norm and head don't fit the config.
+    """
+    wide = isinstance(streams, mx.array) and streams.ndim >= 2 and streams.shape[-1] == config.d_model
+    if not wide or not mx.issubdtype(streams.dtype, mx.floating):
+        found = f"{streams.dtype} {list(streams.shape)}" if isinstance(streams, mx.array) else type(streams).__name__
+        raise InputError(f"streams is {found} where floats [… time {config.d_model}] are expected.")
+    rows = streams.reshape(-1, *streams.shape[-2:])
+    logits = head(params["transformer"]["norm_f"], params["lm_head"], rows, config=config.layer)
+    return logits.reshape(*streams.shape[:-1], config.vocab_size)
