@@ -16,6 +16,7 @@ import stat
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from dbrx_fn.errors import InputError
 from dbrx_fn.files.file_lock import is_still, try_lock
@@ -76,12 +77,25 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         InputError: if it can't be written; what was there stays.
     """
+    with new_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Yields a hidden file beside `path` to write into, which takes `path`'s place when the block ends well.
+
+    If the block raises, nothing stays, and what was there does.
+
+    Raises:
+        InputError: if an `OSError`, such as a full disk, ends the block.
+    """
     _check_name(path)
     try:
         remove_leftovers(path)
         with _hidden(path, folder=False) as (beside, descriptor):
             with open(descriptor, "wb", closefd=False) as file:
-                file.write(content)
+                yield file
             os.fsync(descriptor)
             beside.replace(path)
         flush(path.parent)
