@@ -15,7 +15,7 @@ import dbrx_fn
 
 PUBLIC = {
     *("load", "load_tokenizer", "forward", "init_cache", "grow_cache", "init_params", "check_params", "param_count"),
-    *("take_rows", "put_rows", "rewind", "hidden_states", "logits_of"),
+    *("take_rows", "put_rows", "rewind", "save_cache", "load_cache", "hidden_states", "logits_of"),
     *(
         "stream_text",
         "stream_tokens",

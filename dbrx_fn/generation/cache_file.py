@@ -1,0 +1,187 @@
+"""A cache as a file, so that a long prompt is read once: `save_cache`, and `load_cache` in another process.
+
+The file is safetensors (https://github.com/huggingface/safetensors#format) with two tensors a layer, `keys.N` and
+`values.N`, `[kv_heads tokens head_dim]` in the config's dtype: row 0's tokens, then row 1's, and so on. Only positions
+that are held are there, so a file has nothing of what was rewound. The header's texts are `dbrx_fn_cache`, the form's
+version; `lengths`, a JSON list of tokens a row; and `config`, a JSON object of all that a cache depends on.
+"""
+
+import json
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+from safetensors import SafetensorError, safe_open
+
+from dbrx_fn.errors import CacheError
+from dbrx_fn.files.atomic import new_file
+from dbrx_fn.files.json_file import LARGEST, parse_json, shown
+from dbrx_fn.model.cache import Cache, init_cache
+from dbrx_fn.model.config import Config, Dtype
+from dbrx_fn.model.params import listed
+from dbrx_fn.model.shapes import capacity_bucket
+
+_VERSION = "1"
+_CODES: Mapping[Dtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_MOST_PADDING = 256
+"""Positions in memory for each token in a file. A row of few tokens costs next to nothing in a file, and as much as the
+longest row in memory. So without a limit a small file could ask for all memory."""
+
+
+def save_cache(file: str | Path, cache: Cache) -> None:
+    """Writes what a cache holds into a file, which appears when it is complete and takes the place of what was there.
+
+    Args:
+        file: any name; its folder must be there.
+        cache: of any batch size and lengths. Its capacity isn't saved.
+
+    Raises:
+        CacheError: if there are so many rows that hold next to nothing beside long ones that no file may say so.
+        InputError: if the file can't be written; what was there stays.
+    """
+    if _pads_too_much(cache.lengths):
+        raise CacheError(
+            f"Of this cache's {cache.batch_size} rows most hold next to nothing: save those that do alone (take_rows)."
+        )
+
+    def held(arrays: tuple[mx.array, ...], name: str) -> dict[str, mx.array]:
+        return {
+            f"{name}.{layer}": mx.concatenate(
+                [array[row, :, :length] for row, length in enumerate(cache.lengths)], axis=1
+            )
+            for layer, array in enumerate(arrays)
+        }
+
+    texts = {
+        "dbrx_fn_cache": _VERSION,
+        "config": json.dumps(_fields(cache.config)),
+        "lengths": json.dumps(cache.lengths),
+    }
+    with new_file(Path(file)) as opened:
+        mx.save_safetensors(opened, held(cache.keys, "keys") | held(cache.values, "values"), texts)
+
+
+def load_cache(file: str | Path, config: Config, capacity: int | None = None) -> Cache:
+    """The cache that `save_cache` wrote, bit for bit.
+
+    Models of the same config with other weights make other caches, and no file says of which weights it is.
+
+    Args:
+        file: what `save_cache` wrote.
+        config: the model's. It may differ from the one that the cache was made with in what no cache depends on:
+            `max_seq_len`, `initializer_range` and settings for training.
+        capacity: positions in each row; `grow_cache`'s for the longest row, if not given.
+
+    Raises:
+        CacheError: if the file can't be read, is damaged, of another model, or holds a row longer than `capacity`; or
+            if the cache won't fit in memory.
+    """
+    file = Path(file)
+    try:
+        lengths = _checked_lengths(file, config)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CacheError(f"{file} can't be read as a cache ({reason}): name a file that save_cache wrote.") from None
+    capacity = capacity_bucket(max(lengths)) if capacity is None else capacity
+    if capacity < max(lengths):
+        raise CacheError(
+            f"capacity is {capacity} where {file} holds a row of {max(lengths)} tokens: give at least that."
+        )
+    empty = init_cache(config, len(lengths), capacity)
+    ends = list(accumulate(lengths))
+
+    def rows(array: mx.array) -> mx.array:
+        parts = mx.split(array, ends[:-1], axis=1)
+        return mx.stack([mx.pad(part, [(0, 0), (0, capacity - part.shape[1]), (0, 0)]) for part in parts])
+
+    try:
+        arrays = cast(dict[str, mx.array], mx.load(str(file), format="safetensors"))
+        keys, values = (
+            tuple(rows(arrays.pop(f"{name}.{layer}")) for layer in range(config.n_layers))
+            for name in ("keys", "values")
+        )
+        mx.eval(keys, values)
+    except (RuntimeError, MemoryError) as error:
+        raise CacheError(f"{file} can't be read as a cache ({error}): check the file, and the memory.") from None
+    return replace(empty, lengths=lengths, keys=keys, values=values)
+
+
+def _checked_lengths(file: Path, config: Config) -> tuple[int, ...]:
+    """Tokens a row, once the whole header was found to be that of such a cache; no tensor is read.
+
+    Raises:
+        CacheError: if it was made for another config or by a later version.
+        OSError, ValueError, SafetensorError: if it can't be read, or isn't a cache's.
+    """
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no regular file")
+    with file.open("rb") as opened:
+        header = int.from_bytes(opened.read(8), "little")
+    # Parsed, a header takes many times its size.
+    if header > min(LARGEST, status.st_size):
+        raise ValueError(
+            f"its header has {header} bytes, more than the {min(LARGEST, status.st_size)} expected at most"
+        )
+    with safe_open(file, framework="numpy") as tensors:
+        texts = tensors.metadata() or {}
+        version = texts.get("dbrx_fn_cache")
+        if version is None:
+            raise ValueError("its header doesn't say dbrx_fn_cache")
+        if version != _VERSION:
+            raise CacheError(
+                f"{file} is a cache of version {shown(version)} where {_VERSION} is read here: save it again, or take"
+                " the release that wrote it."
+            )
+        _check_config(file, texts.get("config", ""), config)
+        lengths = _lengths(texts.get("lengths", ""))
+        described = (_CODES[config.dtype], [config.attn.kv_n_heads, sum(lengths), config.head_dim])
+        expected = {f"{name}.{layer}" for name in ("keys", "values") for layer in range(config.n_layers)}
+        if set(tensors.keys()) != expected:
+            raise ValueError(f"it has other tensors than the keys and values of {config.n_layers} layers")
+        for name in sorted(expected):
+            entry = tensors.get_slice(name)
+            found = (entry.get_dtype(), entry.get_shape())
+            if found != described:
+                raise ValueError("{} is {} {} where {} {} is expected".format(name, *found, *described))
+    return lengths
+
+
+def _check_config(file: Path, text: str, config: Config) -> None:
+    found, expected = parse_json(text.encode()), _fields(config)
+    if not isinstance(found, dict):
+        raise ValueError("its config is no JSON object")
+    problems = [
+        f"{name} is {shown(found.get(name))} where the config has {value}"
+        for name, value in expected.items()
+        if name not in found or found[name] != value
+    ]
+    if problems:
+        raise CacheError(f"{file} is of another model ({listed(problems)}): make the cache anew with this one.")
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    lengths = parse_json(text.encode())
+    if not isinstance(lengths, list) or not lengths or any(type(n) is not int or not 0 <= n < 2**31 for n in lengths):
+        raise ValueError(f"its lengths are {shown(lengths)} where a list of whole numbers is expected")
+    if _pads_too_much(lengths):
+        raise ValueError(f"its {len(lengths)} rows hold {sum(lengths)} tokens in all, too few for such long rows")
+    return tuple(lengths)
+
+
+def _pads_too_much(lengths: Sequence[int]) -> bool:
+    return len(lengths) * capacity_bucket(max(lengths)) > _MOST_PADDING * max(sum(lengths), 64)
+
+
+def _fields(config: Config) -> dict[str, object]:
+    """What a cache's numbers depend on, but for the weights, by the names that `config.json` has for it."""
+    attn, ffn = asdict(config.attn), asdict(config.ffn)
+    for name in ("moe_jitter_eps", "moe_loss_weight"):
+        del ffn[name]
+    sizes = {name: getattr(config, name) for name in ("n_layers", "d_model", "n_heads", "vocab_size", "dtype")}
+    sections = {"attn_config": attn, "ffn_config": ffn}
+    return sizes | {f"{name}.{field}": value for name, fields in sections.items() for field, value in fields.items()}
