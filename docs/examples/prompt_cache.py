@@ -1,0 +1,35 @@
+"""Saves what a model made of a long prompt, loads it, and goes on from there several times without reading it again."""
+
+import tempfile
+import time
+from pathlib import Path
+
+import dbrx_fn
+import mlx.core as mx
+
+PROMPT = Path(__file__).with_name("macbeth.txt").read_text()[:1500]
+LENGTH = 24
+
+params, config = dbrx_fn.load(dbrx_fn.SMALL)
+tokenizer = dbrx_fn.load_tokenizer(dbrx_fn.SMALL)
+
+with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder, "prompt.safetensors")
+    start = time.perf_counter()
+    prompt = mx.array([tokenizer.encode(PROMPT)])
+    cache = dbrx_fn.init_cache(config, batch_size=1, capacity=prompt.size)
+    _, cache = dbrx_fn.forward(params, prompt, cache, last_only=True)
+    dbrx_fn.save_cache(file, cache)
+    print(f"{prompt.size} tokens read and saved in {time.perf_counter() - start:.2f} s: {file.stat().st_size:,} bytes")
+
+    start = time.perf_counter()
+    cache = dbrx_fn.load_cache(file, config, capacity=prompt.size + LENGTH + 16)
+    print(f"Loaded in {time.perf_counter() - start:.3f} s")
+
+for seed, speaker in enumerate(["MACBETH", "Doctor", "LADY MACBETH"]):
+    tokens, after, text = tokenizer.encode(f"\n\n**{speaker}**  \n"), cache, ""
+    for key in mx.random.split(mx.random.key(seed), LENGTH):
+        logits, after = dbrx_fn.forward(params, mx.array([tokens]), after, last_only=True)
+        tokens = mx.random.categorical(logits[:, 0] / 0.7, key=key).tolist()
+        text += tokenizer.decode(tokens)
+    print(f"\n{speaker}: {text!r}")
