@@ -1,6 +1,6 @@
 """A checkpoint to another: of another layout, other dtypes or other formats, one matrix at a time.
 
-A conversion works in a hidden folder beside its place (`dbrx_fn.checkpoints.conversion_work`). Interrupted, the same conversion
+A conversion works in a hidden folder beside its place (`conversion_work`). Interrupted, the same conversion
 goes on after the shards that are finished and whole; what it makes is byte for byte the same. The checkpoint's folder
 appears under its name when all of it is on the disk.
 """

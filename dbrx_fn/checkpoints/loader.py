@@ -37,7 +37,7 @@ def load(
     lazy: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Params, Config]:
-    """Loads a DBRX checkpoint of any known layout (`dbrx_fn.checkpoints.layouts`), in one file or sharded with an index.
+    """Loads a DBRX checkpoint of any known layout (`layouts`), in one file or sharded with an index.
 
     Quantized matrices stay quantized. Which ones are, and how, is read from the tensors, each for itself: what
     config.json says of that isn't needed, and older files of mlx-lm's don't say all of it.

@@ -47,7 +47,7 @@ def plan_shards(
     """Spreads tensors over files; all that belong to a linear, its experts and scales, stay together.
 
     Args:
-        table: of every leaf, the tensors to write (`dbrx_fn.checkpoints.layouts.sources`, of a layout that can be written).
+        table: of every leaf, the tensors to write (`layouts.sources`, of a layout that can be written).
         dtype: of the floats.
         shard_bytes: how large a file's tensors become at most, unless a linear alone is larger.
         metadata: texts for every header.

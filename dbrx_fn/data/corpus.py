@@ -51,9 +51,9 @@ def read_documents(
     - A text file is one document: .txt, .text, .md, .markdown, .rst, .tex, or a name without an ending.
     - A row of a .jsonl, .ndjson or .json file is one: its `prompt` (only read) and `completion` (to be predicted) as
       they stand, or its `messages` with its `tools`, of which each turn of the assistant is to be predicted with what
-      ends it (`dbrx_fn.text.chat_turns`), or its `text`. A row with several of these keys counts as the first of them, in
-      mlx-lm's order. A conversation of which the template writes earlier turns in another way later on becomes several
-      documents.
+      ends it (`dbrx_fn.text.chat_turns`), or its `text`. A row with several of these keys counts as the first of them,
+      in mlx-lm's order. Where the template writes earlier turns in another way later on, a conversation becomes
+      several documents.
     - `"weight": 0` or `"train": false` keeps a row out, or a message of the assistant from being predicted.
     - A folder stands for the files of these kinds in it (`dbrx_fn.data.data_files.find_files`).
 

@@ -16,14 +16,16 @@ from dbrx_fn.model.positions import positions_of
 from dbrx_fn.model.shapes import time_bucket
 from dbrx_fn.model.transformer import check_tokens, embed, head
 from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.arguments import checked
 
 
+@checked
 def hidden_states(params: Params, tokens: mx.array, config: Config) -> mx.array:
     """The residual stream before the first layer and after each, for whole sequences.
 
     Args:
         params: the tree.
-        tokens: integer `[batch time]`, ids below `config.vocab_size`.
+        tokens: integer `[batch time]`. An id outside of the vocabulary makes its row NaN.
         config: the model's.
 
     Returns:
@@ -40,8 +42,8 @@ def hidden_states(params: Params, tokens: mx.array, config: Config) -> mx.array:
     batch, time = tokens.shape
     padded = time_bucket(time, 0)
     positions = positions_of(padded, (time,) * batch, None, config.layer)
-    tokens = mx.pad(tokens.astype(mx.int32), [(0, 0), (0, padded - time)])
-    x = embed(params["transformer"]["wte"], tokens, config=config.layer)
+    tokens = mx.pad(tokens, [(0, 0), (0, padded - time)])
+    x = embed(params["transformer"]["wte"], tokens, None, config=config.layer)
     streams = [x]
     for layer_params in params["transformer"]["blocks"]:
         x, _, _ = block(layer_params, x, None, positions, config=config.layer)
@@ -49,6 +51,7 @@ def hidden_states(params: Params, tokens: mx.array, config: Config) -> mx.array:
     return mx.stack(streams)[:, :, :time]
 
 
+@checked
 def logits_of(params: Params, streams: mx.array, config: Config) -> mx.array:
     """The final norm and the head: logits of the next token for any layer's residual stream.
 
@@ -64,10 +67,11 @@ def logits_of(params: Params, streams: mx.array, config: Config) -> mx.array:
         InputError: if streams aren't of this shape and type.
         CheckpointError: if the tree's last norm and head don't fit the config.
     """
-    wide = isinstance(streams, mx.array) and streams.ndim >= 2 and streams.shape[-1] == config.d_model
+    wide = streams.ndim >= 2 and streams.shape[-1] == config.d_model
     if not wide or not mx.issubdtype(streams.dtype, mx.floating):
-        found = f"{streams.dtype} {list(streams.shape)}" if isinstance(streams, mx.array) else type(streams).__name__
-        raise InputError(f"streams is {found} where floats [… time {config.d_model}] are expected.")
+        raise InputError(
+            f"streams is {streams.dtype} {list(streams.shape)} where floats [… time {config.d_model}] are expected."
+        )
     rows = streams.reshape(-1, *streams.shape[-2:])
     logits = head(params["transformer"]["norm_f"], params["lm_head"], rows, config=config.layer)
     return logits.reshape(*streams.shape[:-1], config.vocab_size)

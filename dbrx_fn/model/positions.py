@@ -30,8 +30,9 @@ class Slots(TypedDict):
 
 
 class Positions(TypedDict):
-    """`cosines` and `sines`: by which queries and keys turn (`dbrx_fn.model.layers.rotary.turns`), of each row or of all.
+    """Where tokens stand.
 
+    `cosines`, `sines`: by which queries and keys turn (`rotary.turns`), of each row or of all.
     `slots`: in the cache; `None` where there is none.
     """
 

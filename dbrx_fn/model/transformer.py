@@ -75,7 +75,7 @@ def forward(
         if last_only:
             last = pick_last(x, mx.array(real, mx.int32), last)
         else:
-            pieces.append(logits_of(params, x, config)[:, :width])
+            pieces.append(_logits(params, x, config)[:, :width])
         start += width
         if held is not None and len(chunks) > 1:
             # Chunk by chunk, or the cache's old buffers would all be alive at once. Within a transformation of the
@@ -84,7 +84,7 @@ def forward(
                 mx.async_eval(last, pieces, held.keys, held.values)
     after = cache if held is None else held
     if last is not None:
-        return logits_of(params, last, config), after
+        return _logits(params, last, config), after
     padding = tokens.shape[1] - start
     logits = mx.concatenate(pieces, axis=1)
     return mx.pad(logits, [(0, 0), (0, padding), (0, 0)]) if padding else logits, after
@@ -126,7 +126,7 @@ def score(
         params, tokens, (time,) * batch, None, jitter_key, config=config.layer, recompute=recompute
     )
     layers = (mx.stack(list(parts)).reshape(len(parts), batch, x.shape[1], -1) for parts in zip(*routing, strict=True))
-    return logits_of(params, x, config.layer)[:, :time], Routing(*(layer[:, :, :time] for layer in layers))
+    return _logits(params, x, config.layer)[:, :time], Routing(*(layer[:, :, :time] for layer in layers))
 
 
 def run_layers(
@@ -224,7 +224,7 @@ def head(
     return linear(lm_head, layer_norm(norm_f["weight"], x, eps=NORM_EPS))
 
 
-def logits_of(params: Params, x: Stream, config: LayerConfig) -> mx.array:
+def _logits(params: Params, x: Stream, config: LayerConfig) -> mx.array:
     """The residual stream `[batch time d_model]` to logits `[batch time vocab]`."""
     return head(params["transformer"]["norm_f"], params["lm_head"], x, config=config)
 

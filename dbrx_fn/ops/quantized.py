@@ -47,8 +47,8 @@ def as_floats(matrix: Linear, form: Format) -> mx.array:
 def operands(x: mx.array, matrix: Linear) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
     """Activations, weight, scales and biases in the dtypes that the back end multiplies in.
 
-    A CPU adds up in the operands' own dtype: in bfloat16 that is a relative error of 5e-2, and eight times as slow as by
-    way of float32.
+    A CPU adds up in the operands' own dtype. In bfloat16 that is a relative error of 5e-2, and eight times as slow as
+    by way of float32.
     """
     if backend() != "cpu":
         return x, matrix["weight"], matrix["scales"], matrix.get("biases")

@@ -1,6 +1,7 @@
 """The gradient of the whole loss, of every parameter, is what torch's autograd finds through transformers in float64.
 
-transformers' own auxiliary loss is not this package's (`dbrx_fn.training.losses` says how they differ), so it is compared twice:
+transformers' own auxiliary loss is not this package's (`training/losses.py` says how they differ), so it is compared
+twice:
 
 - Of any depth, with this package's formula written in torch, on the `router_logits` that transformers returns with
   `output_router_logits`: one `[batch * time expert]` a layer, before the softmax.

@@ -8,8 +8,8 @@ normalizing queries and keys would cost both. MosaicML added it to its GPT in 20
 (https://github.com/mosaicml/examples/pull/197, with what was tried), from where it came to MPT and llm-foundry, with
 which DBRX was trained. At inference it isn't optional: the clamp is part of the function that was trained.
 
-Rotary positions are `dbrx_fn.model.layers.rotary`'s. Grouped queries (https://arxiv.org/abs/2305.13245): `n_heads / kv_n_heads` query heads share
-one key and value head, so the cache is that many times smaller.
+Rotary positions are in `rotary.py`. Grouped queries (https://arxiv.org/abs/2305.13245): `n_heads / kv_n_heads` query
+heads share one key and value head, so the cache is that many times smaller.
 """
 
 import mlx.core as mx

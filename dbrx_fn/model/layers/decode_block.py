@@ -1,9 +1,8 @@
 """The block for one token of each sequence on Hopper GPUs: of one sequence nine launches, of stock operations eighty.
 
-What they compute is `dbrx_fn.model.layers.block`; that, by stock operations, is what runs everywhere else and what this is
-tested against. Reading the weights is the bound, so all else has to be short: the host needs some 10 us for each
-launch, 2 for an operation without one (kernels therefore take and make any shape), and the GPU 2 to 5 for each small
-kernel, forty layers deep.
+They compute what `block` computes by stock operations. Reading the weights is the bound, so all else has to be short,
+forty layers deep. The host needs some 10 us for each launch and 2 for an operation without one, so kernels take and
+make any shape. The GPU needs 2 to 5 us for each small kernel.
 """
 
 import mlx.core as mx
