@@ -52,7 +52,7 @@ def _have_kernels(
     activation: str,
     cached: bool = False,
 ) -> bool:
-    # The kernels' gradient runs the stock operations too. So dense weights without a cache skip them: those are trained.
+    # A kernel's gradient runs the stock operations too. Dense weights without a cache, which are trained, skip it.
     wanted = cached or "scales" in params["w1"]
     fits = kernels.fits(params, x.dtype, activation=activation, top_k=top_experts.shape[1])
     return wanted and fits and expert_weights.dtype == x.dtype
