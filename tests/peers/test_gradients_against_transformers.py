@@ -33,9 +33,10 @@ from tests.support.trees import Case, case_of, random_case, tree
 
 Measured = Callable[[str, float], float]
 
-SEEDS = range(14)
+# Of seed 0 an entry of q lies 2e-8 from the clip, where rounding decides whether it has a gradient.
+SEEDS = range(1, 15)
 ONE_LAYER_SEEDS = list(
-    islice((seed for seed in count() if random_config(np.random.default_rng(seed))["n_layers"] == 1), 6)
+    islice((seed for seed in count(1) if random_config(np.random.default_rng(seed))["n_layers"] == 1), 6)
 )
 DBRX_FFN = {"moe_num_experts": 16, "moe_top_k": 4, "moe_normalize_expert_weights": 1}
 Z_LOSS_WEIGHT = 0.001
@@ -140,7 +141,7 @@ def compare(ours: Grads, theirs: Grads, measured: Measured, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seed", "ffn"), [*((seed, {}) for seed in SEEDS), (0, DBRX_FFN)], ids=[*map(str, SEEDS), "DBRX's experts"]
+    ("seed", "ffn"), [*((seed, {}) for seed in SEEDS), (1, DBRX_FFN)], ids=[*map(str, SEEDS), "DBRX's experts"]
 )
 def test_gradients_of_our_formula(seed: int, ffn: dict[str, Any], measured: Measured) -> None:
     case, rng = random_case(seed, **ffn)
