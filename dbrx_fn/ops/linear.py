@@ -12,7 +12,7 @@ from dbrx_fn.ops.kernels import linears
 from dbrx_fn.ops.quantized import as_floats, has_no_kernel, operands, pays_as_floats
 from dbrx_fn.ops.twin import with_kernel
 from dbrx_fn.runtime.compile import typed
-from dbrx_fn.runtime.device import backend
+from dbrx_fn.runtime.device import backend, on_cpu
 
 
 def _has_kernel(params: Linear, x: mx.array) -> bool:
@@ -77,7 +77,7 @@ def expert_linear(
             return product.astype(x.dtype)
         weight = as_floats(params, form)
     # The CPU's `gather_mm` knows float32 only.
-    dtype = mx.float32 if backend() == "cpu" else x.dtype
+    dtype = mx.float32 if on_cpu() else x.dtype
     if experts == 1:
         return (x.astype(dtype) @ weight[0].astype(dtype).T).astype(x.dtype)
     # Told that experts ascend, MLX makes the weights' gradient expert by expert; else it makes a matrix for every

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from dbrx_fn.ops.formats import Format, Linear, dequantize_matrix
 from dbrx_fn.runtime.blas import FAST_BLAS
-from dbrx_fn.runtime.device import backend
+from dbrx_fn.runtime.device import backend, on_cpu
 
 
 def pays_as_floats(rows: int, form: Format) -> bool:
@@ -50,7 +50,7 @@ def operands(x: mx.array, matrix: Linear) -> tuple[mx.array, mx.array, mx.array,
     A CPU adds up in the operands' own dtype. In bfloat16 that is a relative error of 5e-2, and eight times as slow as
     by way of float32.
     """
-    if backend() != "cpu":
+    if not on_cpu():
         return x, matrix["weight"], matrix["scales"], matrix.get("biases")
     return x.astype(mx.float32), *_in_float32(matrix)
 

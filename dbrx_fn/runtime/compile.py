@@ -5,8 +5,9 @@ the recorded graph without entering Python. It takes arrays and trees of them; a
 positional arguments are what is traced and its keyword-only arguments are what is static, and each distinct set of
 static values has a compiled function of its own.
 
-On the CPU a compiled layer's Python runs at each call instead, since MLX builds every fused kernel there with g++, over
-half a second each. 6 layers of d_model 256, 16 experts, 4 of them, on 2 cores (MLX 0.32.4), compiled and called:
+On the CPU a compiled layer's Python runs at each call instead (DBRX_FN_COMPILE=1 compiles there too). MLX builds every
+fused kernel there with g++, which takes over half a second each. 6 layers of d_model 256, 16 experts, 4 of them, on 2
+cores (MLX 0.32.4), compiled and called:
     first token on a machine that has no kernels yet: 17 s and 1.2 s;  later tokens: 245 and 160 a second;
     a training step of 8 times 128 tokens: 7 to 12 s and 7 to 10 s, which is noise.
 Logits of that model are bitwise the same either way. `traced` compiles on the CPU too.
@@ -25,6 +26,8 @@ from typing import ParamSpec, TypeVar
 import mlx.core as mx
 from beartype import beartype
 from jaxtyping import jaxtyped
+
+from dbrx_fn.runtime.device import Backend, backend, compiles
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -65,8 +68,7 @@ def compiled(layer: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(layer)
     def call(*arrays: P.args, **static: P.kwargs) -> R:
-        on_cpu = mx.default_device().type == mx.cpu
-        return called(*arrays, **static) if on_cpu else fused(*arrays, **static)
+        return fused(*arrays, **static) if compiles() else called(*arrays, **static)
 
     return call
 
@@ -79,8 +81,9 @@ def traced(layer: Callable[P, R]) -> Callable[P, R]:
     """
     checked = _checked(layer)
 
+    # A trace keeps what the back end made its functions choose.
     @functools.cache
-    def with_static(*static: tuple[str, Hashable]) -> Callable[..., R]:
+    def with_static(chosen_for: Backend, *static: tuple[str, Hashable]) -> Callable[..., R]:
         keywords = dict(static)
 
         def trace(*arrays: object) -> R:
@@ -91,7 +94,7 @@ def traced(layer: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(layer)
     def call(*arrays: P.args, **static: P.kwargs) -> R:
-        return with_static(*sorted(static.items()))(*arrays)
+        return with_static(backend(), *sorted(static.items()))(*arrays)
 
     return call
 
@@ -121,7 +124,7 @@ def _once(first: Callable[P, R], again: Callable[P, R]) -> Callable[P, R]:
     def call(*arrays: P.args, **static: P.kwargs) -> R:
         if _within_known.get():
             return again(*arrays, **static)
-        signature = (_signature(arrays), *static.items())
+        signature = (backend(), _signature(arrays), *static.items())
         if signature in known:
             outside = _within_known.set(True)
             try:

@@ -1,23 +1,83 @@
-"""The default device: its back end and its memory."""
+"""The default device: its back end, its memory, and whether layers are compiled there.
+
+What a back end makes this project choose can be had on another machine too: within `as_if(backend="metal")` a CPU cuts
+segments and spans as a Mac does. So one machine's tests compute every machine's arrangement.
+"""
 
 import os
-from typing import Literal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
 Backend = Literal["metal", "cuda", "cpu"]
 
 
+class _Choices(NamedTuple):
+    """What `as_if` says; `None` leaves a choice to the device."""
+
+    backend: Backend | None
+    compiles: bool | None
+
+
+def _compiles_by_environment() -> bool | None:
+    """What DBRX_FN_COMPILE says: 1 compiles layers on every device, 0 on none."""
+    wanted = os.environ.get("DBRX_FN_COMPILE", "")
+    if wanted not in ("", "0", "1"):
+        warnings.warn(f"DBRX_FN_COMPILE is {wanted!r} where 0 or 1 is expected: it changes nothing.", stacklevel=2)
+    return None if wanted not in ("0", "1") else wanted == "1"
+
+
+_OWN_CHOICES = _Choices(None, _compiles_by_environment())
+_choices = ContextVar("choices", default=_OWN_CHOICES)
+
+
+@contextmanager
+def as_if(*, backend: Backend | None = None, compiles: bool | None = None) -> Iterator[None]:
+    """Chooses, in this thread, as for another back end, or compiles layers or not.
+
+    The device still computes, so no other machine's kernels run. What isn't given stays as it was.
+    """
+    told = _choices.get()
+    token = _choices.set(
+        _Choices(
+            told.backend if backend is None else backend,
+            told.compiles if compiles is None else compiles,
+        )
+    )
+    try:
+        yield
+    finally:
+        _choices.reset(token)
+
+
 def backend() -> Backend:
-    """The back end of the default device."""
-    if mx.default_device().type == mx.cpu:
+    """The back end to choose for: the default device's, unless `as_if` names another."""
+    told = _choices.get().backend
+    if told is not None:
+        return told
+    if on_cpu():
         return "cpu"
     return "cuda" if mx.cuda.is_available() else "metal"
 
 
+def compiles() -> bool:
+    """Whether layers are compiled: on GPUs, unless `as_if` or DBRX_FN_COMPILE says otherwise."""
+    told = _choices.get().compiles
+    return not on_cpu() if told is None else told
+
+
+def on_cpu() -> bool:
+    """Whether a CPU computes, whatever `as_if` says."""
+    return mx.default_device().type == mx.cpu
+
+
 def memory_size() -> int:
     """Bytes of memory that the default device has in all."""
-    if backend() == "cpu":
+    if on_cpu():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     info = mx.device_info()
     return int(info.get("max_recommended_working_set_size") or info.get("total_memory") or info["memory_size"])

@@ -24,6 +24,7 @@ from dbrx_fn.generation.stream import Piece, stream_text, stream_tokens, token_b
 from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.device import Backend, as_if
 from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
 from tests.support import oracle, trees
 
@@ -200,19 +201,15 @@ def test_nothing_is_computed_past_the_last_token(monkeypatch: pytest.MonkeyPatch
     assert widths == [len(PROMPT), 1, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("machine", ["cpu", "cuda"])
-def test_warm_up_leaves_no_trace_to_be_made(
-    machine: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("machine", ["cpu", "cuda", "metal"])
+def test_warm_up_leaves_no_trace_to_be_made(machine: Backend, caplog: pytest.LogCaptureFixture) -> None:
     """All but the few operations that carry the last token's activations from one chunk to the next."""
     sampling = Sampling(temperature=0.5, top_k=11, top_p=0.8)
     # Each of a GPU's chunks looks at twice as much of the cache as the one before.
-    for module in ("model.shapes", "generation.stream", "ops.linear", "ops.quantized", "ops.dispatch", "ops.cpu"):
-        monkeypatch.setattr(f"dbrx_fn.{module}.backend", lambda: machine)
-    monkeypatch.setattr("dbrx_fn.model.cache.memory_size", lambda: 1 << 40)
-    warm_up(PARAMS, CONFIG, 40, max_tokens=3, sampling=sampling, chunk_size=16)
-    with caplog.at_level("DEBUG", logger="dbrx_fn.compile"):
-        made([1] * 40, max_tokens=3, sampling=sampling, chunk_size=16)
+    with as_if(backend=machine):
+        warm_up(PARAMS, CONFIG, 40, max_tokens=3, sampling=sampling, chunk_size=16)
+        with caplog.at_level("DEBUG", logger="dbrx_fn.compile"):
+            made([1] * 40, max_tokens=3, sampling=sampling, chunk_size=16)
     assert {record.getMessage() for record in caplog.records} <= {"tracing pick_last", "checking pick_last"}
 
 
