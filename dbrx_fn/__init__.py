@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 from dbrx_fn.cli import interrupts as interrupts
 
 # isort: split
-# Before MLX, which otherwise has chosen its own by then.
+# `blas` comes before MLX, which loads its own BLAS when it is imported.
 from dbrx_fn.runtime import blas as blas
 
 try:

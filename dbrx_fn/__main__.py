@@ -1,4 +1,4 @@
-"""`python -m dbrx_fn`, or the console script `dbrx-fn`: lists the commands, and runs one of them.
+"""`python -m dbrx_fn`, or the console script `dbrx-fn`: lists the commands and runs one.
 
 `dbrx-fn generate …` does the same as `python -m dbrx_fn.generate …`.
 """
@@ -16,20 +16,20 @@ from dbrx_fn.errors import InputError
 
 COMMANDS = {
     "generate": "continue a prompt, or answer it",
-    "inspect": "what a checkpoint is, and whether it fits this machine",
-    "convert": "a checkpoint to another layout, quantized or not",
-    "evaluate": "how well checkpoints predict a text, and how they differ",
+    "inspect": "show what a checkpoint holds, and whether it fits this machine",
+    "convert": "write a checkpoint in another layout, quantized or not",
+    "evaluate": "measure how well checkpoints predict a text, and how they differ",
     "train": "train or fine-tune a model on text",
     "train_tokenizer": "make a tokenizer from text",
-    "bench": "how fast inference and training are here",
-    "random_checkpoint": "write a model of random weights, to try everything on",
-    "small.recipe": "make the small model that ships here anew",
+    "bench": "measure the speed of inference and training on this machine",
+    "random_checkpoint": "write a checkpoint of random weights, to try things with",
+    "small.recipe": "train the small model of this package again",
 }
 """The commands' modules, and what each does."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command that is named first, or lists them; returns the exit status."""
+    """Runs the named command, or lists all commands. Returns the exit status."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words and words[0] in COMMANDS:
         return cast(int, import_module(f"dbrx_fn.{words[0]}").main(words[1:]))
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What can be said without a command."""
+    """Options that need no command."""
     width = max(map(len, COMMANDS))
     options = Parser(
         prog=program(),
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
                 "commands:",
                 *(f"  {name:{width}}  {purpose}" for name, purpose in COMMANDS.items()),
                 "",
-                f"{program()} COMMAND --help tells the options of one.",
+                f"{program()} COMMAND --help lists a command's options.",
             )
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _list(chosen: argparse.Namespace) -> None:
     if chosen.command:
-        raise InputError(f"{chosen.command[0]!r} is no command: give one of {', '.join(COMMANDS)}.")
+        raise InputError(f"{chosen.command[0]!r} is not a command: give one of {', '.join(COMMANDS)}.")
     print_result(parser().format_help().rstrip())
 
 

@@ -1,16 +1,16 @@
-"""What a user can get wrong, each as one sentence: what was found, what was expected, what to do."""
+"""Errors that a user can cause. Each message is one sentence: what was found, what was expected, what to do."""
 
 
 class DbrxError(Exception):
-    """Base of every error a user can cause; its text is one sentence fit to print as it stands."""
+    """Base of every error that a user can cause. Its text is one sentence, ready to print."""
 
 
 class ConfigError(DbrxError):
-    """A `config.json` that is missing, isn't DBRX's, or describes a model that can't exist."""
+    """A `config.json` that is missing, isn't DBRX's, or describes an impossible model."""
 
 
 class CheckpointError(DbrxError):
-    """Checkpoint files that are missing, damaged or don't hold the tensors the config asks for."""
+    """Checkpoint files that are missing or damaged, or that lack tensors of the config."""
 
 
 class TokenizerError(DbrxError):
@@ -26,15 +26,15 @@ class CacheError(DbrxError):
 
 
 class GenerationError(DbrxError):
-    """A text that can't go on: the model's numbers are no longer finite."""
+    """Generation that can't continue: the model's numbers are no longer finite."""
 
 
 class TrainingError(DbrxError):
-    """A training run that can't go on: its numbers are no longer finite."""
+    """A training run that can't continue: its numbers are no longer finite."""
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether MLX or Python raised it because an array can't be allocated; MLX has no class of its own for that."""
+    """Whether an allocation failed in MLX or Python. MLX raises plain RuntimeErrors for that."""
     said = str(error).lower()
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in said for words in ("out of memory", "allocat"))

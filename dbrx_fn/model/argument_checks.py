@@ -1,4 +1,4 @@
-"""What a tree of arrays and a key for random numbers are, where annotations don't tell."""
+"""Checks of arguments that annotations can't express: parameter trees and random keys."""
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -7,7 +7,7 @@ from dbrx_fn.errors import InputError
 
 
 def check_tree(params: object) -> None:
-    """Raises `InputError` if this is no tree of arrays; whether they fit a config is `check_params`' matter."""
+    """Raises `InputError` if `params` is not a tree of arrays. Whether they fit a config is up to `check_params`."""
     what = f"of type {type(params).__name__}"
     if isinstance(params, dict):
         leaves: dict[str, object] = dict(tree_flatten(params))
@@ -21,7 +21,7 @@ def check_tree(params: object) -> None:
 
 
 def check_key(name: str, key: object) -> None:
-    """Raises `InputError` if this is no key for random numbers."""
+    """Raises `InputError` if `key` is not a key for random numbers."""
     if not isinstance(key, mx.array) or (key.shape, key.dtype) != ((2,), mx.uint32):
         found = f"{key.dtype} {list(key.shape)}" if isinstance(key, mx.array) else f"of type {type(key).__name__}"
         raise InputError(f"{name} is {found.removeprefix('mlx.core.')} where a key is expected: mx.random.key(0).")

@@ -1,11 +1,11 @@
-"""The key and value cache: a value with a static capacity, from which `forward` makes the next one.
+"""The key and value cache: an immutable value with a static capacity. `forward` returns the next one.
 
-Keys and values live in one array a layer, `[batch kv_heads capacity head_dim]`, of which row b's first `lengths[b]`
-positions are real. Lengths are plain ints, so that bounds are checked on the host before anything runs (MLX writes
-past an array's end without a word) and nothing waits for the device; the compiled part gets them as an array, so a
-new length is no new trace. A new capacity is one, and capacities therefore grow in buckets.
+Each layer has one array of keys and one of values, `[batch kv_heads capacity head_dim]`. The first `lengths[b]`
+positions of row b are real. Lengths are plain ints: bounds are checked on the host before anything runs (MLX writes
+past an array's end silently), and nothing waits for the device. Compiled code gets the lengths as an array, so a new
+length needs no new trace. A new capacity needs one, so capacities grow in buckets.
 
-Writing a token does not copy the cache as long as nobody holds the old one: MLX hands its buffer on. So rebind:
+Writing a token doesn't copy the cache if nobody holds the old one, since MLX then reuses its buffers. So rebind:
 `logits, cache = forward(params, tokens, cache)`.
 """
 
@@ -32,11 +32,11 @@ LayerCache = tuple[Keys, Keys]
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """What a batch of sequences has been through, for one config.
+    """Keys and values of the tokens that a batch of sequences has seen, for one config.
 
-    `lengths`: tokens that each row holds.
-    `keys`, `values`: one array a layer, `[batch kv_heads capacity head_dim]`, keys after the rotary embedding. These
-        are what to evaluate: `mx.eval(cache.keys, cache.values)`.
+    `lengths`: number of tokens in each row.
+    `keys`, `values`: one array per layer, `[batch kv_heads capacity head_dim]`. Keys are stored after the rotary
+        embedding. To evaluate a cache: `mx.eval(cache.keys, cache.values)`.
     """
 
     config: Config
@@ -51,7 +51,7 @@ class Cache:
 
     @property
     def capacity(self) -> int:
-        """Positions there is room for in each row."""
+        """Number of positions in each row."""
         return self.keys[0].shape[2]
 
     @property
@@ -64,7 +64,7 @@ class Cache:
 def init_cache(config: Config, batch_size: int = 1, capacity: int = 512) -> Cache:
     """An empty cache with room for `capacity` tokens in each of `batch_size` rows, in `config.dtype`.
 
-    A cache of capacity 0 remembers nothing: that is training and scoring.
+    A cache of capacity 0 remembers nothing, as in training and scoring.
 
     Raises:
         CacheError: if `batch_size` is not positive, `capacity` is negative, or the cache won't fit in memory.
@@ -86,7 +86,9 @@ def init_cache(config: Config, batch_size: int = 1, capacity: int = 512) -> Cach
 
 @checked
 def grow_cache(cache: Cache, length: int) -> Cache:
-    """The same cache with room for at least `length` tokens in each row (`capacity_bucket`); itself if it has that.
+    """The same cache with room for at least `length` tokens in each row (`capacity_bucket`).
+
+    A cache that has the room already is returned unchanged.
 
     Raises:
         CacheError: if it won't fit in memory.
@@ -117,7 +119,7 @@ def check_memory(config: Config, batch_size: int, capacity: int) -> None:
 
 
 def extended(cache: Cache, lengths: Sequence[int], layers: Sequence[LayerCache]) -> Cache:
-    """The cache after `lengths` more tokens in each row, with the keys and values that each layer then has."""
+    """The cache after `lengths` more tokens in each row; `layers` holds each layer's new keys and values."""
     after = tuple(held + new for held, new in zip(cache.lengths, lengths, strict=True))
     keys, values = zip(*layers, strict=True)
     return replace(cache, lengths=after, keys=keys, values=values)
@@ -130,7 +132,7 @@ def write(
     index: Int32[mx.array, "batch time"],
     kept: Bool[mx.array, "batch time"] | None,
 ) -> Keys:
-    """Puts each row's `new` keys (or values) at `index`, but where it is to keep what is there."""
+    """Writes each row's `new` keys (or values) at `index`. Slots where `kept` is true keep their old contents."""
     index = mx.broadcast_to(index[:, None, :, None], new.shape)
     if kept is not None:
         new = mx.where(kept[:, None, :, None], mx.take_along_axis(held, index, axis=2), new)

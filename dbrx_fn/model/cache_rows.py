@@ -1,12 +1,12 @@
-"""Rows of a cache as values to work with: choose, repeat and reorder them, replace them, shorten them.
+"""Operations on the rows of a cache: choose, repeat, reorder, replace and shorten them.
 
     cache = take_rows(cache, [0] * 8)           # one prompt, eight answers
-    cache = take_rows(cache, [2, 2, 0])         # beam search goes on from row 2 twice and from row 0
+    cache = take_rows(cache, [2, 2, 0])         # beam search continues row 2 twice and row 0 once
     cache = put_rows(cache, [5], other)         # a new sequence takes row 5's place
     cache = rewind(cache, [100, 97])            # forget what each row holds after its first 100 and 97 tokens
 
-Each returns a new cache and leaves the old one as it was. Rows never read each other, so a row means the same wherever
-it stands.
+Each function returns a new cache and leaves the old one unchanged. Rows never attend to each other, so a row's place in
+the batch doesn't matter.
 """
 
 import operator
@@ -20,15 +20,14 @@ from dbrx_fn.model.cache import Cache, check_memory
 
 
 def take_rows(cache: Cache, rows: Sequence[int]) -> Cache:
-    """A cache of these rows of `cache`, in this order; a row may be taken several times, or not at all.
+    """A new cache of the given rows, in this order. A row may be taken several times, or not at all.
 
     Args:
         cache: arrays `[batch kv_heads capacity head_dim]`.
         rows: at least one, each from 0 to `cache.batch_size - 1`.
 
     Returns:
-        Arrays `[len(rows) kv_heads capacity head_dim]` of the same capacity. They are copies, and take as much memory
-        for each row.
+        A cache with arrays `[len(rows) kv_heads capacity head_dim]`. Its rows are copies: each takes memory of its own.
 
     Raises:
         CacheError: if `rows` is empty or names a row that isn't there, or the new cache won't fit in memory.
@@ -45,19 +44,19 @@ def take_rows(cache: Cache, rows: Sequence[int]) -> Cache:
 
 
 def put_rows(cache: Cache, rows: Sequence[int], other: Cache) -> Cache:
-    """`cache` with the rows of `other` in place of these: `other`'s row i becomes row `rows[i]`.
+    """`cache` with some rows replaced: row i of `other` becomes row `rows[i]`.
 
     Args:
         cache: arrays `[batch kv_heads capacity head_dim]`.
         rows: one for each row of `other`, all different, each from 0 to `cache.batch_size - 1`.
-        other: a cache of the same config. Its capacity may be another, if what it holds fits.
+        other: a cache of the same config. Its capacity may differ, if its tokens fit into `cache`.
 
     Returns:
         A cache of `cache`'s batch size and capacity.
 
     Raises:
-        CacheError: if the configs differ, `rows` doesn't give each row of `other` a place of its own, or a row holds
-            more than `cache` has room for (`grow_cache` makes room).
+        CacheError: if the configs differ, if `rows` isn't one distinct row for each of `other`'s, or if a row holds
+            more tokens than `cache` has room for (`grow_cache` makes room).
     """
     places = _checked_rows(cache, rows)
     if len(places) != other.batch_size or len(set(places)) != len(places):
@@ -88,16 +87,17 @@ def put_rows(cache: Cache, rows: Sequence[int], other: Cache) -> Cache:
 
 
 def rewind(cache: Cache, lengths: Sequence[int]) -> Cache:
-    """`cache` with only the first `lengths` tokens of each row left; the next tokens go in place of the others.
+    """`cache` cut back to the first `lengths` tokens of each row.
 
-    Nothing is copied or waited for. What is forgotten stays in the arrays until it is overwritten. No token sees it.
+    Nothing is copied, and nothing waits for the device. The dropped keys and values stay in the arrays until later
+    tokens overwrite them; no token attends to them.
 
     Args:
-        cache: what to shorten.
-        lengths: one for each row, from 0 to what the row holds.
+        cache: the cache to shorten.
+        lengths: one for each row, from 0 to the row's current length.
 
     Raises:
-        CacheError: if `lengths` isn't that.
+        CacheError: if `lengths` has another number of entries, or one is out of that range.
     """
     kept = _whole_numbers(lengths)
     if len(kept) != cache.batch_size or any(
@@ -111,7 +111,7 @@ def rewind(cache: Cache, lengths: Sequence[int]) -> Cache:
 
 
 def _with_rows(held: mx.array, index: mx.array, new: mx.array) -> mx.array:
-    """`held` with `new` `[rows kv_heads time head_dim]` at the first positions of the rows in `index`."""
+    """`held` with `new` `[rows kv_heads time head_dim]` written at the start of the rows in `index`."""
     changed = mx.array(held)
     changed[index, :, : new.shape[2]] = new
     return changed
@@ -128,7 +128,7 @@ def _checked_rows(cache: Cache, rows: Sequence[int]) -> tuple[int, ...]:
 
 
 def _whole_numbers(numbers: Sequence[int]) -> tuple[int, ...]:
-    """The numbers as Python's; none, if any isn't whole."""
+    """The numbers as Python ints, or an empty tuple if one isn't whole."""
     try:
         return tuple(map(operator.index, numbers))
     except TypeError:

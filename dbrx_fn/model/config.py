@@ -1,9 +1,7 @@
-"""What a DBRX model is made of, as frozen, hashable values: the static half of everything that is compiled.
+"""A DBRX model's configuration as frozen, hashable values, which compiled functions take as static arguments.
 
-A `Config` never enters a traced tree. It comes from a checkpoint's `config.json`, in any of the forms that file has
-had since the release: the original (https://huggingface.co/databricks/dbrx-instruct), files saved again by newer
-transformers (nested configs full of generation settings, a top-level `rope_parameters`), mlx-lm's conversions.
-Defaults of absent fields are the reference's
+A `Config` never enters a traced tree. `dbrx_fn.checkpoints.config_file` reads one from a checkpoint's `config.json`.
+Absent fields have the reference's defaults
 (https://github.com/huggingface/transformers/blob/main/src/transformers/models/dbrx/configuration_dbrx.py).
 """
 
@@ -22,8 +20,8 @@ Activation = Literal[
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 _LARGEST = 2**31
-# The tree is a description per layer, and split checkpoints have names per expert of each, so a file that lies about
-# their number would cost memory before it is found out.
+# Descriptions of the tree take memory for each layer, and those of split checkpoints for each expert too. These limits
+# bound that memory for a config.json that gives absurd numbers.
 _MOST_LAYERS = 10_000
 _MOST_EXPERTS = 2**15
 _ROTARY = "since the rotary embedding turns halves of a head against each other"
@@ -42,10 +40,10 @@ def _require_size(name: str, value: int) -> None:
 
 @dataclass(frozen=True)
 class AttnConfig:
-    """The attention's part: `attn_config` of `config.json`.
+    """Attention settings: `attn_config` of `config.json`.
 
     `clip_qkv`: q, k and v are clamped to ± this; `None` means no clamp.
-    `kv_n_heads`: key and value heads, each shared by `n_heads / kv_n_heads` query heads.
+    `kv_n_heads`: number of key and value heads, each shared by `n_heads / kv_n_heads` query heads.
     `rope_theta`: base of the rotary embedding's frequencies.
     """
 
@@ -63,14 +61,15 @@ class AttnConfig:
 
 @dataclass(frozen=True)
 class FFNConfig:
-    """The experts' part: `ffn_config` of `config.json`.
+    """Mixture-of-experts settings: `ffn_config` of `config.json`.
 
     `ffn_hidden_size`: width of one expert.
-    `moe_num_experts`, `moe_top_k`: how many experts there are, and how many of them a token goes to.
-    `moe_normalize_expert_weights`: p of the norm that the chosen experts' weights are divided by; `None` divides by
-    nothing.
+    `moe_num_experts`: number of experts.
+    `moe_top_k`: number of experts that each token goes to.
+    `moe_normalize_expert_weights`: the chosen experts' weights are divided by their p-norm with this p; `None` means no
+        division.
     `ffn_act_fn`: name of the gate's activation.
-    `moe_jitter_eps`, `moe_loss_weight`: for training only.
+    `moe_jitter_eps`, `moe_loss_weight`: used in training only.
     """
 
     ffn_hidden_size: int = 3584
@@ -101,7 +100,7 @@ class FFNConfig:
 
 
 def _hashed_once(value: Any) -> int:
-    """A frozen dataclass's hash, kept: each layer of each token asks for it."""
+    """A frozen dataclass's hash, computed once, since each layer of each token asks for it."""
     known: int | None = vars(value).get("_hash")
     if known is None:
         known = vars(value)["_hash"] = hash(tuple(getattr(value, each.name) for each in fields(value)))
@@ -109,19 +108,19 @@ def _hashed_once(value: Any) -> int:
 
 
 def _fields_alone(value: Any) -> dict[str, Any]:
-    """What is pickled of it: another process hashes strings to other numbers."""
+    """The state to pickle, without the cached hash: string hashes differ between processes."""
     return {each.name: getattr(value, each.name) for each in fields(value)}
 
 
 NORM_EPS = 1e-5
-"""Of every LayerNorm: `torch.nn.LayerNorm`'s default, which the reference leaves as it is."""
+"""Epsilon of every LayerNorm. The reference uses `torch.nn.LayerNorm`'s default."""
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What one layer's numbers depend on, the same for models that differ in depth or context only.
+    """The part of a `Config` that one layer's results depend on. `Config.layer` makes it.
 
-    Compiled layers take this as their static value, so that such models share them. `Config.layer` makes it.
+    Compiled layers take this as their static argument, so models that differ only in depth or context share traces.
     """
 
     d_model: int
@@ -138,7 +137,7 @@ class LayerConfig:
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
-        """Sizes of the tree's axes, by the names that `dbrx_fn.model.params` has for them."""
+        """Sizes of the tree's axes, by their names in `dbrx_fn.model.params`."""
         return {
             "vocab": self.vocab_size,
             "d_model": self.d_model,
@@ -156,11 +155,11 @@ class LayerConfig:
 class Config:
     """A DBRX model's sizes and constants.
 
-    `dtype` is that of the parameters, the activations and the cache. `initializer_range` is the standard deviation of
-    freshly drawn weights.
+    `dtype`: of the parameters, the activations and the cache.
+    `initializer_range`: standard deviation of freshly drawn weights.
 
     Raises:
-        ConfigError: if the fields describe a model that can't exist; it names the field and its value.
+        ConfigError: if the fields describe an impossible model. The error names the field and its value.
     """
 
     d_model: int = 2048
@@ -200,7 +199,7 @@ class Config:
 
     @cached_property
     def layer(self) -> LayerConfig:
-        """What one layer's numbers depend on."""
+        """The part that one layer's results depend on."""
         return LayerConfig(self.d_model, self.n_heads, self.vocab_size, self.attn, self.ffn, self.dtype)
 
     __hash__ = _hashed_once

@@ -1,8 +1,7 @@
-"""The least work that a model's steps take, counted from its config: operations, and bytes read from memory.
+"""The least work that a model's steps need, counted from its config: operations, and bytes read from memory.
 
-Over what a machine computes and reads in a second, these are bounds on the time of a step, whoever computes it
-(`docs/bench.md`). Nothing is counted that an implementation could do without: activations, padding, a cache's free
-positions, sorting, turning integers back into floats.
+Divided by a machine's rates, these give lower bounds on a step's time for any implementation (`docs/bench.md`). They
+leave out what an implementation could avoid: activations, padding, a cache's free positions, sorting, dequantizing.
 """
 
 from collections.abc import Mapping
@@ -16,18 +15,22 @@ from dbrx_fn.model.params import param_count, param_spec, quantized_spec
 from dbrx_fn.ops.formats import Format
 
 Formats = Mapping[str, Format]
-"""Of the quantized matrices, by their paths; none, for a dense model."""
+"""Formats of the quantized matrices, by their paths. A dense model has none."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """`operations`: floating-point, a multiplication and an addition being two. `bytes`: read or written once."""
+    """The work of one step.
+
+    `operations`: floating-point operations. A multiplication and an addition are two.
+    `bytes`: bytes that are read or written, each once.
+    """
 
     operations: int
     bytes: int
 
     def seconds(self, operations_per_second: float, bytes_per_second: float) -> float:
-        """The least time on a machine that computes and reads at once."""
+        """The least time on a machine that computes and reads at the same time."""
         return max(self.operations / operations_per_second, self.bytes / bytes_per_second)
 
     def bound_by(self, operations_per_second: float, bytes_per_second: float) -> Literal["operations", "bytes"]:
@@ -37,23 +40,25 @@ class Work:
 
 
 def expected_experts(config: Config, tokens: int) -> float:
-    """How many of a layer's experts `tokens` tokens need, if each expert is as likely as any other.
+    """Expected number of a layer's experts that `tokens` tokens use, if all experts are equally likely.
 
-    A token goes past a given expert with probability 1 - k/E, and all of them do with (1 - k/E)^tokens.
+    With k of E experts chosen, one token misses a given expert with probability 1 - k/E. All tokens miss it with
+    probability (1 - k/E)^tokens.
     """
     experts, chosen = config.ffn.moe_num_experts, config.ffn.moe_top_k
     return experts * (1.0 - (1.0 - chosen / experts) ** tokens)
 
 
 def weight_bytes(config: Config, formats: Formats) -> int:
-    """Bytes of all weights: quantized matrices as they are stored, all else in the config's dtype."""
+    """Bytes of all weights: quantized matrices as stored, everything else in the config's dtype."""
     return sum(leaf.nbytes(config.dtype) for leaf in quantized_spec(param_spec(config), formats).values())
 
 
 def read_weight_bytes(config: Config, formats: Formats, tokens: int) -> int:
-    """Bytes of the weights that a pass of `tokens` tokens needs: their experts, their rows of the embedding, the rest.
+    """Bytes of the weights that a pass of `tokens` tokens reads.
 
-    Tokens are different ones, as long as the vocabulary has as many.
+    That is their experts, their rows of the embedding, and all other weights. The tokens are taken to be distinct, as
+    far as the vocabulary allows.
     """
     total = 0.0
     for path, leaf in quantized_spec(param_spec(config), formats).items():
@@ -76,9 +81,9 @@ def cache_bytes(config: Config, tokens: int) -> int:
 def prefill_work(config: Config, formats: Formats, tokens: int) -> Work:
     """One prompt of `tokens` tokens, from an empty cache to the logits after its last token.
 
-    Operations: 2 for each token and weight that it passes through, where the head's weights are for the last token
-    only and the embedding's, which are looked up, for none; and 4 for each query, each key that it sees and each entry
-    of d_model. Bytes: the weights once, and the keys and values that are written.
+    Operations: 2 for each token and each weight that multiplies it. The head's weights multiply the last token only;
+    the embedding's are looked up and count nothing. Attention adds 4 for each pair of a query and a key that it sees,
+    times d_model. Bytes: the weights once, and the keys and values that are written.
     """
     seen = tokens * (tokens + 1) // 2
     head = config.vocab_size * config.d_model
@@ -89,8 +94,8 @@ def prefill_work(config: Config, formats: Formats, tokens: int) -> Work:
 def decode_work(config: Config, formats: Formats, context: float, batch_size: int) -> Work:
     """One more token for each of `batch_size` sequences of `context` tokens.
 
-    Operations: as in prefill, but that every token has its logits. Bytes: the weights that `batch_size` tokens need,
-    and the keys and values of each sequence, the new one's included.
+    Operations: as in prefill, except that every token has logits. Bytes: the weights that `batch_size` tokens need,
+    and each sequence's keys and values, including the new token's.
     """
     seen = batch_size * (context + 1)
     weights = _inner_weights(config) + config.vocab_size * config.d_model
@@ -100,11 +105,11 @@ def decode_work(config: Config, formats: Formats, context: float, batch_size: in
 
 
 def training_operations(config: Config, sequence_length: int) -> int:
-    """Floating-point operations that training takes per token: forward, and twice that backward.
+    """Floating-point operations of training per token: the forward pass, and twice that for the backward pass.
 
-    Each active parameter but the embedding's, which is looked up, is multiplied and added once: 2 operations forward.
-    Attention multiplies each query with the keys before it, half of `sequence_length` on average, and sums as many
-    values: 4 operations an entry of d_model and key.
+    Forward, each active parameter takes 2 operations, except for the embedding's, which are looked up. Attention
+    multiplies each query with the keys before it (half of `sequence_length` on average) and sums as many values: 4
+    operations per key and entry of d_model.
     """
     matrices = param_count(config, active=True) - config.vocab_size * config.d_model
     attention = config.n_layers * 4 * config.d_model * sequence_length // 2
@@ -112,10 +117,10 @@ def training_operations(config: Config, sequence_length: int) -> int:
 
 
 def _inner_weights(config: Config) -> int:
-    """Weights of the layers that one token passes through."""
+    """Number of weights in the layers that one token passes through, without the embedding and the head."""
     return param_count(config, active=True) - 2 * config.vocab_size * config.d_model
 
 
 def _attention_operations(config: Config, seen: float) -> int:
-    """Of scores and of the values' sums, for `seen` pairs of a query and a key, in each layer."""
+    """Operations of all layers' attention scores and weighted sums of values, for `seen` pairs of a query and a key."""
     return round(config.n_layers * 4 * config.d_model * seen)

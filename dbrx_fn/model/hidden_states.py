@@ -1,9 +1,9 @@
-"""What flows between the layers: the residual stream after each, and the logits that it would have at once.
+"""The residual stream after each layer, and the logits that the head makes of any of them (the logit lens).
 
     streams = hidden_states(params, tokens, config)       # [layer + 1, batch, time, d_model]
-    logits = logits_of(params, streams, config)           # the logit lens: every layer read as if it were the last
+    logits = logits_of(params, streams, config)           # every layer read as if it were the last
 
-Both run the blocks and the head that `forward` runs, and have gradients.
+They run the same blocks and head as `forward`. Both have gradients.
 """
 
 import mlx.core as mx
@@ -21,7 +21,7 @@ from dbrx_fn.runtime.arguments import checked
 
 @checked
 def hidden_states(params: Params, tokens: mx.array, config: Config) -> mx.array:
-    """The residual stream before the first layer and after each, for whole sequences.
+    """The residual stream before the first layer and after each layer, for whole sequences.
 
     Args:
         params: the tree.
@@ -29,9 +29,9 @@ def hidden_states(params: Params, tokens: mx.array, config: Config) -> mx.array:
         config: the model's.
 
     Returns:
-        `[layer + 1 batch time d_model]` in `config.dtype`: the tokens' embeddings, then what each layer leaves. The
-        last is before the final norm, as all the others are; `logits_of` makes it the model's logits. (The last of
-        transformers' `hidden_states` has been through that norm.)
+        `[layer + 1 batch time d_model]` in `config.dtype`: the tokens' embeddings, then each layer's output. The last
+        one, too, is before the final norm, which `logits_of` applies. (In transformers the last of `hidden_states` is
+        after that norm.)
 
     Raises:
         InputError: if tokens aren't of this shape and type.
@@ -53,15 +53,15 @@ def hidden_states(params: Params, tokens: mx.array, config: Config) -> mx.array:
 
 @checked
 def logits_of(params: Params, streams: mx.array, config: Config) -> mx.array:
-    """The final norm and the head: logits of the next token for any layer's residual stream.
+    """Applies the final norm and the head to any layer's residual stream.
 
     Args:
         params: the tree.
-        streams: `[… time d_model]` of a float dtype, such as all or some of what `hidden_states` returns.
+        streams: `[… time d_model]` of a float dtype, such as the result of `hidden_states` or a part of it.
         config: the model's.
 
     Returns:
-        `[… time vocab]`. Of the last layer's stream, they are the logits of `forward`.
+        Logits of the next token, `[… time vocab]`. For the last layer's stream they equal those of `forward`.
 
     Raises:
         InputError: if streams aren't of this shape and type.

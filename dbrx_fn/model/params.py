@@ -1,15 +1,14 @@
-"""The parameter tree, described once: path, shape, and what each axis is.
+"""The parameter tree: each leaf's path, shape and axes, described once in `param_spec`.
 
-`param_spec` is that description. Drawing fresh parameters, checking a tree and loading a checkpoint all read it, so a
-tensor can't be one thing to one of them and another to the next. The tree itself is nested dicts (and one list, of
-blocks) of `mx.array`s under the Hugging Face checkpoint's own names, with an expert axis where that checkpoint stacks
-experts along rows:
+Initialization, checks, loading and quantization all read that description, so they can't disagree. The tree is nested
+dicts (and one list, of blocks) of `mx.array`s under the Hugging Face checkpoint's own names. Where that checkpoint
+stacks experts along rows, the tree has an expert axis:
 
     params["transformer"]["blocks"][3]["norm_attn_norm"]["attn"]["Wqkv"]["weight"]     [qkv d_model]
     params["transformer"]["blocks"][3]["ffn"]["experts"]["mlp"]["w1"]["weight"]        [expert ffn_hidden d_model]
 
-Each matrix may be quantized instead, in MLX's formats (`mx.quantize`). Its dict then holds packed integers and what
-turns them back into weights (`dbrx_fn.ops.formats`).
+Each matrix may be quantized in MLX's formats (`mx.quantize`). Its dict then holds packed integers with their scales and
+biases (`dbrx_fn.ops.formats`).
 """
 
 import functools
@@ -36,7 +35,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array of the tree: the names of its axes, their sizes, and its dtype if that isn't the config's."""
+    """One array of the tree: its axes' names and sizes, and its dtype. `None` stands for the config's dtype."""
 
     axes: tuple[str, ...]
     shape: tuple[int, ...]
@@ -44,12 +43,12 @@ class Leaf:
 
     @property
     def is_expert(self) -> bool:
-        """Whether this is one matrix for each expert."""
+        """Whether this holds one matrix per expert."""
         return self.axes[0] == "expert" and len(self.axes) == 3
 
     @property
     def is_norm(self) -> bool:
-        """Whether this is a LayerNorm's weight, which starts at one; all others are matrices, drawn at random."""
+        """Whether this is a LayerNorm's weight, which is initialized to one. All other leaves are random matrices."""
         return len(self.axes) == 1
 
     def stored_as(self, dtype: str) -> mx.Dtype:
@@ -62,7 +61,7 @@ class Leaf:
         return math.prod(self.shape) * self.stored_as(dtype).size
 
     def quantized(self, quantization: Format) -> dict[str, "Leaf"]:
-        """What stands in place of this matrix when it is quantized, by the leaves' names."""
+        """The leaves that replace this matrix when it is quantized, by their names."""
         inner = self.shape[-1]
         affine = quantization.mode == "affine"
         packed = (*self.shape[:-1], inner * quantization.bits // 32)
@@ -102,7 +101,7 @@ def _leaves(axes_of: Mapping[str, str], layer: LayerConfig) -> dict[str, Leaf]:
 
 @functools.cache
 def _part_spec(layer: LayerConfig, under: str) -> Mapping[str, Leaf]:
-    """`param_spec` of what lies below a path outside the blocks, or in the first of them."""
+    """`param_spec` of the leaves below `under`, a path outside the blocks or in the first block."""
     blocks = {f"transformer.blocks.0.{name}": axes for name, axes in _BLOCK.items()}
     spec = _leaves(_EMBEDDING | blocks | _HEAD, layer)
     return {path: leaf for path, leaf in spec.items() if path.startswith(f"{under}.")}
@@ -110,7 +109,7 @@ def _part_spec(layer: LayerConfig, under: str) -> Mapping[str, Leaf]:
 
 @checked
 def param_count(config: Config, *, active: bool = False) -> int:
-    """Number of parameters; with `active`, of those that one token passes through (its `moe_top_k` experts)."""
+    """Number of parameters. With `active`, experts count only as the `moe_top_k` that one token passes through."""
     total = 0
     for leaf in param_spec(config).values():
         size = math.prod(leaf.shape)
@@ -122,9 +121,9 @@ def param_count(config: Config, *, active: bool = False) -> int:
 
 @checked
 def init_params(config: Config, key: UInt32[mx.array, "2"]) -> Params:
-    """Draws a fresh tree: norm weights one, matrices normal with standard deviation `initializer_range`.
+    """Draws a fresh tree: norm weights are one, matrices are normal with standard deviation `initializer_range`.
 
-    Lazy, as everything in MLX: nothing is allocated before it is used.
+    The arrays are lazy, as MLX's are: nothing is allocated before it is used.
 
     Args:
         config: sizes and dtype.
@@ -143,12 +142,12 @@ def init_params(config: Config, key: UInt32[mx.array, "2"]) -> Params:
 
 
 def nest(arrays: Mapping[str, mx.array], config: Config) -> Params:
-    """Arrays by dotted path, as the tree: one value, whatever it was made from.
+    """Makes the tree of arrays by dotted path. Equal arrays give equal trees, whatever they were made from.
 
-    Its order is the spec's of linears and norms, and within one `weight`, `scales`, `biases` (`mx.compile` retraces
-    when a dict's order changes). What there is no place for comes last, by name. Each leaf lies in memory row by row,
-    the last axis fastest: a product rounds differently where a matrix lies transposed. Lazy; what lies so isn't copied,
-    and a view that has to be is freed when it was.
+    Keys have a fixed order, since `mx.compile` retraces when a dict's order changes: linears and norms in the spec's
+    order, then `weight`, `scales`, `biases`, then unknown names sorted. Each leaf is row-contiguous, since a product
+    with a transposed matrix rounds differently. The copy to row-contiguous memory is lazy, is made only for leaves that
+    need it, and frees the view that it replaces.
     """
     places = {path.removesuffix(".weight"): n for n, path in enumerate(param_spec(config))}
 
@@ -167,12 +166,12 @@ def formats_of(
 
     Args:
         found: arrays by their names, which end as the tree's paths do.
-        places: of each matrix of the tree, by its path, the names of the weights that it is made of, and its input
-            width. Where it is made of several, the format that most have is the matrix's.
+        places: for each matrix's path in the tree, the names of the weights that make it up, and its input width. A
+            matrix of several weights has the format of most of them.
 
     Returns:
-        formats: by the matrices' paths, of those that are quantized.
-        unknown: of those that are quantized in no known way, the reasons, each naming its array.
+        formats: the formats of the quantized matrices, by their paths.
+        unknown: for each matrix that is quantized in an unknown way, the reasons. Each reason names its array.
     """
     formats: dict[str, Format] = {}
     unknown: dict[str, list[str]] = {}
@@ -200,17 +199,17 @@ def _linear(found: Mapping[str, Described], name: str) -> dict[str, Described]:
 
 
 def _is_quantized(linear: Mapping[str, Described]) -> bool:
-    """Whether these leaves mean to be a quantized matrix, be they right or not."""
+    """Whether these leaves are meant as a quantized matrix, valid or not."""
     return "scales" in linear or "biases" in linear or ("weight" in linear and dtype_name(linear["weight"]) == "uint32")
 
 
 def companions(name: str) -> list[str]:
-    """The names of all that can make up the linear whose weight has this name."""
+    """The names of all leaves that the linear whose weight has this name can have."""
     return [name.removesuffix("weight") + leaf for leaf in LEAVES]
 
 
 def quantized_spec(spec: Mapping[str, Leaf], formats: Mapping[str, Format]) -> dict[str, Leaf]:
-    """A spec with the leaves of quantized linears in place of their weights' (`formats` by the weights' paths)."""
+    """The spec of a quantized tree. `formats` gives the quantized matrices' formats by the paths of their weights."""
     leaves: dict[str, Leaf] = {}
     for path, leaf in spec.items():
         if path in formats:
@@ -223,17 +222,17 @@ def quantized_spec(spec: Mapping[str, Leaf], formats: Mapping[str, Format]) -> d
 
 @checked
 def check_params(params: Params, config: Config) -> None:
-    """Compares a tree with the spec. Any of its matrices may be quantized.
+    """Compares a tree with the spec. Any matrix may be quantized.
 
     Raises:
-        CheckpointError: naming every leaf that is missing, unexpected, misshapen or of another dtype than
-            `config.dtype`, with found and expected shapes.
+        CheckpointError: if a leaf is missing, unexpected, of a wrong shape, or of another dtype than `config.dtype`. It
+            names every such leaf, with found and expected shapes.
     """
     _check(dict(tree_flatten(params)), param_spec(config), config.dtype)
 
 
 def checked_under(path: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates a layer: its first argument, of its keyword `config`, must be what lies below `path` (`check_part`)."""
+    """Decorates a layer: `check_part` compares its first argument with what its `config` expects below `path`."""
 
     def decorate(layer: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(layer)
@@ -248,9 +247,9 @@ def checked_under(path: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 @once
 def check_part(part: Any, *, config: LayerConfig, under: str) -> None:
-    """`check_params` of what lies below a path, such as `transformer.blocks.0`, for layers.
+    """`check_params` for the part of a tree below a path, such as `transformer.blocks.0`.
 
-    It costs nothing for shapes and dtypes that passed before.
+    Shapes and dtypes that have passed once cost nothing afterwards.
     """
     found = {f"{under}.{path}": array for path, array in dict(tree_flatten(part)).items()}
     _check(found, _part_spec(config, under), config.dtype)
@@ -282,7 +281,7 @@ def _check(leaves: dict[str, Any], expected: Mapping[str, Leaf], dtype: Dtype) -
 
 
 def listed(problems: list[str], most: int = 40) -> str:
-    """Problems as one phrase, sorted, the rest counted when there are many."""
+    """Problems as one sorted phrase. Beyond `most` they are only counted."""
     shown = [problem if problem.isprintable() else repr(problem)[1:-1] for problem in sorted(problems)[:most]]
     more = len(problems) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")

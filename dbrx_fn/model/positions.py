@@ -1,4 +1,4 @@
-"""Where a chunk of tokens stands: its rotary angles, and its slots in a cache. Made once for all layers."""
+"""The positions of a chunk of tokens: rotary angles and cache slots, computed once for all layers."""
 
 from typing import TypedDict
 
@@ -13,14 +13,14 @@ from dbrx_fn.runtime.compile import compiled
 
 
 class Slots(TypedDict):
-    """Where each token goes in a cache, and what it sees there.
+    """The cache slot of each token, and the slots that it attends to.
 
-    `index`: int32 `[batch time]`, where its key and value are written.
-    `kept`: bool `[batch time]`, which of those slots must keep what they hold; `None` where none must.
-    `mask`: `[batch 1 time attended]`, added to attention scores: a token sees its own position and those before it,
+    `index`: int32 `[batch time]`, the slots where keys and values are written.
+    `kept`: bool `[batch time]`, true for slots that must keep their contents; `None` if there are none.
+    `mask`: `[batch 1 time attended]`, added to attention scores. A token sees its own position and those before it,
         among the first `attended` of the cache.
-    `starts`: int32 `[batch + 3]`, the position of each row's first new token, and zeros. MLX keeps CUDA arrays of up to
-        8 bytes in the host's memory, where a kernel that reads them waits 6 to 17 us.
+    `starts`: int32 `[batch + 3]`, the position of each row's first new token, then three zeros. The zeros keep the
+        array in the GPU's memory: MLX keeps CUDA arrays of up to 8 bytes in the host's, which kernels read slowly.
     """
 
     index: mx.array
@@ -30,10 +30,10 @@ class Slots(TypedDict):
 
 
 class Positions(TypedDict):
-    """Where tokens stand.
+    """The positions of a chunk's tokens.
 
-    `cosines`, `sines`: by which queries and keys turn (`rotary.turns`), of each row or of all.
-    `slots`: in the cache; `None` where there is none.
+    `cosines`, `sines`: the rotation of queries and keys (`rotary.turns`), one for each row or one for all.
+    `slots`: places in the cache; `None` without a cache.
     """
 
     cosines: mx.array
@@ -42,7 +42,7 @@ class Positions(TypedDict):
 
 
 def positions_of(time: int, lengths: tuple[int, ...], cache: Cache | None, config: LayerConfig) -> Positions:
-    """The positions of `time` tokens a row, of which the first `lengths` are real, behind what `cache` holds."""
+    """The positions of `time` tokens per row after those in `cache`. The first `lengths` are real, the rest padding."""
     if cache is None:
         cosines, sines = turns(
             mx.arange(time, dtype=mx.int32)[None], head_dim=config.head_dim, theta=config.attn.rope_theta
@@ -71,15 +71,15 @@ def _in_cache(
     wraps: bool,
     config: LayerConfig,
 ) -> Positions:
-    """Positions behind the `starts` tokens that each row holds.
+    """Positions after the `starts` tokens that each row holds.
 
-    Padding is written behind a row's real tokens, where the next ones will overwrite it. Where a row has no room for
-    its padding (`wraps`), the padding goes round to the row's start and writes there what is there already.
-    The mask is additive, which on CUDA costs less than half of what a boolean one does.
+    Padding is written behind a row's real tokens, where the next tokens overwrite it. If a row lacks room for its
+    padding (`wraps`), the padding's slots wrap around to the row's start and rewrite the old contents there. The mask
+    is additive, since a boolean one costs more than twice as much on CUDA (`docs/architecture.md`).
     """
     float_type = getattr(mx, config.dtype)
     batch, starts = starts.size, mx.pad(starts, (0, 3))
-    # Of the longer array, so that one token's slot too lies in the GPU's memory.
+    # Made from the padded `starts`: then even a single token's slot lies in the GPU's memory.
     positions = (starts[:, None] + mx.arange(time, dtype=mx.int32))[:batch]
     visible = mx.arange(attended, dtype=mx.int32) <= positions[:, None, :, None]
     mask = mx.where(visible, mx.array(0, float_type), mx.array(mx.finfo(float_type).min, float_type))

@@ -1,7 +1,7 @@
-"""Matrices of the tree to integers and back, as pure functions of the tree.
+"""Quantization of a tree's matrices, and back, as pure functions of the tree.
 
-Which matrices are worth how many bits differs by what they do: the experts are 96% of DBRX's parameters, while the
-router is tiny and its errors send tokens to other experts, so it stays as it is unless asked for.
+Each kind of matrix has a format of its own. The router isn't quantized unless asked for: it is tiny, and its errors
+send tokens to other experts. The experts are 96% of DBRX's parameters.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ _USUAL = Format(4, 64)
 
 @dataclass(frozen=True)
 class Quantization:
-    """The format of each kind of matrix; `None` leaves it as it is.
+    """The format of each kind of matrix. `None` leaves that kind unchanged.
 
     `experts`: w1, v1 and w2. `attention`: Wqkv and out_proj. `embedding`: wte. `head`: lm_head. `router`: its layer.
 
@@ -42,12 +42,12 @@ class Quantization:
 
 @checked
 def quantize(params: Params, config: Config, quantization: Quantization | None = None) -> Params:
-    """A tree whose matrices are quantized; all else, and the given tree, stay as they are.
+    """A new tree with quantized matrices. All other leaves are unchanged, and so is the given tree.
 
-    Lazy, as everything in MLX.
+    The arrays are lazy, as MLX's are.
 
     Args:
-        params: the tree. Matrices that are quantized already must not be asked for.
+        params: the tree. The matrices to quantize must not be quantized already.
         config: the model's.
         quantization: the formats; `Quantization()`, if not given.
 
@@ -69,7 +69,7 @@ def quantize(params: Params, config: Config, quantization: Quantization | None =
 
 @checked
 def dequantize(params: Params, config: Config) -> Params:
-    """A tree whose matrices are all floats, in `config.dtype`: of a quantized tree, the one that it stands for.
+    """A new tree with every quantized matrix turned back into floats of `config.dtype`.
 
     Raises:
         CheckpointError: if the tree doesn't fit the config.
@@ -83,7 +83,7 @@ def dequantize(params: Params, config: Config) -> Params:
 
 
 def tree_formats(params: Params, config: Config) -> Mapping[str, Format]:
-    """The formats of a tree's quantized matrices, by the paths of their weights; the tree must fit the config."""
+    """The formats of a tree's quantized matrices, by the paths of their weights. The tree must fit the config."""
     spec = param_spec(config)
     places = {path: ((path,), leaf.shape[-1]) for path, leaf in spec.items() if not leaf.is_norm}
     return formats_of(dict(tree_flatten(params)), places)[0]

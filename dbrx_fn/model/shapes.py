@@ -1,16 +1,16 @@
-"""Which shapes are computed: few lengths, capacities and spans, since each costs a trace."""
+"""The lengths, capacities and attention spans that are computed. They are few, since each one costs a trace."""
 
 from dbrx_fn.runtime.device import backend
 
 CHUNK_SIZE = 2048
-"""Tokens of each row that go through the model at once, unless asked otherwise."""
+"""Default number of tokens per row that go through the model at once."""
 
 
 def time_bucket(time: int, capacity: int) -> int:
-    """The length that `time` tokens are padded to, within a capacity other than 0. Each is one trace of the block.
+    """The length that `time` tokens are padded to. Each length is one trace of the block.
 
-    1, or a power of two from 8 on; a prompt is cut so that it comes close to them (`chunk_widths`). What goes into a
-    cache of capacity 0 can't be cut, so there are eight lengths to each doubling then.
+    With a cache it is 1 or a power of two from 8 on, and at most the capacity. `chunk_widths` cuts prompts to lengths
+    close to these. Without a cache (capacity 0) a text can't be cut, so there are eight lengths per doubling.
     """
     if time == 1:
         return 1
@@ -22,12 +22,12 @@ def time_bucket(time: int, capacity: int) -> int:
 
 
 def chunk_widths(time: int, chunk_size: int) -> list[int]:
-    """Cuts `time` tokens into chunks of at most `chunk_size`, each little shorter than what it will be padded to."""
+    """Cuts `time` tokens into chunks of at most `chunk_size` tokens that need little padding."""
     widths = []
     while time:
         width = min(chunk_size, time)
         bucket = _power_of_two(width)
-        # Two passes cost less than one with a third of padding, unless passes this short all cost the same.
+        # Two passes cost less than one that is a quarter padding, unless both are so short that they cost the same.
         if bucket > cheap_chunk() and 4 * width <= 3 * bucket:
             width = bucket // 2
         widths.append(width)
@@ -40,21 +40,18 @@ def _power_of_two(time: int) -> int:
 
 
 def cheap_chunk() -> int:
-    """Tokens up to which a pass through the model costs about the same however many they are.
+    """The number of tokens up to which a pass through the model costs about the same.
 
-    On a GPU that is where reading the weights takes longer than computing with them: 8 layers of the released widths
-    on one H200 take 19 ms for 16 tokens, 27 for 128, 52 for 512, 108 for 1076 in two chunks, 164 for 2048. A CPU
-    computes more slowly than it reads.
+    On a GPU such passes are bound by reading the weights (`docs/performance.md`). On a CPU computing is the bound.
     """
     return 64 if backend() == "cpu" else 512
 
 
 def attended(time: int, held: int, capacity: int) -> int:
-    """How many positions of a cache attention looks at from `time` tokens, if no row then holds more than `held`.
+    """How many positions of a cache `time` new tokens attend to, if no row holds more than `held` afterwards.
 
-    On a CPU each number is one more signature for which types are checked, on a GPU one more trace, so there should
-    be few of them: the next 128, and for a GPU the next power of two. Single tokens see the whole capacity on a GPU,
-    lest one of them has to wait for a trace.
+    Each number costs a trace on a GPU and a check of types on a CPU, so there are few: multiples of 128 on a CPU,
+    powers of two on a GPU. Single tokens on a GPU attend to the whole capacity, so decoding never waits for a trace.
     """
     if backend() == "cpu":
         return min(capacity, -(-held // 128) * 128)
@@ -62,11 +59,10 @@ def attended(time: int, held: int, capacity: int) -> int:
 
 
 def capacity_bucket(length: int) -> int:
-    """The capacity to give a cache that must hold `length` tokens: a power of two from 256 to 8,192, then four steps to
-    each doubling.
+    """The capacity for a cache of `length` tokens: a power of two from 256 to 8,192, then four steps per doubling.
 
-    Each capacity is one more trace of the decoding step, so there should be few of them. But to make room for twice
-    16,384 tokens of DBRX when there is one more would be 2.5 GiB for nothing.
+    Each capacity costs a trace of the decoding step, so there are few. Beyond 8,192 doubling would waste memory:
+    2.5 GiB for the 16,385th token of DBRX.
     """
     length = max(length, 256)
     power = 1 << (length - 1).bit_length()

@@ -1,7 +1,8 @@
-"""DBRX from tokens to logits: `forward`, and `score` for whole sequences together with what the routers said.
+"""DBRX from tokens to logits: `forward` with a cache, `score` for whole sequences with their routing.
 
-Both run the same blocks. On the host: check the arguments, cut long inputs into chunks, pad each chunk to one of few
-lengths. On the device: embed, one compiled `block` a layer, and the head. See `docs/architecture.md` for the whole.
+Both run the same blocks. The host checks the arguments, cuts long inputs into chunks and pads each chunk to one of few
+lengths. The device computes the embedding, one compiled `block` per layer, and the head. `docs/architecture.md`
+describes the whole.
 """
 
 import contextlib
@@ -39,29 +40,30 @@ def forward(
     last_only: bool = False,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[mx.array, Cache]:
-    """Logits of the next token after each of `tokens`, which continue from what `cache` holds.
+    """Logits of the next token after each of `tokens`, which continue the sequences in `cache`.
 
-    One call, several, or one token at a time give the same logits. Nothing waits for the device.
+    Tokens may be given in one call, in several, or one at a time; the logits agree up to rounding. Nothing waits for
+    the device.
 
     Args:
         params: the tree, as `load` or `init_params` makes it.
-        tokens: integer `[batch time]`. Nobody waits for them to be looked at: where a row holds an id outside of the
-            vocabulary, the logits of the chunk are NaN in that row, and so are all that continue from it.
-        cache: what came before, and the model's config. One of capacity 0 stands for nothing, and stays so.
-        lengths: how many of each row's tokens are real, counted from the left; the rest is padding, whose logits mean
-            nothing and whose ids may be any. All of them, if not given. 0 leaves a row as it is.
-        last_only: only compute the logits of each row's last real token; a row without any gets some that mean nothing.
-        chunk_size: at most this many tokens of each row are worked on at once, to bound memory. With a cache of
-            capacity 0 everything goes at once.
+        tokens: integer `[batch time]`. An id outside of the vocabulary is no error, since finding it would wait for the
+            device: it makes its row's logits NaN, in its chunk and in all that continues from it.
+        cache: the tokens so far, and the model's config. A cache of capacity 0 is empty and stays empty.
+        lengths: how many of each row's tokens are real, counted from the left. All, if not given. The rest is padding:
+            its ids may be anything, and its logits mean nothing. A row of length 0 is left unchanged.
+        last_only: only compute the logits of each row's last real token. A row of length 0 gets meaningless ones.
+        chunk_size: at most this many tokens of each row are computed at once, which bounds memory. A cache of capacity
+            0 takes everything at once.
 
     Returns:
         logits: `[batch time vocab]`, or `[batch 1 vocab]` with `last_only`, in `config.dtype`.
-        cache: holds the new tokens too. The old one stays valid, but to keep it costs a copy.
+        cache: the cache with the new tokens. The old one stays valid, but keeping it costs a copy.
 
     Raises:
-        InputError: if tokens, lengths or chunk_size aren't of these shapes, types and ranges.
-        CacheError: if a row's tokens don't fit the cache's capacity (`grow_cache` makes room), or it was made for
-            another batch size.
+        InputError: if tokens, lengths or chunk_size have other shapes, types or ranges.
+        CacheError: if a row's tokens don't fit the cache's capacity (`grow_cache` makes room), or if the cache was made
+            for another batch size.
         CheckpointError: if the tree doesn't fit the cache's config.
     """
     real_lengths = _checked(params, tokens, cache, lengths, chunk_size)
@@ -78,8 +80,8 @@ def forward(
             pieces.append(_logits(params, x, config)[:, :width])
         start += width
         if held is not None and len(chunks) > 1:
-            # Chunk by chunk, or the cache's old buffers would all be alive at once. Within a transformation of the
-            # caller's, such as mx.grad, nothing can be evaluated, and it has to hold them all anyway.
+            # Evaluating each chunk frees the cache's old buffers. Inside a transformation such as mx.grad MLX raises
+            # ValueError, and the transformation holds all buffers anyway.
             with contextlib.suppress(ValueError):
                 mx.async_eval(last, pieces, held.keys, held.values)
     after = cache if held is None else held
@@ -99,24 +101,24 @@ def score(
     jitter_key: UInt32[mx.array, "2"] | None = None,
     recompute: bool = False,
 ) -> tuple[mx.array, Routing]:
-    """Logits of the next token after each of `tokens`, and what each layer's router said: training reads both.
+    """Logits of the next token after each of `tokens`, and each layer's routing. Training uses both.
 
-    The logits are those of `forward` with a cache of capacity 0.
+    The logits equal those of `forward` with a cache of capacity 0.
 
     Args:
         params: the tree.
         tokens: integer `[batch time]`. An id outside of the vocabulary makes its row's logits NaN.
         config: the model's.
-        jitter_key: an `mx.random.key` for the routers' `moe_jitter_eps`; no jitter, if not given.
-        recompute: under a gradient, keep only each block's input and compute the rest again: about a third more time,
-            for the memory of one block instead of all.
+        jitter_key: an `mx.random.key` for the routers' `moe_jitter_eps`. No jitter, if not given.
+        recompute: gradient checkpointing: keep only each block's input and compute the rest again in the backward pass.
+            It takes about a third more time, and the memory of one block's activations instead of all.
 
     Returns:
         logits: `[batch time vocab]`.
         routing: `logits` float32 `[layer batch time expert]` and `top_experts` uint32 `[layer batch time top_k]`.
 
     Raises:
-        InputError: if tokens aren't of this shape and type.
+        InputError: if tokens have another shape or type.
         CheckpointError: if the tree doesn't fit the config.
     """
     _check_outline(params, config)
@@ -145,14 +147,14 @@ def run_layers(
         params: the tree.
         tokens: integer `[batch time]`.
         lengths: how many of each row's tokens are real.
-        cache: what came before; `None` if nothing is remembered.
-        jitter_key: for the routers' jitter; none, if not given.
+        cache: the tokens so far; `None` without a cache.
+        jitter_key: for the routers' jitter. No jitter, if not given.
         config: sizes and constants.
-        recompute: under a gradient, keep only each block's input.
+        recompute: gradient checkpointing, as in `score`.
 
     Returns:
-        The residual stream after the last block, its time padded to a bucket; the cache with the tokens in it; what
-        each block's router said.
+        The residual stream after the last block, its time axis padded to a bucket; the cache with the new tokens; each
+        block's routing.
     """
     transformer, blocks = params["transformer"], params["transformer"]["blocks"]
     given = tokens.shape[1]
@@ -179,9 +181,9 @@ def run_layers(
 def _recomputed(
     params: BlockParams, x: mx.array, positions: Positions, jitter_key: mx.array | None, config: LayerConfig
 ) -> tuple[Stream, Routing]:
-    """`block` without a cache, of which a gradient keeps the input alone."""
+    """`block` without a cache, under gradient checkpointing."""
 
-    # `mx.checkpoint` asks for the gradient by all that the function is given.
+    # `mx.checkpoint` differentiates by all arguments, so `positions` and the key come from the enclosing scope.
     def layer(params: BlockParams, x: mx.array) -> tuple[mx.array, Routing]:
         x, _, routing = block(params, x, None, positions, jitter_key, config=config)
         return x, routing
@@ -199,7 +201,7 @@ def embed(
     *,
     config: LayerConfig,
 ) -> Stream:
-    """Rows of `wte` `[vocab d_model]`. What lies behind a row's first `lengths` tokens is taken for token 0."""
+    """Rows of `wte` `[vocab d_model]`. Padding behind a row's first `lengths` tokens is read as token 0."""
     if lengths is not None:
         tokens = mx.where(mx.arange(tokens.shape[1], dtype=mx.int32) < lengths[:, None], tokens, 0)
     return embedding(wte, tokens, config=config)
@@ -209,7 +211,7 @@ def embed(
 def pick_last(
     x: Stream, lengths: Int32[mx.array, " batch"], before: Float[mx.array, "batch 1 d_model"] | None
 ) -> Float[mx.array, "batch 1 d_model"]:
-    """Each row's activations at its last real token, or those from `before` if it has none in this chunk."""
+    """Each row's activations at its last real token. A row without one in this chunk keeps those of `before`."""
     last = mx.take_along_axis(x, mx.maximum(lengths - 1, 0)[:, None, None], axis=1)
     return last if before is None else mx.where(lengths[:, None, None] > 0, last, before)
 
@@ -218,19 +220,19 @@ def pick_last(
 def head(
     norm_f: NormParams, lm_head: Linear, x: Stream, *, config: LayerConfig
 ) -> Float[mx.array, "batch time {config.vocab_size}"]:
-    """The final norm and the vocabulary's projection, which has a matrix of its own in DBRX."""
+    """The final norm and the projection to the vocabulary. DBRX doesn't tie its matrix to the embedding."""
     check_part(norm_f, config=config, under="transformer.norm_f")
     check_part(lm_head, config=config, under="lm_head")
     return linear(lm_head, layer_norm(norm_f["weight"], x, eps=NORM_EPS))
 
 
 def _logits(params: Params, x: Stream, config: LayerConfig) -> mx.array:
-    """The residual stream `[batch time d_model]` to logits `[batch time vocab]`."""
+    """Logits `[batch time vocab]` of the residual stream `[batch time d_model]`."""
     return head(params["transformer"]["norm_f"], params["lm_head"], x, config=config)
 
 
 def _check_outline(params: Params, config: Config) -> None:
-    """Checks that all the parts are there; each is looked into where it is traced, which costs nothing per token."""
+    """Checks that all parts are there. Each part's leaves are checked once, when its layer is traced."""
     try:
         transformer = params["transformer"]
         parts = [transformer["wte"], *transformer["blocks"], transformer["norm_f"], params["lm_head"]]
@@ -244,7 +246,7 @@ def _check_outline(params: Params, config: Config) -> None:
 def _checked(
     params: Params, tokens: mx.array, cache: Cache, lengths: Sequence[int] | None, chunk_size: int
 ) -> tuple[int, ...]:
-    """One real length a row; raises where `forward`'s arguments don't go together."""
+    """Each row's number of real tokens. Raises if `forward`'s arguments don't fit each other."""
     check_tokens(tokens)
     batch, time = tokens.shape
     if batch != cache.batch_size:
@@ -275,9 +277,9 @@ def _checked(
 
 
 def check_tokens(tokens: mx.array) -> None:
-    """Raises `InputError` unless these are integers `[batch time]`, at least one of each."""
+    """Raises `InputError` unless `tokens` are integers `[batch time]` with at least one row and one token."""
     if tokens.ndim != 2 or tokens.size == 0 or not mx.issubdtype(tokens.dtype, mx.integer):
         raise InputError(
-            f"tokens is {tokens.dtype} {list(tokens.shape)} where integers [batch time] with at least one of each are"
-            " expected."
+            f"tokens is {tokens.dtype} {list(tokens.shape)} where integers [batch time], at least one row and one"
+            " token, are expected."
         )

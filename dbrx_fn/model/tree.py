@@ -1,6 +1,6 @@
 """The parameter tree's types: plain nested dicts under the checkpoint's own names.
 
-What each leaf's axes are, and their sizes, is `dbrx_fn.model.params`'s to say.
+`dbrx_fn.model.params` gives each leaf's axes and sizes.
 """
 
 from typing import TypedDict
@@ -25,7 +25,7 @@ class AttnParams(TypedDict):
 
 
 class NormAttnNormParams(TypedDict):
-    """Attention's half of a block, with both norms."""
+    """The attention half of a block, with both norms."""
 
     norm_1: NormParams
     attn: AttnParams
@@ -39,27 +39,27 @@ class RouterParams(TypedDict):
 
 
 class MLPParams(TypedDict):
-    """The experts under the name that the checkpoint has for them."""
+    """The experts, under the checkpoint's name for them."""
 
     mlp: ExpertsParams
 
 
 class FFNParams(TypedDict):
-    """The experts' half of a block."""
+    """The expert half of a block."""
 
     router: RouterParams
     experts: MLPParams
 
 
 class BlockParams(TypedDict):
-    """One layer."""
+    """One layer's parameters."""
 
     norm_attn_norm: NormAttnNormParams
     ffn: FFNParams
 
 
 class TransformerParams(TypedDict):
-    """All but the head: `wte` `[vocab d_model]`, the layers, the last norm."""
+    """Everything but the head: `wte` `[vocab d_model]`, the layers, the final norm."""
 
     wte: Linear
     blocks: list[BlockParams]
@@ -67,7 +67,7 @@ class TransformerParams(TypedDict):
 
 
 class Params(TypedDict):
-    """The whole tree; `lm_head` is `[vocab d_model]`."""
+    """The whole tree. `lm_head` is `[vocab d_model]`."""
 
     transformer: TransformerParams
     lm_head: Linear

@@ -1,15 +1,14 @@
 """Grouped-query attention with clipped projections and rotary positions.
 
-One matrix, `Wqkv`, makes all queries, keys and values; `clip_qkv` then clamps every one of their entries, to [-8, 8]
-in the released model. That is a guard for training at scale: attention scores are products of two such vectors, and
-entries that run away show as spikes in the loss. The clamp stops runaway entries (not large scores as such: it bounds
-them by head_dim * clip² / sqrt(head_dim), 724 here) for one elementwise operation and no parameters, where
-normalizing queries and keys would cost both. MosaicML added it to its GPT in 2023
-(https://github.com/mosaicml/examples/pull/197, with what was tried), from where it came to MPT and llm-foundry, with
-which DBRX was trained. At inference it isn't optional: the clamp is part of the function that was trained.
+One matrix, `Wqkv`, makes all queries, keys and values. `clip_qkv` then clamps each of their entries, to [-8, 8] in the
+released model. The clamp keeps training stable: attention scores are products of two such vectors, and runaway entries
+show as spikes in the loss. It bounds a score by head_dim * clip² / sqrt(head_dim), which is 724 in the released model.
+It needs no parameters and no reduction, unlike the normalization of queries and keys. MosaicML introduced it
+(https://github.com/mosaicml/examples/pull/197). Inference needs it too, since the model was trained with it.
+`docs/architecture.md` has the history.
 
-Rotary positions are in `rotary.py`. Grouped queries (https://arxiv.org/abs/2305.13245): `n_heads / kv_n_heads` query
-heads share one key and value head, so the cache is that many times smaller.
+Rotary positions are in `rotary.py`. With grouped queries (https://arxiv.org/abs/2305.13245), `n_heads / kv_n_heads`
+query heads share one key and value head, and the cache is smaller by that factor.
 """
 
 import mlx.core as mx
@@ -34,17 +33,17 @@ def attn(
     *,
     config: LayerConfig,
 ) -> tuple[Float[mx.array, "batch time d_model"], LayerCache | None]:
-    """Attends from each new token to itself and all before it, in the cache and in `x`.
+    """Attends from each new token to itself and to all tokens before it, in the cache and in `x`.
 
     Args:
         params: the projections.
         x: normalized activations.
-        cache: this layer's keys and values; without one, `x` is all there is.
-        positions: where `x` stands.
+        cache: this layer's keys and values. Without one, tokens attend to `x` only.
+        positions: the tokens' positions.
         config: sizes and `clip_qkv`.
 
     Returns:
-        The attention's output, and the cache with the new tokens' keys and values written in.
+        The attention's output, and the cache with the new tokens' keys and values.
     """
     batch, time, _ = x.shape
     qkv = linear(params["Wqkv"], x)

@@ -1,4 +1,4 @@
-"""One of the model's layers: attention's half and the experts' half, joined by the residual stream."""
+"""One transformer block: the attention half and the expert half, joined by the residual stream."""
 
 import mlx.core as mx
 from jaxtyping import UInt32
@@ -31,18 +31,19 @@ def block(
     """`h = x + attn(norm_1(x))`, then `h + moe(norm_2(h))`.
 
     Args:
-        params: one layer's.
+        params: one layer's parameters.
         x: the residual stream.
         cache: this layer's keys and values, if there is a cache.
-        positions: where `x` stands.
-        jitter_key: for the router's jitter; none, if not given.
+        positions: the tokens' positions.
+        jitter_key: for the router's jitter. No jitter, if not given.
         config: sizes and constants.
 
     Returns:
-        The residual stream after this layer, the layer's cache with `x` in it, and what its router said.
+        The residual stream after this layer, the layer's cache with the new tokens, and its routing.
 
     Raises:
-        CheckpointError: when it first meets parameters that don't fit the config, naming those of the first block.
+        CheckpointError: if the parameters don't fit the config. All layers share this code, so it names the leaves of
+            the first block.
     """
     residual, normed, after = norm_attn_norm(params["norm_attn_norm"], x, cache, positions, config=config)
     mixed, routing = moe(params["ffn"], normed, jitter_key, config=config.ffn, cached=cache is not None)

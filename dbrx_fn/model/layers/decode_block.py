@@ -1,8 +1,8 @@
-"""The block for one token of each sequence on Hopper GPUs: of one sequence nine launches, of stock operations eighty.
+"""`block` by CUDA kernels, for one token per sequence on Hopper GPUs.
 
-They compute what `block` computes by stock operations. Reading the weights is the bound, so all else has to be short,
-forty layers deep. The host needs some 10 us for each launch and 2 for an operation without one, so kernels take and
-make any shape. The GPU needs 2 to 5 us for each small kernel.
+It computes what `block` computes by stock operations. One sequence takes nine kernel launches instead of about eighty.
+Launches are what can be saved, since the bound is reading the weights (`docs/performance.md`). The kernels read and
+write any shape, which saves the host's reshapes.
 """
 
 import mlx.core as mx
@@ -25,7 +25,7 @@ def fits(
     *,
     config: LayerConfig,
 ) -> bool:
-    """Whether this is one token of few sequences, with a cache, and there are kernels for all of it."""
+    """Whether this is one token of each of few sequences, with a cache, and kernels exist for every part."""
     batch, time, _ = x.shape
     slots = positions["slots"]
     if time != 1 or batch > linears.FEW_ROWS or slots is None or slots["kept"] is not None:
@@ -54,7 +54,7 @@ def decode_block(
     *,
     config: LayerConfig,
 ) -> tuple[mx.array, LayerCache | None, Routing]:
-    """`dbrx_fn.model.layers.block.block` where `fits` says so."""
+    """`dbrx_fn.model.layers.block.block`, for arguments that `fits` accepts."""
     first, ffn, slots = params["norm_attn_norm"], params["ffn"], positions["slots"]
     assert cache is not None
     assert slots is not None

@@ -1,4 +1,4 @@
-"""Tokens to activations: rows of a matrix, dense or quantized."""
+"""Token embeddings: rows of a matrix, dense or quantized."""
 
 from typing import cast
 
@@ -15,14 +15,14 @@ from dbrx_fn.runtime.compile import typed
 def embedding(
     params: Linear, tokens: Integer[mx.array, "batch time"], *, config: LayerConfig
 ) -> Float[mx.array, "batch time {config.d_model}"]:
-    """The matrix's row of each token, in `config.dtype`; of a quantized one only those are turned back into floats.
+    """The matrix's row for each token, in `config.dtype`. Of a quantized matrix only these rows are dequantized.
 
-    An id outside of the vocabulary makes everything in its row of the batch NaN, since attention mixes a row's tokens.
+    An id outside of the vocabulary makes its entire row of the batch NaN, since attention mixes a row's tokens.
 
     Args:
-        params: `weight` `[vocab d_model]`, or quantized from that (`dbrx_fn.model.params`).
+        params: `weight` `[vocab d_model]`, or its quantized form (`dbrx_fn.ops.formats`).
         tokens: ids.
-        config: the vocabulary's size, the width, and the dtype.
+        config: the vocabulary's size, the width and the dtype.
     """
     ids, known = within(tokens, config.vocab_size)
     if tokens.shape[1] > 1:
@@ -49,7 +49,7 @@ def _embedded(params: Linear, ids: mx.array, config: LayerConfig) -> mx.array:
 
 @mx.custom_function
 def _rows(weight: mx.array, tokens: mx.array) -> mx.array:
-    """Rows of a matrix whose gradients are added up in float32: in bfloat16 a sum stays at 256 times its terms."""
+    """Rows of a matrix, with gradients summed in float32. A bfloat16 sum stops growing at 256 times its terms."""
     return weight[tokens]
 
 

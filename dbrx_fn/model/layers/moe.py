@@ -1,6 +1,6 @@
-"""The mixture of experts: a router chooses experts for each token, and what they say is weighted and added up.
+"""The mixture of experts: a router chooses experts for each token, and their outputs are weighted and summed.
 
-How the tokens reach their experts' matrices, sorted and cut into segments, is `dbrx_fn.ops.dispatch`'s to say.
+`dbrx_fn.ops.dispatch` sorts the tokens by expert and cuts them into segments.
 """
 
 import mlx.core as mx
@@ -27,12 +27,12 @@ def moe(
     Args:
         params: `router`, and the experts' matrices in `experts.mlp`.
         x: normalized activations.
-        jitter_key: for the router's jitter; none, if not given.
+        jitter_key: for the router's jitter. No jitter, if not given.
         config: how many experts a token goes to, and the activation.
-        cached: whether the tokens go into a cache (`mix_experts`).
+        cached: whether there is a cache (`mix_experts`).
 
     Returns:
-        The experts' output, and what the router said of each of the `batch * time` tokens.
+        The experts' output, and the routing of the `batch * time` tokens.
     """
     tokens = x.reshape(-1, x.shape[-1])
     expert_weights, logits, top_experts = router(params["router"], tokens, jitter_key, config=config)

@@ -1,16 +1,15 @@
-"""The first half of a block: norm, attention, residual, norm; and why it hands on two streams.
+"""The first half of a block: norm, attention, residual, norm. It returns two streams.
 
-A pre-norm transformer block is usually written as two alike sublayers, x + attn(norm_1(x)) and x + ffn(norm_2(x)).
-DBRX's reference cuts the same arithmetic elsewhere, so that `norm_2` belongs to the attention's half:
+A pre-norm transformer block is usually written as two sublayers of one form, x + attn(norm_1(x)) and
+x + ffn(norm_2(x)). DBRX's reference computes the same but puts `norm_2` into the attention half:
 
     h = x + attn(norm_1(x))         the residual stream
     return h, norm_2(h)             the experts add to the first and read the second
 
-The block then computes `h + moe(norm_2(h))`. The sum needs `h` as it is, and `h` can't be had back from its normalized
-form; the experts and their router read that form, and it is made here because its weight lives in this half. The cut
-is llm-foundry's `fuse_norm_attn_norm` (https://github.com/mosaicml/llm-foundry/pull/1102), where everything before the
-experts is one module that activation checkpointing can take as its unit. Nothing is fused by it in the arithmetic, but
-the parameters' names (`norm_attn_norm.attn.Wqkv`) follow it.
+The block then computes `h + moe(norm_2(h))`. It needs both streams, since `h` can't be recovered from its normalized
+form. The split comes from llm-foundry's `fuse_norm_attn_norm` (https://github.com/mosaicml/llm-foundry/pull/1102),
+where everything before the experts is one module, a unit of activation checkpointing. Nothing is fused in the
+arithmetic. The parameters' names (`norm_attn_norm.attn.Wqkv`) follow the split.
 """
 
 import mlx.core as mx
@@ -37,11 +36,11 @@ def norm_attn_norm(
         params: both norms, and the attention's.
         x: the residual stream.
         cache: this layer's keys and values, if there is a cache.
-        positions: where `x` stands.
+        positions: the tokens' positions.
         config: sizes and constants.
 
     Returns:
-        The residual stream, its normalized form for the experts, and the layer's cache with `x` in it.
+        The residual stream, its normalized form for the experts, and the layer's cache with the new tokens.
     """
     normed = layer_norm(params["norm_1"]["weight"], x, eps=NORM_EPS)
     attended, cache = attn(params["attn"], normed, cache, positions, config=config)

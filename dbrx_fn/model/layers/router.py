@@ -1,13 +1,13 @@
-"""Which experts a token goes to, and how much each of them counts.
+"""The router: chooses each token's experts and their weights.
 
-Softmax over all experts comes first and the choice second; the chosen weights are then divided by their p-norm,
-p = `moe_normalize_expert_weights`, so that for p = 1 they sum to one. The softmax is taken in float32 whatever the
-activations' dtype, as in the reference
-(https://huggingface.co/databricks/dbrx-instruct/blob/main/modeling_dbrx.py): in bfloat16 it makes ties of near ones.
+The softmax over all experts comes first, the choice second. The chosen weights are then divided by their p-norm, with
+p = `moe_normalize_expert_weights`; for p = 1 they sum to one. The softmax is computed in float32 for every dtype of
+activations, as in the reference (https://huggingface.co/databricks/dbrx-instruct/blob/main/modeling_dbrx.py). In
+bfloat16, close probabilities would become ties.
 
-Jitter is for training: each entry of what the router reads is multiplied by noise from [1 - eps, 1 + eps], so that
-close choices of experts are tried both ways (https://arxiv.org/abs/2101.03961, section 2.4). The experts read what was
-there before: transformers 5.23 multiplies in place, so that its experts see the noise too; the reference's don't.
+Jitter is for training. It multiplies each entry of the router's input by noise from [1 - eps, 1 + eps], so close
+choices of experts are tried both ways (https://arxiv.org/abs/2101.03961, section 2.4). The experts read their input
+without noise, as in the reference. (transformers 5.23 multiplies in place, so its experts see the noise.)
 """
 
 from typing import NamedTuple
@@ -22,10 +22,10 @@ from dbrx_fn.runtime.compile import compiled
 
 
 class Routing(NamedTuple):
-    """What a router said, for losses and statistics.
+    """A router's decisions, for losses and statistics.
 
     `logits`: float32 `[tokens expert]`, before the softmax.
-    `top_experts`: uint32 `[tokens top_k]`, in no particular order. No gradient passes through the choice itself.
+    `top_experts`: uint32 `[tokens top_k]`, in no particular order. No gradient passes through the choice.
     """
 
     logits: mx.array
@@ -45,17 +45,17 @@ def router(
     Args:
         params: `layer.weight` `[expert d_model]`.
         x: normalized activations.
-        jitter_key: an `mx.random.key` for `moe_jitter_eps`; no jitter, if not given.
+        jitter_key: an `mx.random.key` for `moe_jitter_eps`. No jitter, if not given.
         config: number of experts, how many to choose, the norm of their weights, the jitter.
 
     Returns:
-        expert_weights: of the chosen experts, in `x`'s dtype.
+        expert_weights: the chosen experts' weights, in `x`'s dtype.
         logits, top_experts: the fields of a `Routing`.
     """
     dtype = x.dtype
     if jitter_key is not None and config.moe_jitter_eps:
         eps = config.moe_jitter_eps
-        # In float32 up to the logits: bfloat16 has five numbers within 0.01 of 1, and one within 0.001.
+        # The input stays float32 up to the logits: bfloat16 has only five numbers within 0.01 of 1.
         x = x * mx.random.uniform(1 - eps, 1 + eps, x.shape, mx.float32, jitter_key)
     logits = linear(params["layer"], x).astype(mx.float32)
     probabilities = mx.softmax(logits, axis=-1)
