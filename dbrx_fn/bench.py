@@ -53,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = Parser(prog=program("bench"), description="Measure how fast inference or training is here.")
     commands = options.add_subparsers(required=True, metavar="inference | training")
+    _add_inference(commands)
+    _add_training(commands)
+    return options
+
+
+def _add_inference(commands: "argparse._SubParsersAction[Parser]") -> None:
     inference = commands.add_parser(
         "inference", help="prefill, first token, decoding, loading", description=f"Measure inference. {FORMAT_HELP}"
     )
@@ -95,6 +101,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--json", action="store_true", help="print JSON instead of a table")
 
+
+def _add_training(commands: "argparse._SubParsersAction[Parser]") -> None:
     training = commands.add_parser("training", help="training steps", description="Measure how fast training is here.")
     training.set_defaults(run=_training)
     add = training.add_argument
@@ -116,7 +124,6 @@ def parser() -> argparse.ArgumentParser:
     add("--recompute", action="store_true", help="recompute activations in the backward pass, for less memory")
     add("--steps", type=int, default=10, help="steps to take the median of; default: %(default)s")
     add("--json", action="store_true", help="print JSON instead of a table")
-    return options
 
 
 def _inference(chosen: argparse.Namespace) -> None:

@@ -125,19 +125,7 @@ def parser() -> argparse.ArgumentParser:
         help="with --chat, let the prompt spell control tokens, such as <|im_end|>; if not given it is plain text",
     )
     add("--system", "--system-prompt", help="system prompt in place of the model's default one; implies --chat")
-    sampling = options.add_argument_group(
-        "sampling", "What isn't given is as the checkpoint's generation_config.json says; without one, as is said here."
-    )
-    add = sampling.add_argument
-    add("--temp", type=float, help="temperature; 0, the default, always takes the likeliest token")
-    add("--top-p", type=float, help="draw among the likeliest tokens of this probability together")
-    add("--top-k", type=int, help="draw among this many likeliest tokens; 0, the default, for all")
-    add("--min-p", type=float, help="draw among tokens at least this fraction as likely as the likeliest")
-    add("--repetition-penalty", type=float, help="above 1, tokens in prompt or text become less likely")
-    add("--presence-penalty", type=float, default=0.0, help="subtracted from logits of tokens in the text")
-    add("--frequency-penalty", type=float, default=0.0, help="the same for each time that they are in the text")
-    add("--logit-bias", action="append", default=[], metavar="ID:BIAS", help="added to a token's logit; repeatable")
-    add = options.add_argument
+    _add_sampling(options)
     add(
         "--stop",
         action="append",
@@ -165,6 +153,21 @@ def parser() -> argparse.ArgumentParser:
         help="print one JSON object at the end, instead of the text; none after an error",
     )
     return options
+
+
+def _add_sampling(options: argparse.ArgumentParser) -> None:
+    sampling = options.add_argument_group(
+        "sampling", "What isn't given is as the checkpoint's generation_config.json says; without one, as is said here."
+    )
+    add = sampling.add_argument
+    add("--temp", type=float, help="temperature; 0, the default, always takes the likeliest token")
+    add("--top-p", type=float, help="draw among the likeliest tokens of this probability together")
+    add("--top-k", type=int, help="draw among this many likeliest tokens; 0, the default, for all")
+    add("--min-p", type=float, help="draw among tokens at least this fraction as likely as the likeliest")
+    add("--repetition-penalty", type=float, help="above 1, tokens in prompt or text become less likely")
+    add("--presence-penalty", type=float, default=0.0, help="subtracted from logits of tokens in the text")
+    add("--frequency-penalty", type=float, default=0.0, help="the same for each time that they are in the text")
+    add("--logit-bias", action="append", default=[], metavar="ID:BIAS", help="added to a token's logit; repeatable")
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from dbrx_fn.files.atomic import new_folder
 from dbrx_fn.generation.sampling import random_key
 from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.model.params import init_params
-from dbrx_fn.train_tokenizer import SMALLEST_VOCABULARY, add_special_tokens, save_tokenizer
+from dbrx_fn.text.bpe import SMALLEST_VOCABULARY, add_special_tokens, save_tokenizer
 
 
 def write_random_checkpoint(folder: Path, config: Config, key: mx.array) -> None:

@@ -26,10 +26,10 @@ from dbrx_fn.model.quantization import tree_formats
 from dbrx_fn.runs.folder import RunFolder
 from dbrx_fn.runs.loop import train
 from dbrx_fn.runs.plan import Plan
+from dbrx_fn.text.bpe import save_tokenizer, train_bpe
 from dbrx_fn.text.chat import ChatFormat
 from dbrx_fn.text.chatml_template import chatml_template
 from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
-from dbrx_fn.train_tokenizer import save_tokenizer, train_bpe
 from dbrx_fn.training.step import Recipe, Schedule, check_memory
 
 _DEFAULTS: dict[str, Any] = {
@@ -76,59 +76,77 @@ def parser() -> argparse.ArgumentParser:
         " checkpoint left it.",
         argument_default=argparse.SUPPRESS,
     )
-    add = options.add_argument
+    options.add_argument(
+        "--out", type=Path, required=True, help="new folder of the run: checkpoints, metrics, pictures, the model"
+    )
+    options.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out; no other option is taken but --steps"
+    )
+    _add_data(options.add_argument_group("what it learns from"))
+    _add_model(options.add_argument_group("where it starts"))
+    _add_recipe(options.add_argument_group("how it learns"))
+    run_options = options.add_argument_group("what it writes")
+    _add_number(run_options, "--log-every", int, "steps between lines of metrics.jsonl")
+    _add_number(run_options, "--eval-every", int, "steps between evaluations of the held-out text")
+    _add_number(run_options, "--save-every", int, "steps between checkpoints")
+    _add_number(run_options, "--keep", int, "how many of the last checkpoints to keep")
+    return options
 
-    def number(name: str, kind: type, text: str) -> None:
-        default = _DEFAULTS[name.removeprefix("--").replace("-", "_")]
-        add(name, type=kind, help=text if default is None else f"{text}; {default} if not given")
 
-    add("--out", type=Path, required=True, help="new folder of the run: checkpoints, metrics, pictures, the model")
-    add("--resume", action="store_true", help="go on with the run in --out; no other option is taken but --steps")
-    add(
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--data",
         nargs="+",
         metavar="PATH",
         help="files of text (.txt, .md), of rows (.jsonl, .json: text, prompt and completion, or messages), or folders",
     )
-    add("--held-out", nargs="+", metavar="PATH", help="the same, to evaluate on; never trained on")
-    add(
+    group.add_argument("--held-out", nargs="+", metavar="PATH", help="the same, to evaluate on; never trained on")
+    group.add_argument(
         "--control-tokens",
         action="store_true",
         help="let texts spell control tokens, such as <|im_end|>; if not given they are plain text",
     )
-    number("--held-out-share", float, "share of the documents to hold out where --held-out isn't given")
+    _add_number(group, "--held-out-share", float, "share of the documents to hold out where --held-out isn't given")
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--model", help="checkpoint to start from, a folder or a Hugging Face repository; a fresh model if not given")
     add("--config", type=Path, help="config.json of a fresh model; the small model's that ships here if not given")
     add("--tokenizer", help="checkpoint whose tokenizer to take; if not given, --model's, or one trained on the data")
-    number("--steps", int, "updates to make; with --resume, how many in all")
-    number("--batch-size", int, "sequences to an update")
-    number("--micro-batches", int, "parts that a batch is worked on in, one by one, to save memory")
-    number("--sequence-length", int, "tokens of a sequence")
-    number("--learning-rate", float, "at its highest")
-    number("--warmup", int, "steps until it is reached; a twentieth of --steps, at most 100, if not given")
+
+
+def _add_recipe(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    _add_number(group, "--steps", int, "updates to make; with --resume, how many in all")
+    _add_number(group, "--batch-size", int, "sequences to an update")
+    _add_number(group, "--micro-batches", int, "parts that a batch is worked on in, one by one, to save memory")
+    _add_number(group, "--sequence-length", int, "tokens of a sequence")
+    _add_number(group, "--learning-rate", float, "at its highest")
+    _add_number(group, "--warmup", int, "steps until it is reached; a twentieth of --steps, at most 100, if not given")
     add(
         "--schedule",
         choices=get_args(Schedule),
         help=f"how it falls from there; {_DEFAULTS['schedule']} if not given",
     )
-    number("--final-share", float, "what part of it is left at the end")
-    number("--weight-decay", float, "of AdamW")
-    number("--clip-norm", float, "largest norm of the gradients")
+    _add_number(group, "--final-share", float, "what part of it is left at the end")
+    _add_number(group, "--weight-decay", float, "of AdamW")
+    _add_number(group, "--clip-norm", float, "largest norm of the gradients")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
         help=f"to compute in, with float32 master weights; {_DEFAULTS['dtype']} if not given",
     )
     add("--recompute", action="store_true", help="save memory: compute activations again in the backward pass")
-    number("--z-loss-weight", float, "of the routers' z-loss")
-    number("--moe-loss-weight", float, "of the load-balancing loss; the config's if not given")
-    number("--moe-jitter-eps", float, "jitter of what the routers read; the config's if not given")
-    number("--seed", int, "for the order of the data, fresh weights and jitter")
-    number("--log-every", int, "steps between lines of metrics.jsonl")
-    number("--eval-every", int, "steps between evaluations of the held-out text")
-    number("--save-every", int, "steps between checkpoints")
-    number("--keep", int, "how many of the last checkpoints to keep")
-    return options
+    _add_number(group, "--z-loss-weight", float, "of the routers' z-loss")
+    _add_number(group, "--moe-loss-weight", float, "of the load-balancing loss; the config's if not given")
+    _add_number(group, "--moe-jitter-eps", float, "jitter of what the routers read; the config's if not given")
+    _add_number(group, "--seed", int, "for the order of the data, fresh weights and jitter")
+
+
+def _add_number(group: argparse._ArgumentGroup, name: str, kind: type, text: str) -> None:
+    default = _DEFAULTS[name.removeprefix("--").replace("-", "_")]
+    group.add_argument(name, type=kind, help=text if default is None else f"{text}; {default} if not given")
 
 
 def _run(given: dict[str, Any]) -> None:

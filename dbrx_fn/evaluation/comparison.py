@@ -124,15 +124,17 @@ def compare(
             of_others[number] = _added(of_others[number], *_compare(params, logits, top_experts, *batch, config=config))
             passed()
 
-    nats_sum, pairs_sum = of_first
-    return of_sums(float(nats_sum), pairs_sum, targets, token_file), [
+    def evaluation(nats: NDArray[np.float64], pairs: NDArray[np.float64]) -> Evaluation:
+        return of_sums(float(nats), pairs, targets, token_file)
+
+    return evaluation(*of_first), [
         Comparison(
-            evaluation=of_sums(float(nats_sum), pairs_sum, targets, token_file),
+            evaluation=evaluation(nats, pairs),
             kl_divergence=float(divergence) / targets,
             top1_agreement=float(same_token) / targets,
             router_agreement=same_experts / (read * first.config.ffn.moe_top_k),
         )
-        for nats_sum, pairs_sum, divergence, same_token, same_experts in of_others
+        for nats, pairs, divergence, same_token, same_experts in of_others
     ]
 
 

@@ -16,11 +16,10 @@ from dbrx_fn.files.json_file import shown
 from dbrx_fn.generation.sampling import Key, Sampling, init_history, sample
 from dbrx_fn.model.cache import grow_cache, init_cache
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.shapes import CHUNK_SIZE, attended, capacity_bucket, chunk_widths, time_bucket
+from dbrx_fn.model.shapes import CHUNK_SIZE, capacity_bucket, traced_first
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import checked
-from dbrx_fn.runtime.device import backend
 from dbrx_fn.text.prompt_length import encode_prompt
 from dbrx_fn.text.tokenizer import Tokenizer
 
@@ -245,25 +244,10 @@ def warm_up(
     empty = init_cache(replace(config, n_layers=1), 1, _first_capacity(prompt_length, max_tokens))
     history = init_history([[0]], config.vocab_size) if sampling.uses_history else None
     key = mx.random.key(0)
-    for width, start in _first_of_each_trace(prompt_length, chunk_size, empty.capacity):
+    for width, start in traced_first(prompt_length, chunk_size, empty.capacity):
         tokens, cache = mx.zeros((1, width), mx.int32), replace(empty, lengths=(start,))
         logits, _ = forward(shallow, tokens, cache, last_only=width > 1, chunk_size=width)
         mx.eval(sample(logits[:, 0], key, history, sampling=sampling)[0])
-
-
-def _first_of_each_trace(prompt_length: int, chunk_size: int, capacity: int) -> list[tuple[int, int]]:
-    """Widths and starts of a single token and of those chunks of a prompt that are traced, each kind once.
-
-    A CPU traces nothing, and one chunk of each width is enough there.
-    """
-    starts = {(1, 0): 0}
-    start = 0
-    for width in chunk_widths(prompt_length, min(chunk_size, capacity)):
-        time = time_bucket(width, capacity)
-        seen = 0 if backend() == "cpu" or width == 1 else attended(time, start + time, capacity)
-        starts.setdefault((width, seen), start)
-        start += width
-    return [(width, start) for (width, _), start in starts.items()]
 
 
 def _first_capacity(prompt_length: int, max_tokens: int) -> int:

@@ -68,3 +68,21 @@ def capacity_bucket(length: int) -> int:
     power = 1 << (length - 1).bit_length()
     step = power if power <= 8192 else power // 8
     return -(-length // step) * step
+
+
+def traced_first(prompt_length: int, chunk_size: int, capacity: int) -> list[tuple[int, int]]:
+    """The passes through the model that are each the first of a trace, for a prompt and the single tokens after it.
+
+    A CPU traces nothing. One chunk of each width is enough there.
+
+    Returns:
+        widths in tokens, and where in the cache each stands.
+    """
+    starts = {(1, 0): 0}
+    start = 0
+    for width in chunk_widths(prompt_length, min(chunk_size, capacity)):
+        time = time_bucket(width, capacity)
+        seen = 0 if backend() == "cpu" or width == 1 else attended(time, start + time, capacity)
+        starts.setdefault((width, seen), start)
+        start += width
+    return [(width, start) for (width, _), start in starts.items()]

@@ -24,7 +24,7 @@ from dbrx_fn.model.params import param_count
 from dbrx_fn.model.quantization import Quantization, dequantize, quantize
 from dbrx_fn.ops.formats import Format
 from dbrx_fn.random_checkpoint import write_random_checkpoint
-from dbrx_fn.train_tokenizer import SMALLEST_VOCABULARY
+from dbrx_fn.text.bpe import SMALLEST_VOCABULARY
 from tests.support.tiny_runs import sentences
 
 CONFIG = Config(

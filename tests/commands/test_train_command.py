@@ -30,9 +30,9 @@ from dbrx_fn.model.params import init_params
 from dbrx_fn.model.quantization import Quantization, dequantize, quantize
 from dbrx_fn.ops.formats import Format
 from dbrx_fn.runs.folder import RunFolder
+from dbrx_fn.text.bpe import save_tokenizer, train_bpe
 from dbrx_fn.text.tokenizer import read_tokenizer
 from dbrx_fn.train import main, parser
-from dbrx_fn.train_tokenizer import save_tokenizer, train_bpe
 from dbrx_fn.training.step import Recipe
 from tests.support.tiny_runs import (
     TINY,

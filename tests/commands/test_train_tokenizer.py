@@ -13,9 +13,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dbrx_fn.errors import InputError
+from dbrx_fn.text.bpe import SPECIAL_TOKENS, save_tokenizer, train_bpe
 from dbrx_fn.text.text_pieces import text_pieces
 from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
-from dbrx_fn.train_tokenizer import SPECIAL_TOKENS, main, save_tokenizer, train_bpe
+from dbrx_fn.train_tokenizer import main
 
 LEARNED = [
     "to be, or not to be: that is the question.\nwhether 'tis nobler in the mind, to suffer\n" * 3,

@@ -18,8 +18,8 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.files.checksums import file_sum, sealed
 from dbrx_fn.model.config import DBRX
 from dbrx_fn.random_checkpoint import write_random_checkpoint
+from dbrx_fn.text.bpe import save_tokenizer, train_bpe
 from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
-from dbrx_fn.train_tokenizer import save_tokenizer, train_bpe
 
 SMALL = replace(
     DBRX,

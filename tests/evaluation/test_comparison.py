@@ -20,8 +20,8 @@ from dbrx_fn.evaluation.perplexity import Evaluation, evaluate
 from dbrx_fn.model.quantization import Quantization, dequantize, quantize
 from dbrx_fn.model.transformer import score
 from dbrx_fn.ops.formats import Format
+from dbrx_fn.text.bpe import SMALLEST_VOCABULARY, save_tokenizer, train_bpe
 from dbrx_fn.text.tokenizer import read_tokenizer
-from dbrx_fn.train_tokenizer import SMALLEST_VOCABULARY, save_tokenizer, train_bpe
 from tests.support.tiny_runs import TINY, sentences
 from tests.support.trees import as_float64, case_of
 

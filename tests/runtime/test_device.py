@@ -62,4 +62,5 @@ def test_what_the_environment_says_wrongly_is_warned_of() -> None:
     ran = subprocess.run(
         [sys.executable, "-c", "import dbrx_fn"], env={"DBRX_FN_COMPILE": "yes"}, capture_output=True, text=True
     )
-    assert ran.returncode == 0 and "DBRX_FN_COMPILE is 'yes' where 0 or 1 is expected" in ran.stderr
+    assert ran.returncode == 0
+    assert "DBRX_FN_COMPILE is 'yes' where 0 or 1 is expected" in ran.stderr

@@ -17,8 +17,8 @@ from tokenizers import AddedToken
 from dbrx_fn import encode_chat, load, load_tokenizer, stream_text, train
 from dbrx_fn.data.corpus import read_documents
 from dbrx_fn.errors import TokenizerError
+from dbrx_fn.text.bpe import save_tokenizer, train_bpe
 from dbrx_fn.text.chat import render_chat
-from dbrx_fn.train_tokenizer import save_tokenizer, train_bpe
 from tests.templates.families import FAMILIES, Family
 
 ANSWERS = {

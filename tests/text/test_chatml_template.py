@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from dbrx_fn import train
 from dbrx_fn.errors import TokenizerError
+from dbrx_fn.text.bpe import save_tokenizer, train_bpe
 from dbrx_fn.text.chat import ChatFormat, render_chat
 from dbrx_fn.text.chatml_template import chatml_template
 from dbrx_fn.text.tokenizer import read_tokenizer
-from dbrx_fn.train_tokenizer import save_tokenizer, train_bpe
 from tests.support.tiny_runs import arguments, sentences, write_config, write_conversations, write_text
 
 CONTENT = st.text(max_size=12) | st.sampled_from(

@@ -11,8 +11,8 @@ from tokenizers import AddedToken
 
 from dbrx_fn import encode_chat, render_chat
 from dbrx_fn.errors import InputError
+from dbrx_fn.text.bpe import save_tokenizer, train_bpe
 from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
-from dbrx_fn.train_tokenizer import save_tokenizer, train_bpe
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"

@@ -10,8 +10,8 @@ import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dbrx_fn.text.bpe import train_bpe
 from dbrx_fn.text.text_pieces import text_pieces
-from dbrx_fn.train_tokenizer import train_bpe
 
 LETTERS = list("aZ's09 \t\n\r.,#é日😀\u3000-/_’\u0301ก\u0e49½Ⅳ\u200d\u00ad\x1c\x85\u2028\u180e")  # noqa: RUF001
 TRICKY = st.lists(st.sampled_from([*LETTERS, "\r\n", "'re", "  ", "\n\n"]), max_size=60).map("".join)
