@@ -27,7 +27,7 @@ import mlx.core as mx
 from beartype import beartype
 from jaxtyping import jaxtyped
 
-from dbrx_fn.runtime.device import Backend, backend, compiles
+from dbrx_fn.runtime.device import Backend, compiles, traced_for
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,9 +81,9 @@ def traced(layer: Callable[P, R]) -> Callable[P, R]:
     """
     checked = _checked(layer)
 
-    # A trace keeps what the back end made its functions choose.
+    # A trace keeps what its functions chose.
     @functools.cache
-    def with_static(chosen_for: Backend, *static: tuple[str, Hashable]) -> Callable[..., R]:
+    def with_static(chosen_for: tuple[Backend, bool], *static: tuple[str, Hashable]) -> Callable[..., R]:
         keywords = dict(static)
 
         def trace(*arrays: object) -> R:
@@ -94,7 +94,7 @@ def traced(layer: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(layer)
     def call(*arrays: P.args, **static: P.kwargs) -> R:
-        return with_static(backend(), *sorted(static.items()))(*arrays)
+        return with_static(traced_for(), *sorted(static.items()))(*arrays)
 
     return call
 
@@ -124,7 +124,7 @@ def _once(first: Callable[P, R], again: Callable[P, R]) -> Callable[P, R]:
     def call(*arrays: P.args, **static: P.kwargs) -> R:
         if _within_known.get():
             return again(*arrays, **static)
-        signature = (backend(), _signature(arrays), *static.items())
+        signature = (traced_for(), _signature(arrays), *static.items())
         if signature in known:
             outside = _within_known.set(True)
             try:

@@ -21,6 +21,7 @@ class _Choices(NamedTuple):
 
     backend: Backend | None
     compiles: bool | None
+    kernels: bool | None
 
 
 def _compiles_by_environment() -> bool | None:
@@ -31,13 +32,15 @@ def _compiles_by_environment() -> bool | None:
     return None if wanted not in ("0", "1") else wanted == "1"
 
 
-_OWN_CHOICES = _Choices(None, _compiles_by_environment())
+_OWN_CHOICES = _Choices(None, _compiles_by_environment(), None)
 _choices = ContextVar("choices", default=_OWN_CHOICES)
 
 
 @contextmanager
-def as_if(*, backend: Backend | None = None, compiles: bool | None = None) -> Iterator[None]:
-    """Chooses, in this thread, as for another back end, or compiles layers or not.
+def as_if(
+    *, backend: Backend | None = None, compiles: bool | None = None, kernels: bool | None = None
+) -> Iterator[None]:
+    """Chooses, in this thread, as for another back end; compiles layers or not; takes this project's kernels or none.
 
     The device still computes, so no other machine's kernels run. What isn't given stays as it was.
     """
@@ -46,6 +49,7 @@ def as_if(*, backend: Backend | None = None, compiles: bool | None = None) -> It
         _Choices(
             told.backend if backend is None else backend,
             told.compiles if compiles is None else compiles,
+            told.kernels if kernels is None else kernels,
         )
     )
     try:
@@ -68,6 +72,16 @@ def compiles() -> bool:
     """Whether layers are compiled: on GPUs, unless `as_if` or DBRX_FN_COMPILE says otherwise."""
     told = _choices.get().compiles
     return not on_cpu() if told is None else told
+
+
+def takes_kernels() -> bool:
+    """Whether this project's own kernels run where they fit: yes, unless `as_if` says otherwise."""
+    return _choices.get().kernels is not False
+
+
+def traced_for() -> tuple[Backend, bool]:
+    """All that a trace depends on beside its arguments."""
+    return backend(), takes_kernels()
 
 
 def on_cpu() -> bool:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from dbrx_fn.runtime.compile import compiled
-from dbrx_fn.runtime.device import as_if, backend, compiles
+from dbrx_fn.runtime.device import as_if, backend, compiles, takes_kernels
 
 
 def test_another_back_end_is_chosen_for_and_then_no_longer() -> None:
@@ -47,6 +47,18 @@ def test_a_trace_of_one_back_end_is_not_used_for_another() -> None:
             for compile_it in (False, True):
                 with as_if(backend=machine, compiles=compile_it):  # type: ignore[arg-type]
                     assert on_metal(mx.zeros(1)).item() == expected
+
+
+def test_a_trace_with_kernels_is_not_used_without() -> None:
+    @compiled
+    def with_kernels(x: mx.array) -> mx.array:
+        return x + 1 if takes_kernels() else x
+
+    for compile_it in (False, True):
+        for kernels in (True, False, True):
+            with as_if(compiles=compile_it, kernels=kernels):
+                assert with_kernels(mx.zeros(1)).item() == kernels
+    assert takes_kernels()
 
 
 @pytest.mark.parametrize(("said", "expected"), [("1", "True"), ("0", "False")])

@@ -16,6 +16,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from dbrx_fn.runtime.device import takes_kernels
+
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
@@ -25,9 +27,9 @@ _HOPPER = (9, 0)
 def on_hopper() -> bool:
     """Whether the default device is the GPU that these kernels were written for and measured on (H100, H200).
 
-    `DBRX_FN_KERNELS=0` in the environment switches the kernels off.
+    `DBRX_FN_KERNELS=0` in the environment switches the kernels off, and so does `as_if(kernels=False)`.
     """
-    return mx.default_device().type == mx.gpu and _has_hopper()
+    return takes_kernels() and mx.default_device().type == mx.gpu and _has_hopper()
 
 
 @functools.cache
