@@ -1,4 +1,4 @@
-"""The gate's activations, by the names that transformers has for them (`transformers.activations.ACT2FN`)."""
+"""Activation functions of the gate, by their names in transformers (`transformers.activations.ACT2FN`)."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ def sigmoid(x: mx.array) -> mx.array:
 
 
 def silu(x: mx.array) -> mx.array:
-    """x * sigmoid(x), DBRX's own. `mlx.nn.silu` is compiled, which on a CPU is half a second of g++ on first use."""
+    """x * sigmoid(x), DBRX's activation. `mlx.nn.silu` is compiled, which on a CPU calls g++ on first use."""
     return x * sigmoid(x)
 
 

@@ -1,4 +1,4 @@
-"""Grouped-query attention over keys and values that are there."""
+"""Grouped-query attention over given keys and values."""
 
 import mlx.core as mx
 from jaxtyping import Float
@@ -22,8 +22,8 @@ def attention(
         q: queries.
         k: keys.
         v: values.
-        mask: added to the scores; causal if not given.
-        wraps: whether queries stand past the last key. If not, query t sees none past `seen - time + t`.
+        mask: added to the scores. Causal, if not given.
+        wraps: whether some queries' positions lie past the last key. If not, query t sees keys up to `seen - time + t`.
     """
     scale = q.shape[-1] ** -0.5
     if cpu.on_linux_cpu():

@@ -1,8 +1,7 @@
-"""What MLX's CPU back end computes slowly, made of what it computes fast.
+"""Faster forms of operations that MLX's CPU back end computes slowly.
 
-Its wheels for Linux compute `exp` one number at a time, with a call of `fmaf` for each term, and so everything that is
-made of it; a power is one call of libm. Nanoseconds a number on one core (MLX 0.32.4):
-    exp 8.3, sigmoid 12.8, softmax 8.8, tanh 12.4;  power 2.9;  x + y and x * y 0.23, x / y 0.30, -x 0.13.
+MLX's wheels for Linux compute `exp`, and everything made of it, one number at a time with a call of `fmaf` per term. A
+power is one call of libm and three times as fast (`docs/performance.md`).
 """
 
 import math
@@ -15,16 +14,16 @@ from dbrx_fn.runtime.blas import FAST_BLAS
 from dbrx_fn.runtime.device import backend
 
 _BLOCK = 32
-"""Queries that attend at once."""
+"""Number of queries that attend at once."""
 
 
 def on_linux_cpu() -> bool:
-    """Whether this file's operations are needed. A Mac's CPU back end computes the same fast."""
+    """Whether this file's operations are needed. MLX's CPU back end on a Mac is fast."""
     return backend() == "cpu" and sys.platform == "linux"
 
 
 def exp(x: mx.array) -> mx.array:
-    """e^x for float32. The base is 3e-8 from e, so the error is what another rounding of x would make."""
+    """e^x for float32. The base is 3e-8 from e, so the error is about that of rounding x once more."""
     return mx.power(mx.array(math.e, mx.float32), x)
 
 
@@ -40,15 +39,15 @@ def _sigmoid(x: mx.array) -> mx.array:
 
 @_sigmoid.vjp
 def _sigmoid_vjp(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    # Where e^-x is infinite, the derivative of the formula above is NaN.
+    # The derivative of the formula above is NaN where e^-x is infinite.
     return cotangent * output * (1 - output)
 
 
 def layer_norm(weight: mx.array, x: mx.array, eps: float) -> mx.array:
-    """`mx.fast.layer_norm` without a bias, whose sums are products with a column of ones.
+    """`mx.fast.layer_norm` without a bias, with sums computed as products with a column of ones.
 
-    MLX adds one number to the sum of all before, in order. Of 512 rows of 6144 numbers the result is then 6e-7 off and
-    takes 26 ms; a product has many sums side by side, 8e-8 and 20 ms.
+    MLX adds numbers one after the other. A product adds several partial sums side by side, which is faster and more
+    exact (`docs/performance.md`).
     """
     rows = x.astype(mx.float32)
     centered = rows - _mean(rows)
@@ -60,25 +59,23 @@ def _mean(rows: mx.array) -> mx.array:
     width = rows.shape[-1]
     if FAST_BLAS is not None:
         return rows @ mx.full((width, 1), 1 / width)
-    # MLX's own BLAS adds in order too, so the sum is made of short ones.
+    # MLX's own BLAS adds one after the other too, so the sum is made of short sums.
     short = rows.reshape(*rows.shape[:-1], -1, math.gcd(width, 64)).sum(axis=-1)
     return short.sum(axis=-1, keepdims=True) / width
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None, *, wraps: bool) -> mx.array:
-    """`mx.fast.scaled_dot_product_attention`, block of queries by block.
+    """`mx.fast.scaled_dot_product_attention`, one block of queries at a time.
 
-    What no query of a block may see isn't computed, which for a whole prompt is nearly half; and the product with `v`
-    is divided by the sum of the weights, not the weights. Milliseconds for 8 heads of 64, 2 of them keys', on 2 cores:
-        512 tokens: MLX's 21, this in one block 22, in blocks of 128 8.0, of 64 6.9, of 32 6.7;
-        2048: 388, 397, 142, 133, 105.
+    Scores that no query of a block may see aren't computed: nearly half of them, for a whole prompt. The softmax's
+    division comes after the product with `v`, where there are fewer numbers. `docs/performance.md` has the times.
 
     Args:
         q: `[batch heads time head_dim]`.
         k, v: `[batch kv_heads seen head_dim]`.
-        scale: of the scores.
-        mask: `[batch 1 time seen]`, to be added to the scores; causal if not given.
-        wraps: whether queries stand past the last key. If not, query t sees none past `seen - time + t`.
+        scale: factor of the scores.
+        mask: `[batch 1 time seen]`, added to the scores. Causal, if not given.
+        wraps: whether some queries' positions lie past the last key. If not, query t sees keys up to `seen - time + t`.
     """
     time, seen = q.shape[2], k.shape[2]
     if mask is None:
@@ -97,7 +94,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arra
 def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array) -> mx.array:
     batch, heads, time, head_dim = q.shape
     kv_heads = k.shape[1]
-    # The queries of one key head as rows of one matrix.
+    # The queries that share a key head are rows of one matrix.
     rows = (q.astype(mx.float32) * scale).reshape(batch, kv_heads, -1, head_dim)
     scores = (rows @ k.astype(mx.float32).swapaxes(-1, -2)).reshape(batch, kv_heads, -1, time, k.shape[2])
     scores = scores + mask[:, :, None]

@@ -1,9 +1,9 @@
-"""The experts' plan: which (token, choice) pair stands in which row of which segment.
+"""The dispatch plan of the mixture of experts: which (token, choice) pair goes to which row of which segment.
 
-Every (token, choice) pair is a row of work for one expert. Sorting the rows by expert makes each expert's rows
-neighbours. Cutting them into segments of a fixed number of rows, the last of each expert padded with zeros, gives
-arrays whose shapes don't depend on what the router says. So one compiled graph serves every routing, and each segment
-is one matrix product with one expert's weights:
+Every (token, choice) pair is a row of work for one expert. Sorting the rows by expert brings each expert's rows
+together. They are then cut into segments of a fixed number of rows, and each expert's last segment is padded with
+zeros. The arrays' shapes don't depend on the routing, so one compiled graph serves every routing. Each segment is one
+matrix product with one expert's weights:
 
     tokens     t0      t1      t2            2 choices each, 3 experts, segments of 2 rows
     choices    2 0     0 1     0 2
@@ -11,12 +11,13 @@ is one matrix product with one expert's weights:
     segments   [t0 t1] [t2 .] [t1 .] [t0 t2] [. .] [. .]
     of expert     0       0      1      2      2     2
 
-There are at most `rows // segment_rows + experts` segments, or as many as rows if that is fewer, and that is how many
-are computed. With one row a segment this is the gather that decoding a single token wants; with long ones it is the
-batched product that long prompts and training want. Gradients flow through it. The choice of experts has none.
+`min(rows, rows // segment_rows + experts)` segments are enough for every routing, and that many are computed. Segments
+of one row make this a gather, which suits decoding. Long segments make it a batched product, which suits prompts and
+training. Gradients flow through the rows, but not through the choice of experts.
 
-This is dropless routing as in MegaBlocks (https://arxiv.org/abs/2211.15841), the library that DBRX was trained with: no
-capacity factor, no dropped token. Its vocabulary is used here: `top_experts`, `expert_weights`, `tokens_per_expert`.
+The routing is dropless, as in MegaBlocks (https://arxiv.org/abs/2211.15841), the library that DBRX was trained with:
+there is no capacity factor, and no token is dropped. Names follow MegaBlocks: `top_experts`, `expert_weights`,
+`tokens_per_expert`.
 """
 
 from typing import NamedTuple
@@ -32,10 +33,10 @@ from dbrx_fn.runtime.device import backend
 
 
 class Dispatch(NamedTuple):
-    """Where each row of work goes. Pairs are counted through all tokens, slots through all segments.
+    """The place of each row of work. Pairs are numbered across all tokens, slots across all segments.
 
-    `slot_pairs`: int `[segments rows]`, the (token, choice) pair in each slot; in padding, the number of pairs.
-    `segment_experts`: int `[segments]`, ascending.
+    `slot_pairs`: int `[segments rows]`, the (token, choice) pair in each slot. Padding has the number of pairs.
+    `segment_experts`: int `[segments]`, each segment's expert, ascending.
     `pair_slots`: int `[tokens top_k]`, the slot of each pair.
     """
 
@@ -46,18 +47,18 @@ class Dispatch(NamedTuple):
 
 @typed
 def dispatch(top_experts: Integer[mx.array, "tokens top_k"], *, experts: int, rows: int) -> Dispatch:
-    """Plans segments of `rows` rows that each belong to one of `experts` experts."""
+    """Plans segments of `rows` rows, each for one of `experts` experts."""
     pairs = top_experts.size
     segments = min(pairs, pairs // rows + experts)
 
     expert_of_pair = top_experts.reshape(-1).astype(mx.int32)
     order = mx.argsort(expert_of_pair).astype(mx.int32)
     if rows == 1:
-        # Nothing is padded, so slots are sorted pairs; decoding is bound by the number of operations, and this is few.
+        # Without padding, slots are sorted pairs. The shortcut saves operations, whose number bounds decoding.
         pair_slots = mx.argsort(order).astype(mx.int32)
         return Dispatch(order[:, None], expert_of_pair[order], pair_slots.reshape(top_experts.shape))
 
-    # Compared and not added up by address: 16,384 pairs of one expert would wait for one another, 16 ms on an H100.
+    # Counted by comparison: a scatter-add of many pairs of one expert would serialize on a GPU.
     tokens_per_expert = (expert_of_pair[:, None] == mx.arange(experts, dtype=mx.int32)).sum(axis=0)
     segments_per_expert = (tokens_per_expert + (rows - 1)) // rows
     last_segments = mx.cumsum(segments_per_expert)
@@ -68,24 +69,24 @@ def dispatch(top_experts: Integer[mx.array, "tokens top_k"], *, experts: int, ro
 
     slot_pairs = mx.put_along_axis(mx.full(segments * rows, pairs, mx.int32), slots, order, axis=0)
     pair_slots = mx.put_along_axis(mx.zeros(pairs, mx.int32), order, slots, axis=0)
-    # Segments past the last one are the last expert's.
+    # Unused segments at the end get the last expert.
     segment_experts = (mx.arange(segments, dtype=mx.int32)[:, None] >= last_segments).sum(axis=1)
     segment_experts = mx.minimum(segment_experts, experts - 1)
     return Dispatch(slot_pairs.reshape(segments, rows), segment_experts, pair_slots.reshape(top_experts.shape))
 
 
 def segment_rows(pairs: int, experts: int, dtype: mx.Dtype, form: Format | None = None) -> int:
-    """How many rows a segment has, for `pairs` (token, choice) pairs over `experts`.
+    """The number of rows per segment, for `pairs` (token, choice) pairs over `experts` experts.
 
-    Long segments read an expert's weights less often. Short ones pad less: a half-empty segment costs as much as a full
-    one, and every expert can have one. Metal has a kernel for sorted single rows. MLX's CUDA kernels are compiled for
-    each size on first use, so there are few. `docs/performance.md` has the times for each back end.
+    Long segments read an expert's weights less often. Short ones need less padding: a half-empty segment costs as much
+    as a full one, and every expert can have one. Metal has a kernel for sorted single rows. MLX compiles a CUDA kernel
+    for each size on first use, so there are few sizes. `docs/performance.md` has the times for each back end.
 
     Args:
-        pairs: how many rows of work there are.
-        experts: how many share them.
-        dtype: of the experts' weights.
-        form: of the experts' matrices; `None` if they are dense.
+        pairs: number of rows of work.
+        experts: number of experts that share them.
+        dtype: the experts' dtype.
+        form: the format of the experts' matrices; `None` if they are dense.
     """
     average = pairs // experts
     if backend() == "metal" or average == 0:

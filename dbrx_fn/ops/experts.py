@@ -1,7 +1,7 @@
-"""What the chosen experts say of each token, weighted and added up.
+"""The chosen experts' outputs for each token, weighted and summed.
 
-Rows of work are sorted and cut into segments (`dbrx_fn.ops.dispatch`), multiplied by their experts' matrices, put back,
-weighted and added. Where there are kernels for the experts, those carry the plan out.
+Rows of work are sorted and cut into segments (`dbrx_fn.ops.dispatch`), multiplied by their experts' matrices, put back
+in order, weighted and summed. Hopper GPUs have kernels for this.
 """
 
 from typing import TypedDict, cast
@@ -52,7 +52,7 @@ def _have_kernels(
     activation: str,
     cached: bool = False,
 ) -> bool:
-    # A kernel's gradient runs the stock operations too. Dense weights without a cache, which are trained, skip it.
+    # Under a gradient, a kernel's stock operations run as well. So training (dense weights, no cache) uses only those.
     wanted = cached or "scales" in params["w1"]
     fits = kernels.fits(params, x.dtype, activation=activation, top_k=top_experts.shape[1])
     return wanted and fits and expert_weights.dtype == x.dtype
@@ -74,10 +74,10 @@ def mix_experts(
     Args:
         params: the experts' matrices.
         x: normalized activations.
-        expert_weights: how much each choice counts.
-        top_experts: experts that exist; one may be named twice.
+        expert_weights: the weight of each choice.
+        top_experts: the chosen experts. Each must exist; one may occur twice.
         activation: name of the gate's activation.
-        cached: whether the tokens go into a cache, so that nobody will ask for the weights' gradients.
+        cached: whether there is a cache. Then no gradients of the weights are expected, and kernels may be used.
     """
     w1 = params["w1"]
     experts = w1["weight"].shape[0]
@@ -100,7 +100,7 @@ def mix_any_experts(
     activation: str,
     cached: bool = False,
 ) -> mx.array:
-    """`mix_experts` for a choice that no router made: a token becomes NaN if one of its experts doesn't exist."""
+    """`mix_experts` for any choice of experts. A token becomes NaN if one of its experts doesn't exist."""
     chosen, known = within(top_experts, params["w1"]["weight"].shape[0])
     expert_weights = mx.where(known, expert_weights, mx.nan)
     return mix_experts(params, x, expert_weights, chosen, activation=activation, cached=cached)
@@ -108,7 +108,7 @@ def mix_any_experts(
 
 @typed
 def gather_segments(x: Float[mx.array, "tokens d_model"], plan: Dispatch) -> Float[mx.array, "segments rows d_model"]:
-    """The rows of each segment. Padding is zeros, so that it can't overflow and spoil a gradient."""
+    """The rows of each segment. Padding is zeros, which can't overflow and spoil a gradient."""
     return cast(mx.array, _tokens_to_slots(x, plan.slot_pairs, plan.pair_slots))
 
 
@@ -116,14 +116,13 @@ def gather_segments(x: Float[mx.array, "tokens d_model"], plan: Dispatch) -> Flo
 def combine(
     down: Float[mx.array, "segments rows d_model"], expert_weights: Float[mx.array, "tokens top_k"], plan: Dispatch
 ) -> Float[mx.array, "tokens d_model"]:
-    """Takes each pair's row out of its segment, and adds up each token's, weighted."""
+    """Takes each pair's row out of its segment, and returns each token's weighted sum."""
     chosen = cast(mx.array, _slots_to_pairs(down, plan.slot_pairs, plan.pair_slots))
     return (chosen * expert_weights[..., None]).sum(axis=1)
 
 
 # MLX's gradient of a gather is a scatter-add, whose writers collide. Each pair knows its slot and each slot its pair,
-# so both gradients can be gathers instead. A training step takes 4 to 16% less time on an H100, and sums keep their
-# order.
+# so both gradients can be gathers instead. They are faster, and their sums have a fixed order (`docs/architecture.md`).
 
 
 @mx.custom_function
@@ -155,7 +154,7 @@ def _slots_to_pairs_vjp(
 
 
 def _rows_or_zeros(x: mx.array, slot_rows: mx.array) -> mx.array:
-    """`x[slot_rows]`, with zeros where that is one past the last; segments of one row have no such slots."""
+    """`x[slot_rows]`, with zeros for the index one past the last row. Segments of one row have no padding."""
     if slot_rows.shape[1] > 1:
         x = mx.concatenate([x, mx.zeros((1, x.shape[1]), x.dtype)])
     return x[slot_rows]

@@ -1,6 +1,6 @@
-"""The formats of matrices: dense, or packed integers with scales as `mx.quantize` makes them.
+"""Formats of matrices: dense, or packed integers with scales as `mx.quantize` makes them.
 
-A quantized matrix's shapes and dtypes say which format it is:
+The shapes and dtypes of a quantized matrix's leaves determine its format:
 
     weight     uint32 [... inner * bits / 32]
     scales     the model's dtype, or uint8 [... inner / group_size]
@@ -20,7 +20,7 @@ from dbrx_fn.runtime.arguments import check_fields
 
 
 class Linear(TypedDict):
-    """One matrix `[... outer inner]`: `weight`, and where it is quantized `scales` and perhaps `biases`."""
+    """One matrix `[... outer inner]`: `weight`, and if it is quantized `scales` and perhaps `biases`."""
 
     weight: mx.array
     scales: NotRequired[mx.array]
@@ -28,11 +28,11 @@ class Linear(TypedDict):
 
 
 LEAVES = ("weight", "scales", "biases")
-"""A matrix's own, in canonical order."""
+"""The names of a matrix's leaves, in canonical order."""
 
 
 def _has_axes(outer: str) -> Callable[[Linear], bool]:
-    """Whether the leaves are of these axes; within a typed function, axes of one name must be of one size."""
+    """A check of the leaves' axes. Within a typed function, axes of one name must have one size."""
     dense: Any = Float[mx.array, f"{outer} inner"]
     packed: Any = UInt32[mx.array, f"{outer} packed"]
     scales: Any = Shaped[mx.array, f"{outer} group"]
@@ -63,13 +63,13 @@ _FLOAT_MODES: dict[tuple[int, int], Mode] = {(4, 32): "mxfp4", (8, 32): "mxfp8",
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is quantized: `bits` for each entry, and one scale for each `group_size` entries of a row.
+    """How a matrix is quantized: `bits` per entry, and one scale for each `group_size` entries of a row.
 
-    Modes are `mx.quantize`'s. `affine` has a bias to each scale, and these are of the model's dtype; in the other three
-    the scales are 8-bit floats and there are no biases.
+    Modes are those of `mx.quantize`. `affine` has a scale and a bias per group, in the model's dtype. The other three
+    modes have 8-bit float scales and no biases.
 
     Raises:
-        InputError: if there is no such mode, or it has no such bits or group size.
+        InputError: if the mode doesn't exist, or doesn't have these bits or this group size.
     """
 
     bits: int
@@ -93,7 +93,7 @@ class Format:
 
 
 def format_of_mode(mode: str) -> Format:
-    """The one format of a mode that isn't `affine`.
+    """The format of a mode other than `affine`. Each of these modes has only one.
 
     Raises:
         InputError: if there is no such mode.
@@ -109,7 +109,7 @@ def _either(values: Iterable[object]) -> str:
 
 
 class Described(Protocol):
-    """What has a shape and a dtype: an array, or what a file's header says of one."""
+    """Anything with a shape and a dtype: an array, or its entry in a file's header."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -126,14 +126,14 @@ def dtype_name(array: Described) -> str:
 
 
 def format_of(linear: Linear | Mapping[str, Described], inner: int) -> Format:
-    """The format of a quantized linear, read from its leaves' shapes and from which there are.
+    """The format of a quantized linear, read from its leaves' names, shapes and dtypes.
 
     Args:
         linear: `weight`, `scales` and perhaps `biases`.
-        inner: the linear's input width, without which 4 bits in groups of 64 can't be told from 8 in groups of 32.
+        inner: the linear's input width. Shapes alone can't tell 4 bits in groups of 64 from 8 bits in groups of 32.
 
     Raises:
-        CheckpointError: if the leaves are of no known format.
+        CheckpointError: if the leaves have no known format.
     """
     found = format_or_problem(cast(Mapping[str, Described], linear), inner)
     if isinstance(found, str):
@@ -142,7 +142,7 @@ def format_of(linear: Linear | Mapping[str, Described], inner: int) -> Format:
 
 
 def format_or_problem(linear: Mapping[str, Described], inner: int) -> Format | str:
-    """The format, or what is wrong, to be read after the linear's name."""
+    """The format, or a phrase that says what is wrong and follows the linear's name."""
     for name in ("weight", "scales"):
         if name not in linear:
             return f"{name} is missing, which a quantized linear has"
@@ -165,13 +165,13 @@ def format_or_problem(linear: Mapping[str, Described], inner: int) -> Format | s
 
 
 def quantize_matrix(matrix: mx.array, form: Format) -> Sequence[mx.array]:
-    """Its weight, scales and perhaps biases."""
+    """The quantized matrix: weight, scales and perhaps biases."""
     leaves: Sequence[mx.array] = mx.quantize(matrix, group_size=form.group_size, bits=form.bits, mode=form.mode)
     return leaves
 
 
 def dequantize_matrix(leaves: Sequence[mx.array], form: Format, dtype: mx.Dtype) -> mx.array:
-    """The floats that weight, scales and perhaps biases stand for."""
+    """The matrix as floats, from its weight, scales and perhaps biases."""
     weight, scales, *rest = leaves
     return mx.dequantize(
         weight,

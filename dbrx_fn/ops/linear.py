@@ -1,7 +1,7 @@
-"""Products with the tree's matrices: one for activations, one for segments of rows with their experts' matrices.
+"""Matrix products with the tree's weights: `linear` for one matrix, `expert_linear` for segments and their experts.
 
-A matrix is a dict whose leaves say what it is, dense or quantized (`dbrx_fn.ops.formats`). Gradients reach the
-activations through either kind, and the weight of a dense one.
+A matrix is dense or quantized (`dbrx_fn.ops.formats`). Gradients reach the activations through both kinds, and the
+weights of dense matrices.
 """
 
 import mlx.core as mx
@@ -16,7 +16,7 @@ from dbrx_fn.runtime.device import backend, on_cpu
 
 
 def _has_kernel(params: Linear, x: mx.array) -> bool:
-    # cuBLAS is as fast for a dense matrix.
+    # For a dense matrix cuBLAS is as fast.
     return "scales" in params and linears.fits(params, x)
 
 
@@ -26,7 +26,7 @@ def linear(params: Matrix, x: Float[mx.array, "*batch inner"]) -> Float[mx.array
     """`x` `[... inner]` times a matrix `[outer inner]`, as `[... outer]`, in `x`'s dtype.
 
     Raises:
-        CheckpointError: if the matrix is quantized in a way that isn't known.
+        CheckpointError: if the matrix has an unknown quantized format.
     """
     if "scales" not in params:
         return x @ params["weight"].T
@@ -48,15 +48,15 @@ def linear(params: Matrix, x: Float[mx.array, "*batch inner"]) -> Float[mx.array
 def expert_linear(
     params: Matrices, x: Float[mx.array, "segments rows inner"], segment_experts: Integer[mx.array, " segments"]
 ) -> Float[mx.array, "segments rows outer"]:
-    """`x[s] @ matrix[segment_experts[s]].T` for every segment `s`, in `x`'s dtype.
+    """`x[s] @ matrix[segment_experts[s]].T` for each segment `s`, in `x`'s dtype.
 
     Args:
         params: matrices `[expert outer inner]`, dense or quantized.
         x: the segments.
-        segment_experts: which expert each belongs to, ascending.
+        segment_experts: each segment's expert, ascending.
 
     Raises:
-        CheckpointError: as `linear`.
+        CheckpointError: if the matrices have an unknown quantized format.
     """
     segments, rows, inner = x.shape
     experts = params["weight"].shape[0]
@@ -76,12 +76,13 @@ def expert_linear(
             )
             return product.astype(x.dtype)
         weight = as_floats(params, form)
-    # The CPU's `gather_mm` knows float32 only.
+    # On the CPU, `gather_mm` supports float32 only.
     dtype = mx.float32 if on_cpu() else x.dtype
     if experts == 1:
         return (x.astype(dtype) @ weight[0].astype(dtype).T).astype(x.dtype)
-    # Told that experts ascend, MLX makes the weights' gradient expert by expert; else it makes a matrix for every
-    # segment. On CUDA (MLX 0.32.4) single rows then take another kernel, which is slower and was seen to be wrong.
+    # With `sorted_indices`, MLX computes the weights' gradient expert by expert. Without, it makes one matrix per
+    # segment. For single rows on CUDA it also picks another kernel, which is slower and was wrong for some operands
+    # (MLX 0.32.4).
     ascending = backend() != "cuda" or rows > 1
     product = mx.gather_mm(
         x.astype(dtype), weight.astype(dtype).swapaxes(-1, -2), rhs_indices=segment_experts, sorted_indices=ascending

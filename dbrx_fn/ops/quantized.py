@@ -1,6 +1,6 @@
-"""Where MLX's products with quantized matrices are slow or wrong, and what takes their place.
+"""Replacements for MLX's quantized products in the cases where those are slow or wrong.
 
-A product then multiplies by floats that are made of the matrix, which live as long as the product takes.
+The product then dequantizes the matrix first. These floats live only as long as the product.
 """
 
 import mlx.core as mx
@@ -11,10 +11,10 @@ from dbrx_fn.runtime.device import backend, on_cpu
 
 
 def pays_as_floats(rows: int, form: Format) -> bool:
-    """Whether a dense product with floats made of the matrix is faster for this many rows.
+    """Whether dequantizing first and then a dense product is faster for this many rows.
 
-    On a CPU with OpenBLAS it soon is, since MLX computes quantized products there row by row
-    (`docs/quantization.md` has the times).
+    On a CPU with OpenBLAS a few rows are enough, since MLX computes quantized products there row by row
+    (`docs/performance.md` has the times).
     """
     if backend() != "cpu" or FAST_BLAS is None:
         return False
@@ -26,10 +26,10 @@ def pays_as_floats(rows: int, form: Format) -> bool:
 
 
 def has_no_kernel(rows: int, inner: int, dtype: mx.Dtype, form: Format) -> bool:
-    """Whether MLX's CUDA kernels fail for this many rows at once in float32 (MLX 0.32.4, H100).
+    """Whether MLX's CUDA kernels fail for this many float32 rows at once (MLX 0.32.4, H100).
 
-    Groups of 128 ask for more shared memory than a kernel may have, from 33 rows on ("invalid argument"). Where a row
-    of 4 or 8 affine bits is one group, MLX takes a kernel for Hopper GPUs (`supports_qmm_sm90`), which writes wrong
+    From 33 rows on, groups of 128 ask for more shared memory than a kernel may have ("invalid argument"). If a row of 4
+    or 8 affine bits is a single group, MLX picks a kernel for Hopper GPUs (`supports_qmm_sm90`) that writes wrong
     numbers in float32.
     """
     if backend() != "cuda" or dtype != mx.float32:
@@ -39,7 +39,7 @@ def has_no_kernel(rows: int, inner: int, dtype: mx.Dtype, form: Format) -> bool:
 
 
 def as_floats(matrix: Linear, form: Format) -> mx.array:
-    """The matrix `[... outer inner]` in float32, as the CPU's products are."""
+    """The matrix `[... outer inner]` in float32, the dtype of the CPU's products."""
     leaves = _in_float32(matrix)
     return dequantize_matrix([leaf for leaf in leaves if leaf is not None], form, mx.float32)
 
@@ -47,8 +47,8 @@ def as_floats(matrix: Linear, form: Format) -> mx.array:
 def operands(x: mx.array, matrix: Linear) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
     """Activations, weight, scales and biases in the dtypes that the back end multiplies in.
 
-    A CPU adds up in the operands' own dtype. In bfloat16 that is a relative error of 5e-2, and eight times as slow as
-    by way of float32.
+    MLX's CPU back end sums in the operands' own dtype. In bfloat16 that is slower and less exact than in float32
+    (`docs/performance.md`).
     """
     if not on_cpu():
         return x, matrix["weight"], matrix["scales"], matrix.get("biases")
@@ -57,7 +57,7 @@ def operands(x: mx.array, matrix: Linear) -> tuple[mx.array, mx.array, mx.array,
 
 def _in_float32(matrix: Linear) -> tuple[mx.array, mx.array, mx.array | None]:
     scales, biases = matrix["scales"], matrix.get("biases")
-    # The scales of the modes without biases are packed, not numbers.
+    # In the modes without biases, scales are packed bytes and not numbers.
     if biases is None:
         return matrix["weight"], scales, None
     return matrix["weight"], scales.astype(mx.float32), biases.astype(mx.float32)

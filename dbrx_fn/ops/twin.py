@@ -1,7 +1,7 @@
-"""Functions that exist twice: as stock operations, which run everywhere, and as a kernel for some machines.
+"""`with_kernel` joins stock MLX operations, which run everywhere, to a kernel for some machines.
 
-The decorated function is the stock operations. Where a kernel fits its arguments, the kernel computes the values, and
-the gradients stay those of the stock operations, since MLX knows none for custom kernels.
+The decorated function holds the stock operations. If a kernel fits the arguments, the kernel computes the values.
+Gradients are always those of the stock operations, since MLX has none for custom kernels.
 """
 
 import functools
@@ -22,8 +22,8 @@ def with_kernel(
     Args:
         kernel: takes the same arguments as the stock operations.
         fits: whether the kernel can take these arguments on this machine.
-        gradients: whether a gradient can be asked through the kernel. It is that of the stock operations, by every
-            array of floats among the arguments and by dicts of nothing else. If not, MLX raises where one is asked.
+        gradients: whether calls have gradients where the kernel runs: those of the stock operations, by each argument
+            that is an array of floats or a dict of such arrays. If false, MLX raises when a gradient is asked for.
     """
 
     def decorate(stock: Callable[P, R]) -> Callable[P, R]:
@@ -64,7 +64,7 @@ def _with_gradients_of(
     function = mx.custom_function(by_primals(kernel))
 
     def vjp(given: Any, cotangent: mx.array, output: mx.array) -> Any:
-        # MLX passes one primal as it is, several as a tuple.
+        # MLX passes a single primal bare, and several as a tuple.
         if len(places) == 1:
             return mx.grad(weighed(cotangent))(given)
         return mx.grad(weighed(cotangent), argnums=list(range(len(places))))(*given)

@@ -1,6 +1,6 @@
-// What a token's experts say, weighted, and perhaps the residual stream: added up in float32 and rounded once.
+// The weighted sum of a token's expert outputs, plus perhaps the residual stream, in float32 and rounded once.
 //
-// A thread makes 8 entries of one token. Macros: TOP_K, THREADS; RESIDUAL: 1 to add one.
+// A thread computes 8 entries of one token. Macros: TOP_K; THREADS per block; RESIDUAL: 1 to add a residual.
 #include "common.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS)

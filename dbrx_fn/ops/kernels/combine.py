@@ -1,6 +1,6 @@
-"""What a token's experts say, weighted and added up, to the residual stream if there is one.
+"""The weighted sum of each token's expert outputs, optionally added to the residual stream.
 
-In float32 and rounded once; stock operations gather, multiply, sum and add in bfloat16, one launch each.
+It is computed in float32 and rounded once, in one launch. Stock operations gather, multiply, sum and add in bfloat16.
 """
 
 import mlx.core as mx
@@ -13,7 +13,7 @@ _THREADS = 128
 
 
 def fits(*, d_model: int, top_k: int, dtype: mx.Dtype) -> bool:
-    """Whether the kernel has these sizes."""
+    """Whether the kernel supports these sizes."""
     return dtype == mx.bfloat16 and d_model % 8 == 0 and top_k <= 16
 
 
@@ -24,13 +24,16 @@ def combine(
     expert_weights: BFloat16[mx.array, "tokens_or_more top_k"],
     residual: BFloat16[mx.array, "*batch d_model"] | None = None,
 ) -> BFloat16[mx.array, "... d_model"]:
-    """`sum_k expert_weights[t, k] * down[pair_slots[t, k]]`, `[tokens d_model]`, or plus `residual` in its shape.
+    """`sum_k expert_weights[t, k] * down[pair_slots[t, k]]`, plus `residual` if given.
 
     Args:
-        down: what experts say, in slots.
+        down: the experts' outputs, in slots.
         pair_slots: the slot of each of a token's choices.
-        expert_weights: of the choices, and perhaps more rows behind.
+        expert_weights: the weights of the choices. More rows may follow.
         residual: the stream to add to.
+
+    Returns:
+        `[tokens d_model]`, or `residual`'s shape.
     """
     tokens, top_k = pair_slots.shape
     d_model = down.shape[1]

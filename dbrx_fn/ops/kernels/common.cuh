@@ -1,4 +1,4 @@
-// What the kernels share: numbers, their packed forms, and PTX under readable names.
+// Shared by the kernels: number types, their packed forms, and PTX under readable names.
 #pragma once
 
 using u8 = unsigned char;
@@ -19,7 +19,7 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
 }
 __device__ __forceinline__ u16 float_to_bf16(float x) { return u16(pack_bf16(x, 0.f)); }
 
-// 16 bytes through the read-only path.
+// Loads 16 bytes through the read-only path.
 __device__ __forceinline__ uint4 load16(const void* address) {
   uint4 v;
   asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -28,7 +28,7 @@ __device__ __forceinline__ uint4 load16(const void* address) {
   return v;
 }
 
-// 16 bytes that are read once: not kept in the first cache.
+// Loads 16 bytes that are read only once, so they aren't kept in L1.
 __device__ __forceinline__ uint4 stream16(const void* address) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -46,7 +46,7 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Over a block of so many warps; `parts`, of 32, must not be in use.
+// The sum over a block of `warps` warps. `parts` has 32 entries, which must not be in use.
 template <int warps>
 __device__ __forceinline__ float block_sum(float x, float *parts) {
   x = warp_sum(x);
@@ -56,15 +56,16 @@ __device__ __forceinline__ float block_sum(float x, float *parts) {
   return warp_sum(lane < warps ? parts[lane] : 0);
 }
 
-// 2 to the power of x, as the special function unit has it.
+// 2^x by the special function unit.
 __device__ __forceinline__ float exp2_of(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// Adds to sums `[16, 8]` the product of a `[16, 16]` and b `[8, 16]`, which a warp holds as PTX lays down for m16n8k16:
-// rows lane / 4 and 8 below it, of the inner axis 2 (lane % 4) and the next, and 8 further.
+// Adds to sums `[16, 8]` the product of a `[16, 16]` and b `[8, 16]`. A warp holds them in PTX's layout for m16n8k16: a
+// lane has rows lane / 4 and lane / 4 + 8, and of the inner axis the entries 2 (lane % 4) and 2 (lane % 4) + 8, each
+// with the next one.
 __device__ __forceinline__ void multiply_accumulate(float *sums, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])

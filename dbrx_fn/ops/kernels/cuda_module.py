@@ -1,8 +1,7 @@
-"""CUDA sources of this folder, compiled where they run and launched as MLX operations.
+"""Compiles this folder's CUDA sources with NVRTC at run time, and launches them as MLX operations.
 
-`mx.fast.cuda_kernel` writes the signature and includes MLX's headers, and a kernel then takes 2 to 3 seconds to compile
-in every process. `mx.fast.precompiled_cuda_kernel` takes what NVRTC, the compiler that MLX brings along, makes of a
-plain `.cu` file without headers.
+The sources include no headers but this folder's, so each compiles fast (`docs/performance.md`, section 3). NVRTC comes
+with MLX, and `mx.fast.precompiled_cuda_kernel` launches its output. `mx.fast.cuda_kernel` would include MLX's headers.
 """
 
 import ctypes
@@ -25,7 +24,7 @@ _HOPPER = (9, 0)
 
 
 def on_hopper() -> bool:
-    """Whether the default device is the GPU that these kernels were written for and measured on (H100, H200).
+    """Whether the default device is a GPU that these kernels are made for (H100, H200).
 
     `DBRX_FN_KERNELS=0` in the environment switches the kernels off, and so does `as_if(kernels=False)`.
     """
@@ -40,14 +39,14 @@ def _has_hopper() -> bool:
     if (info.get("compute_capability_major"), info.get("compute_capability_minor")) != _HOPPER:
         return False
     if _nvrtc() is None or not hasattr(mx.fast, "precompiled_cuda_kernel"):
-        logger.warning("This MLX can't run kernels of ours: stock operations take their place, which are slower.")
+        logger.warning("This MLX can't run dbrx_fn's kernels: slower stock operations take their place.")
         return False
     return True
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel: its file here, which names it too, and the macros that make its variant."""
+    """One kernel: its source file, which also gives its name, and the macros of its variant."""
 
     file: str
     defines: tuple[tuple[str, int | str], ...] = ()
@@ -63,16 +62,16 @@ def launch(
     scalars: Sequence[int | float] = (),
     shared_memory: int = 0,
 ) -> list[mx.array]:
-    """Runs a kernel, lazily.
+    """Launches a kernel, lazily.
 
     Args:
-        kernel: what to run.
-        inputs: arrays; strided ones are copied.
-        outputs: shapes and dtypes of what it writes. Nothing is there before.
-        blocks: of threads, in the grid.
-        threads: of a block.
-        scalars: passed behind inputs and outputs, as int or float.
-        shared_memory: dynamic, in bytes.
+        kernel: the kernel.
+        inputs: arrays. Strided ones are copied.
+        outputs: shapes and dtypes of the results. The kernel gets them uninitialized.
+        blocks: the grid's size, in blocks.
+        threads: number of threads per block.
+        scalars: arguments after inputs and outputs, as int or float.
+        shared_memory: dynamic shared memory, in bytes.
     """
     x, y, z = blocks
     made: list[mx.array] = mx.fast.precompiled_cuda_kernel(
@@ -81,7 +80,7 @@ def launch(
         inputs=list(inputs),
         output_shapes=[shape for shape, _ in outputs],
         output_dtypes=[dtype for _, dtype in outputs],
-        # MLX takes only those floats that a float32 holds exactly.
+        # MLX accepts only floats that float32 represents exactly.
         scalars=[scalar if isinstance(scalar, int) else float(np.float32(scalar)) for scalar in scalars],
         grid=(x * threads, y, z),
         threadgroup=(threads, 1, 1),
@@ -96,7 +95,7 @@ def compiled_kernel(kernel: Kernel) -> bytes:
     """The machine code for Hopper GPUs.
 
     Raises:
-        RuntimeError: if NVRTC isn't there or refuses the source, with its words.
+        RuntimeError: if NVRTC is missing, or refuses the source. The message has its log.
     """
     nvrtc = _nvrtc()
     if nvrtc is None:
@@ -136,7 +135,7 @@ def compiled_kernel(kernel: Kernel) -> bytes:
 
 @functools.cache
 def _nvrtc() -> ctypes.CDLL | None:
-    # MLX has loaded one of them, so that its name alone is found.
+    # MLX has already loaded one of these, so the bare name is enough.
     for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
         try:
             return ctypes.CDLL(name)

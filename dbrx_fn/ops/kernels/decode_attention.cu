@@ -1,19 +1,21 @@
-// Attention of one new token a row to what the cache holds up to it, split over blocks; decode_attention_combine.cu
-// puts their parts together.
+// Attention of one new token per row to the cached positions up to its own, split over blocks.
+// decode_attention_combine.cu merges the blocks' parts.
 //
-// A block has up to 8 query heads that share a key and value head, so that the cache is read once for them. Tiles of 16
-// positions go to warps in turn, over all blocks of the split axis: whatever the length is, warps differ by one tile.
-// Lengths are read here; the grid doesn't know them, and blocks that are left without a tile return.
+// A block takes up to 8 query heads that share a key and value head, so the cache is read once for all of them. Tiles
+// of 16 positions go to warps in turn, across all blocks of the split axis. For every length, the warps' numbers of
+// tiles differ by at most one. The kernel reads the lengths; the grid doesn't depend on them. Blocks without a tile
+// return.
 //
-// Tensor cores multiply, straight from where global memory was loaded to. Scores: heads are the rows of operand A, of
-// which there are 16 for 8 heads, positions the columns of B. So rows 0 to 7 are one half of the heads' entries, rows 8
-// to 15 the other half; either is multiplied by both halves of the keys, and half of each result is wanted. That has
-// the layout of operand B of the second product, in which the values' dimensions are A's rows: entry 8 (lane / 4) + 2 r
-// and the one after it are rows lane / 4 and 8 + lane / 4 of tile r.
-// A probability goes in as two bfloat16 numbers, because one would double the error that rounding the output makes.
-// As soon as a tile's keys are used up the next tile's are loaded into their registers; so with its values.
+// Tensor cores take their operands directly from the registers that loads from global memory fill.
+// Scores: heads are the rows of operand A, positions the columns of B. A has 16 rows for 8 heads: rows 0 to 7 hold one
+// half of the heads' entries, rows 8 to 15 the other half. Both are multiplied by both halves of the keys, and half of
+// each result is used. The scores then have the layout of operand B of the second product.
+// Values: their dimensions are A's rows. Entry 8 (lane / 4) + 2 r and the one after it are rows lane / 4 and
+// 8 + lane / 4 of tile r.
+// A probability is passed as two bfloat16 numbers: a single one would double the error of rounding the output.
+// When a tile's keys are used, the next tile's keys are loaded into their registers. Values are loaded in the same way.
 //
-// Macros: HEAD_DIM, 64 or 128; GROUP, query heads that share a key head; WARPS.
+// Macros: HEAD_DIM, 64 or 128; GROUP, the number of query heads that share a key head; WARPS per block.
 #include "common.cuh"
 
 constexpr int CHUNKS = HEAD_DIM / 32, HALVES = HEAD_DIM / 64, BLOCKS = (GROUP + 7) / 8;
@@ -24,7 +26,7 @@ __device__ __forceinline__ u32 word_of(const uint4 &four, int i) {
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000); }
 
-// A tile's rows past the last position are that one's: they are masked, but must be numbers.
+// Rows past the last position repeat that position's: they are masked, but must be finite.
 __device__ __forceinline__ void load_keys(uint4 (*rows)[CHUNKS], const u16 *keys, int tile, int n) {
   const int group = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
 #pragma unroll
@@ -52,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3)
   const int row = blockIdx.z, split = blockIdx.x, splits = gridDim.x;
   const int kv_head = blockIdx.y / BLOCKS, kv_n_heads = gridDim.y / BLOCKS;
   const int heads = min(8, GROUP - int(blockIdx.y % BLOCKS) * 8);
-  // Heads are counted through all rows.
+  // Heads are numbered across all rows.
   const u64 first_kv_head = u64(row) * kv_n_heads + kv_head;
   const u64 first_head = first_kv_head * GROUP + blockIdx.y % BLOCKS * 8;
 
@@ -72,7 +74,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3)
     query[chunk] = group < heads ? load16(q + (first_head + group) * HEAD_DIM + 32 * chunk + 8 * quarter)
                                  : make_uint4(0, 0, 0, 0);
 
-  // Of head `group`; exponents are of 2. The mix is of heads 2 quarter and 2 quarter + 1.
+  // `maximum` and `total` belong to head `group`, with exponentials of base 2. `mix` belongs to heads 2 quarter and
+  // 2 quarter + 1.
   float maximum = -infinity(), total = 0, mix[HALVES][4][4] = {};
   while (tile < tiles) {
     const int position = 16 * tile + 2 * quarter;

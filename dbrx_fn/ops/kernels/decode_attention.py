@@ -1,7 +1,7 @@
-"""Attention of one new token a row, whose cost is that of the tokens that are there, whatever the cache has room for.
+"""Attention of one new token per row. Its cost grows with the cached tokens, not with the cache's capacity.
 
-MLX's attention reads a mask and the whole capacity. Here the length is read on the device: two kernels, one that
-spreads the positions over the machine and one that puts its parts together.
+MLX's attention reads a mask and the whole capacity. These kernels read the lengths on the device. The first spreads the
+positions over the GPU, the second merges the parts.
 """
 
 import math
@@ -18,7 +18,7 @@ _MOST_SPLITS = 64
 
 
 def fits(*, head_dim: int, dtype: mx.Dtype) -> bool:
-    """Whether the kernel has these sizes."""
+    """Whether the kernel supports these sizes."""
     return dtype == mx.bfloat16 and head_dim in (64, 128)
 
 
@@ -29,13 +29,13 @@ def decode_attention(
     values: BFloat16[mx.array, "batch kv_heads capacity head_dim"],
     offsets: Int32[mx.array, " batch_or_more"],
 ) -> BFloat16[mx.array, "batch 1 mixed"]:
-    """Attends from each row's new token to the positions 0 to `offsets`, as `[batch 1 n_heads * head_dim]`.
+    """Attends from each row's new token to positions 0 to `offsets`. Returns `[batch 1 n_heads * head_dim]`.
 
     Args:
-        q: turned queries.
-        keys: the cache with the new token's in it.
-        values: likewise.
-        offsets: the new token's position, of each row, and perhaps more numbers behind.
+        q: queries after the rotary embedding.
+        keys: the cache, with the new token's keys.
+        values: the cache, with the new token's values.
+        offsets: the position of each row's new token. More numbers may follow.
     """
     batch, n_heads, _, head_dim = q.shape
     _, kv_n_heads, capacity, _ = keys.shape
@@ -63,8 +63,9 @@ def decode_attention(
 
 
 def _splits(blocks: int, capacity: int) -> int:
-    """How many blocks share a key head's positions, for so many key heads: all that run at once, if there is work.
+    """How many blocks share the positions of one key head, given `blocks` key heads of all rows.
 
-    At least four, so that one long row among many short ones isn't left to a few multiprocessors.
+    As many as the GPU runs at once, if there are enough positions. At least four, since otherwise one long row among
+    many short ones would use only a few multiprocessors.
     """
     return min(max(4, _BLOCKS_AT_ONCE // blocks), -(-capacity // (16 * _WARPS)), _MOST_SPLITS)

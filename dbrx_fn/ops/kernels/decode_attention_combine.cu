@@ -1,7 +1,9 @@
-// What decode_attention.cu left for a head of a row, at most 64 parts: each counts by its share of the exponentials.
+// Merges the parts of decode_attention.cu, at most 64 for each head of a row. A part's weight is its share of the
+// exponentials.
 //
-// A thread has 4 entries of every part that falls to it. All loads are on their way before the first one is needed.
-// Macros: HEAD_DIM, 64 or 128; WARPS, of decode_attention.cu.
+// A thread takes 4 entries of each of its parts. All loads are issued before the first result is needed.
+//
+// Macros: HEAD_DIM, 64 or 128; WARPS per block of decode_attention.cu.
 #include "common.cuh"
 
 constexpr int THREADS = 256, LANES = HEAD_DIM / 4, SIDE_BY_SIDE = THREADS / LANES, ROUNDS = 64 / SIDE_BY_SIDE;
@@ -11,7 +13,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                              int capacity) {
   __shared__ __align__(16) float sums[SIDE_BY_SIDE][HEAD_DIM];
   const int lane = threadIdx.x % 32, side = threadIdx.x / LANES, four = threadIdx.x % LANES;
-  // Heads are counted through all rows.
+  // Heads are numbered across all rows.
   const u64 head = u64(blockIdx.y) * gridDim.x + blockIdx.x;
   const float2 nothing = make_float2(-__uint_as_float(0x7f800000), 0);
   stats += head * splits;

@@ -1,7 +1,8 @@
-"""The experts of some tokens on Hopper GPUs: few launches from tokens to tokens, whatever the weights' format.
+"""`dbrx_fn.ops.experts.mix_experts` by kernels for Hopper GPUs, in few launches for every format of the weights.
 
-One for gate, up and their product; one for down, which for a single token also weighs and adds; for several tokens
-another that does. Long segments take one more, which lays the tokens out for tensor cores.
+One launch computes gate, up and their product, and one computes down. For a single token the latter also sums the
+experts' outputs; several tokens take another launch for that. Long segments take one more, which packs the tokens for
+tensor cores.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from dbrx_fn.ops.kernels.segments import (
 
 
 def fits(params: Mapping[str, Any], dtype: mx.Dtype, *, activation: str, top_k: int) -> bool:
-    """Whether there are kernels for these experts."""
+    """Whether kernels exist for these experts."""
     ffn_hidden, d_model = params["w1"]["weight"].shape[1], params["w2"]["weight"].shape[1]
     if (
         not on_hopper()
@@ -44,7 +45,7 @@ def fits(params: Mapping[str, Any], dtype: mx.Dtype, *, activation: str, top_k: 
 
 
 def hopper_segment_rows(pairs: int, experts: int) -> int:
-    """How many rows a segment has, of more than one token."""
+    """The number of rows per segment, for several tokens."""
     average = pairs / experts
     if average <= 3:
         return 8
@@ -58,7 +59,7 @@ def mix_experts(
     top_experts: mx.array,
     residual: mx.array | None = None,
 ) -> mx.array:
-    """`dbrx_fn.ops.experts.mix_experts`, plus `residual` if there is one, in its shape then."""
+    """`dbrx_fn.ops.experts.mix_experts`, plus `residual` if given. The result then has its shape."""
     tokens, top_k = top_experts.shape
     pairs, experts = top_experts.size, params["w1"]["weight"].shape[0]
     gate, up, down = params["w1"], params["v1"], params["w2"]
@@ -79,7 +80,7 @@ def mix_experts(
 
 
 def _one_token(top_experts: mx.array) -> Segments:
-    """Each choice is a segment of one row and padding, so nothing has to be sorted."""
+    """Segments for one token: each choice is a segment of one row and padding, so no sort is needed."""
     choices, rows = top_experts.size, 8
     slot_pairs = np.full((choices, rows), choices, np.int32)
     slot_pairs[:, 0] = np.arange(choices)

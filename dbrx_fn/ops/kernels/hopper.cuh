@@ -1,4 +1,4 @@
-// Hopper's tensor cores and its engine for bulk copies, under readable names (PTX: wgmma, mbarrier, cp.async.bulk).
+// Hopper's tensor cores and bulk copies under readable names (PTX: wgmma, mbarrier, cp.async.bulk).
 #pragma once
 #include "common.cuh"
 
@@ -6,8 +6,8 @@
 #define SUMS(s, i) SUMS4(s, i), SUMS4(s, i + 4), SUMS4(s, i + 8), SUMS4(s, i + 12)
 
 // Adds to sums `[64, COLUMNS]` the product of `a` `[64, 16]`, in the registers of four warps, and `b` `[COLUMNS, 16]`,
-// in shared memory. Warp w has rows 16w and on; a lane's sums 4i to 4i + 3 are (lane / 4, 8i + 2 (lane % 4) and the
-// next), and the same 8 rows below.
+// in shared memory. Warp w has the 16 rows from 16w on. Of these, a lane's sums 4i and 4i + 1 are row lane / 4 at
+// columns 8i + 2 (lane % 4) and the next; sums 4i + 2 and 4i + 3 are 8 rows below.
 template <int COLUMNS>
 __device__ __forceinline__ void multiply_accumulate(float *sums, const u32 *a, u64 b);
 
@@ -62,7 +62,7 @@ __device__ __forceinline__ void multiply_accumulate<256>(float *sums, const u32 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// What follows it may change operands of products before it only after a `wait_for_products`.
+// Starts a group of products. Operands of earlier products may be changed only after a `wait_for_products`.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits until at most `pending` groups of products are unfinished.
@@ -70,7 +70,7 @@ template <int pending>
 __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
-// Keeps the compiler from moving what touches these registers across.
+// Keeps the compiler from moving accesses to these registers across this point.
 template <int count, typename T>
 __device__ __forceinline__ void hold(T *registers) {
 #pragma unroll
@@ -82,7 +82,8 @@ __device__ __forceinline__ void hold(T *registers) {
 
 __device__ __forceinline__ u32 shared_address(const void *p) { return u32(__cvta_generic_to_shared(p)); }
 
-// A matrix of rows of 128 bytes whose 16-byte chunks are exchanged within 8 rows (chunk ^ row % 8), at 1024 bytes.
+// The descriptor of a matrix with rows of 128 bytes. Its 16-byte chunks are swizzled within 8 rows (chunk ^ row % 8),
+// and it is aligned to 1024 bytes.
 __device__ __forceinline__ u64 swizzled_matrix(u32 address) {
   return u64((address & 0x3ffff) >> 4) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
@@ -108,7 +109,7 @@ __device__ __forceinline__ void copy_to_shared(u32 to, const void *from, u32 byt
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
 }
-// Shared memory that was written by ordinary stores goes out; returns when it is read.
+// Copies shared memory that ordinary stores have written. Returns when it has been read.
 __device__ __forceinline__ void copy_to_global(void *to, u32 from, u32 bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
                : "memory");
@@ -116,7 +117,8 @@ __device__ __forceinline__ void copy_to_global(void *to, u32 from, u32 bytes) {
 }
 __device__ __forceinline__ void publish_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A matrix of 8 x 8 16-bit numbers over a warp, a lane's pair being (lane / 4, 2 (lane % 4) and the next), transposed.
+// Transposes an 8 x 8 matrix of 16-bit numbers held by a warp. A lane's pair is row lane / 4, columns 2 (lane % 4) and
+// the next.
 __device__ __forceinline__ u32 transposed(u32 pair) {
   u32 result;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));

@@ -1,6 +1,6 @@
-// LayerNorm of one row a block, which is read once: mean and variance are of what the threads hold, in float32.
+// LayerNorm of one row per block. The row is read once; mean and variance are computed in float32 from registers.
 //
-// Macros: WIDTH, of a row; a thread has 8 neighbouring entries, so there are WIDTH / 8.
+// Macro: WIDTH of a row. A thread has 8 neighbouring entries, so a block has WIDTH / 8 threads.
 #include "common.cuh"
 
 constexpr int THREADS = WIDTH / 8, WARPS = THREADS / 32;

@@ -1,4 +1,4 @@
-"""LayerNorm of wide rows: for one row of 6144 MLX's own takes 6 us on an H100, for 2048 of them 65."""
+"""LayerNorm of wide rows, faster than MLX's own (`docs/performance.md`, section 3)."""
 
 import mlx.core as mx
 from jaxtyping import BFloat16
@@ -8,7 +8,7 @@ from dbrx_fn.runtime.compile import typed
 
 
 def fits(weight: mx.array, x: mx.array) -> bool:
-    """Whether the kernel has this width: 256 to 8192, in steps of 256."""
+    """Whether the kernel supports this width: 256 to 8192, in steps of 256."""
     width = x.shape[-1]
     return on_hopper() and x.dtype == weight.dtype == mx.bfloat16 and width % 256 == 0 and width <= 8192
 
@@ -17,7 +17,7 @@ def fits(weight: mx.array, x: mx.array) -> bool:
 def layer_norm(
     weight: BFloat16[mx.array, " d_model"], x: BFloat16[mx.array, "*batch d_model"], *, eps: float
 ) -> BFloat16[mx.array, "*batch d_model"]:
-    """`x` `[... d_model]` to mean 0 and variance 1, times `weight`."""
+    """Normalizes `x` `[... d_model]` to mean 0 and variance 1, times `weight`."""
     width = x.shape[-1]
     return launch(
         Kernel("layer_norm", (("WIDTH", width),)),

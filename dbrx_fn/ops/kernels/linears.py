@@ -1,4 +1,4 @@
-"""Products with one matrix on Hopper GPUs, quantized ones as they are stored."""
+"""Products with one matrix on Hopper GPUs. Quantized matrices are read as stored."""
 
 import mlx.core as mx
 
@@ -7,11 +7,11 @@ from dbrx_fn.ops.kernels.cuda_module import on_hopper
 from dbrx_fn.ops.kernels.segments import INNER, MATRIX_ROWS, kernel_format, long_segments, pack_rows, short_dense
 
 FEW_ROWS = 32
-"""Up to which rows are few: the weights' bytes are the bound then."""
+"""Up to this many rows, reading the weights is the bound."""
 
 
 def fits(params: Linear, x: mx.array) -> bool:
-    """Whether there is a kernel for this matrix and that many rows."""
+    """Whether a kernel exists for this matrix and number of rows."""
     if not on_hopper() or x.dtype != mx.bfloat16:
         return False
     outer, inner = params["weight"].shape[-2], x.shape[-1]
@@ -20,7 +20,7 @@ def fits(params: Linear, x: mx.array) -> bool:
 
 
 def linear(params: Linear, x: mx.array, residual: mx.array | None = None) -> mx.array:
-    """`x` `[... inner]` by a matrix `[outer inner]`, plus, of few rows, `residual` `[... outer]` if there is one."""
+    """`x` `[... inner]` times a matrix `[outer inner]`. Few rows may have a `residual` `[... outer]` to add to."""
     tokens = x.size // x.shape[-1]
     if tokens <= FEW_ROWS:
         return short_dense(x, params, residual)

@@ -1,23 +1,26 @@
-// Segments of up to 256 rows times their expert's matrix: what prompts and training do. Arithmetic is the bound.
+// Segments of up to 256 rows times their expert's matrix, as in prompts and training. Arithmetic is the bound.
 //
-// Weights are tensor cores' operand A, which may come from registers: they are read from memory in the order that those
-// want them in and become bfloat16 there, while the tensor cores multiply by those before. The rows of a segment are
-// operand B, of up to 256 columns, so that a weight is unpacked once for many rows. B lies in shared memory; a ninth
-// warp has it copied there from what pack_rows.cu laid out, a block of 128 entries at a time, a few blocks ahead.
+// Weights are operand A of the tensor cores, which may come from registers. They are read from memory in the order that
+// the tensor cores need, and are converted to bfloat16 while the tensor cores multiply the weights before. A segment's
+// rows are operand B, with up to 256 columns, so each weight is unpacked once for many rows. B lies in shared memory. A
+// ninth warp copies it there from the layout of pack_rows.cu, one block of 128 entries at a time, a few blocks ahead.
 //
-// A block of threads computes 128 rows of the matrix, 64 by each group of four warps, for one segment, and no more
-// columns than there are rows in it, in steps of 64.
+// A block of threads computes 128 rows of the matrix for one segment: each group of four warps computes 64. It computes
+// only as many columns as the segment has rows, in steps of 64.
 //
-// GATED: each warp takes 8 rows of the gate's matrix and the same 8 of up's, so that silu(gate x) * (up x) is in one
-// lane's registers. The result is laid out as pack_rows.cu does, for the product with w2.
+// GATED: each warp takes 8 rows of the gate's matrix and the same 8 rows of up's, so one lane's registers hold all that
+// silu(gate x) * (up x) needs. The result has the layout of pack_rows.cu, for the product with w2.
 //
-// Macros: those of weights.cuh; GATED; DENSE: 1 for one matrix, whose segments are full but for the last; STAGES.
+// Macros: those of weights.cuh.
+//   GATED: 1 for silu(gate x) * (up x).
+//   DENSE: 1 for a single matrix. All its segments but the last are full.
+//   STAGES: blocks of B in shared memory.
 #include "hopper.cuh"
 #include "weights.cuh"
 
-constexpr int ROWS = 256;                    // of a segment
-constexpr int HALF_BYTES = ROWS * 64 * 2;    // of 64 entries of a segment's rows
-constexpr int BLOCK_BYTES = 2 * HALF_BYTES;  // of 128 of them
+constexpr int ROWS = 256;                    // rows of a segment
+constexpr int HALF_BYTES = ROWS * 64 * 2;    // bytes of 64 entries of a segment's rows
+constexpr int BLOCK_BYTES = 2 * HALF_BYTES;  // bytes of 128 entries
 constexpr int NEIGHBOURS = 4;                // segments whose blocks run side by side, to share weights in L2
 
 struct Task {
@@ -26,12 +29,12 @@ struct Task {
   int inner, warp, lane;
 };
 
-// A lane's two rows of weights times the segment's rows.
+// Multiplies a lane's two rows of weights by the segment's rows.
 template <int COLUMNS>
 __device__ __forceinline__ void multiply(const Task &task, const Row &upper, const Row &lower, float *sums) {
   const int blocks = task.inner / 128;
   u32 a[2][16];
-  // Operands must not be what a load in flight writes, or ptxas has the products wait for one another.
+  // Operands must not be registers that a load in flight writes. Otherwise ptxas serializes the products.
   const u32 zero = FORMAT == BFLOAT16 ? u32(task.inner) >> 31 : 0;
   Stored above = upper.load(0), below = lower.load(0);
 #pragma unroll
@@ -42,7 +45,7 @@ __device__ __forceinline__ void multiply(const Task &task, const Row &upper, con
     wait(task.full + 8 * stage, block / STAGES & 1);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      // The products that read these registers are finished; the others', of the half before, go on.
+      // Now the products that read these registers are finished. Those of the half before still run.
       wait_for_products<1>();
       hold<16>(a[half]);
       if (half && block && task.lane == 0) arrive(task.empty + 8 * ((block - 1) % STAGES));
@@ -129,8 +132,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) long_segments(
   asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
 
 #if GATED
-  // The 64 results are the entries that one half of a block of w2's inner axis has; a warp's 8 are neighbours of one
-  // quarter, and in the order in which pairs of them become words.
+  // The 64 results are the entries of half a block of w2's inner axis. A warp's 8 are neighbours in one quarter, in the
+  // order in which pairs become words.
   const int block = tile / 2, half = tile % 2, part = warp / 4, of_quarter = warp % 4;
   const int order = NIBBLES ? group / 2 + 4 * (group % 2) : group;
   const u64 row = first + block * 128 + 32 * of_quarter + 16 * half + 8 * part + order;

@@ -1,16 +1,16 @@
-// Layer norm, and which experts its result goes to: logits, softmax, choice and weights.
+// LayerNorm, then the router: logits, softmax, the choice of experts and their weights.
 //
-// A block has TOKENS tokens, of which a thread normalizes 8 entries each. For the logits, tensor cores take 16 experts'
-// rows as operand A and the tokens as B; each warp has two stretches of 128 entries of the inner axis, and the warps'
-// sums meet in shared memory. Of a stretch, a lane has the entries 32 i + 8 (lane % 4) to + 7 for i from 0 to 3, in
-// both operands alike, since sums don't care for the order of their terms.
+// A block has TOKENS tokens. A thread normalizes 8 entries of each. For the logits, tensor cores take 16 experts' rows
+// as operand A and the tokens as B. Each warp has two stretches of 128 entries of the inner axis, and the warps' sums
+// meet in shared memory. Of a stretch, a lane has the entries 32 i + 8 (lane % 4) to + 7 for i from 0 to 3, in both
+// operands, since a sum may take its terms in any order.
 //
-// Where it is one token, half of the router's rows (all that registers can hold) are on their way to the multiprocessor
-// before the norm is known and the others to the second cache: the 200 KB take it 2 us to read, the norm takes 1.
+// For a single token, the router's rows are loaded before the norm is known, since reading them takes longer than the
+// norm. Half of them go to registers (all that fit), the other half to L2.
 //
-// Macros: WIDTH; EXPERTS, at most 32; TOP_K; TOKENS, at most 8; NORM, by what the chosen experts' weights are divided:
-// NONE, if all experts' add up to 1, the chosen ones' SUM, or their norm of any ORDER, whose powers are a fifth of the
-// code, which MLX hashes at each launch.
+// Macros: WIDTH; EXPERTS, at most 32; TOP_K; TOKENS, at most 8.
+//   NORM: the divisor of the chosen experts' weights. NONE divides by nothing, SUM by their sum, ORDER by their norm of
+//     any order. Only ORDER needs powers, which are a fifth of the code that MLX hashes at each launch.
 #include "common.cuh"
 
 #define NONE 0
@@ -18,11 +18,11 @@
 #define ORDER 2
 
 constexpr int WARPS = WIDTH / 256, TILES = (EXPERTS + 15) / 16;
-// Two tokens' rows start in different banks.
+// The padding lets two tokens' rows start in different banks of shared memory.
 constexpr int PITCH = WIDTH + 32;
 constexpr bool EARLY = TOKENS * TILES == 1;
 
-// Sums over the block's threads, known to all of them.
+// Sums over the block's threads. Every thread gets the result.
 __device__ __forceinline__ void add_up(float *sums, float (*of_warps)[TOKENS]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
@@ -35,7 +35,7 @@ __device__ __forceinline__ void add_up(float *sums, float (*of_warps)[TOKENS]) {
   for (int t = 0; t < TOKENS; t++) sums[t] = warp_sum(lane < WARPS ? of_warps[lane][t] : 0.f);
 }
 
-// Where a warp's stretch (0 or 1) begins in the row of an expert, of 16: lane / 4, or that and 8.
+// The start of a warp's stretch (0 or 1) in the row of expert lane / 4 (`half` 0) or lane / 4 + 8 (1) of a tile of 16.
 __device__ __forceinline__ const u16 *place_of(const u16 *router, int tile, int half, int stretch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int expert = min(16 * tile + 8 * half + lane / 4, EXPERTS - 1);
@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
   const int first = blockIdx.x * TOKENS, entry = 8 * threadIdx.x;
 
   uint4 entries[TOKENS] = {}, rows[2][2][4], scale = {};
-  // Always, but without a branch the compiler puts the later loads behind the wait for the first.
+  // Always true. Without the branch, the compiler would issue the later loads only after the first has arrived.
   if (first < tokens) {
 #pragma unroll
     for (int t = 0; t < TOKENS; t++)
@@ -67,12 +67,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     scale = load16(weight + entry);
     if (EARLY) {
       load_experts(rows[0], router, 0, 0);
-      // Four lanes have the four lines of 128 bytes that they will load together.
+      // Four lanes prefetch the four lines of 128 bytes that they will load together.
       asm volatile("prefetch.global.L2 [%0];" ::"l"(place_of(router, 0, quarter / 2, 1) + 64 * (quarter % 2)));
     }
   }
 
-  // The mean first, and deviations from it second: it may be much larger than they are.
+  // The mean comes first and the deviations second, since the mean may be much larger than the deviations.
   float means[TOKENS], squares[TOKENS];
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) {
@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
   }
   __syncthreads();
 
-  // A warp has a token, a lane an expert.
+  // Each warp takes a token, each lane an expert.
   for (int t = warp; t < TOKENS && first + t < tokens; t += WARPS) {
     const int token = first + t;
     float logit = -__uint_as_float(0x7f800000);
@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
       for (int w = 0; w < WARPS; w++) logit += products[w][t][lane];
       logits[token * EXPERTS + lane] = logit;
     }
-    // By logits, since two of them can have the same probability in float32; of equal ones the first goes before.
+    // Ranked by logits, since two logits can give the same probability in float32. Of equal logits the first wins.
     int before = 0;
 #pragma unroll
     for (int other = 0; other < EXPERTS; other++) {
@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     const float norm = powf(warp_sum(chosen ? powf(odds, order) : 0), 1 / order);
 #endif
     const int place = __popc(__ballot_sync(~0u, chosen) & ((1u << lane) - 1));
-    // There are more than TOP_K where a logit is no number.
+    // If a logit is NaN, more than TOP_K are chosen.
     if (chosen && place < TOP_K) {
       top_experts[token * TOP_K + place] = lane;
       expert_weights[token * TOP_K + place] = float_to_bf16(odds / norm);

@@ -1,7 +1,7 @@
-"""The norm before the experts and the router behind it, in one kernel.
+"""The norm before the experts and the router after it, in one kernel.
 
-Decoding one token, stock operations take eight launches for it. Logits stay in float32 from the sum on, where stock
-ones are rounded to bfloat16, and the probabilities' order is that of the logits.
+Stock operations take eight launches for one token. Here logits stay in float32, while stock operations round them to
+bfloat16. The experts are chosen by their logits.
 """
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ _MULTIPROCESSORS = 132
 
 
 def fits(*, d_model: int, experts: int, dtype: mx.Dtype) -> bool:
-    """Whether the kernel has these sizes. A wider model's block would have too few registers for a thread."""
+    """Whether the kernel supports these sizes. A wider row would leave each thread too few registers."""
     return dtype == mx.bfloat16 and d_model % 256 == 0 and d_model <= 6144 and experts <= 32
 
 
@@ -36,24 +36,24 @@ def norm_router(
     """`layer_norm`, then `router` of its result.
 
     Args:
-        x: the residual stream, `[... d_model]`; each row is a token.
-        weight: of the norm.
+        x: the residual stream, `[... d_model]`, one row per token.
+        weight: the norm's weight.
         router: `[expert d_model]`.
-        eps: of the norm.
+        eps: the norm's epsilon.
         top_k: how many experts to choose.
-        order: of the norm that the chosen experts' weights are divided by; nothing is, if `None`.
+        order: the p of the p-norm that divides the chosen experts' weights; `None` means no division.
 
     Returns:
         normed: `[tokens d_model]`.
-        expert_weights: `[tokens + 1, top_k]`; the last row is anything, and is there because of arrays of up to 8 bytes
-            (`dbrx_fn.model.positions.Slots`).
+        expert_weights: `[tokens + 1, top_k]`. The last row is undefined; it keeps a small array in the GPU's memory
+            (`starts` in `dbrx_fn.model.positions.Slots`).
         logits: float32 `[tokens expert]`.
         top_experts: uint32 `[tokens top_k]`, ascending.
     """
     d_model = x.shape[-1]
     tokens = x.size // d_model
     experts = router.shape[0]
-    # Two of them share a block's reading of the router as soon as there are blocks for all multiprocessors.
+    # Two tokens share one read of the router, if there are blocks enough for all multiprocessors.
     together = 1 if tokens <= _MULTIPROCESSORS else 2
     defines: dict[str, int | str] = {
         "WIDTH": d_model,

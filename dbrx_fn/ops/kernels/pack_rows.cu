@@ -1,13 +1,12 @@
-// Rows in the order in which long_segments.cu has them copied: for each segment of 256 rows and each block of 128
-// entries, two halves of 256 x 64 bfloat16 numbers, permuted as weights.cuh says and swizzled as tensor cores read
-// shared memory.
+// Packs rows for long_segments.cu. Each segment of 256 rows and each block of 128 entries becomes two halves of 256 x
+// 64 bfloat16 numbers. They are permuted as in weights.cuh, and swizzled as tensor cores read shared memory.
 //
-// Macros: those of weights.cuh, of the weights to come; DENSE: 1 if a segment's rows are just the next of x.
+// Macros: those of weights.cuh, for the product's weights; DENSE: 1 if a segment's rows are the next 256 rows of x.
 #include "weights.cuh"
 
 constexpr int ROWS = 256;
 
-// A thread has 8 neighbouring entries of each of a block's quarters: four chunks of 16 bytes.
+// A thread takes 8 neighbouring entries of each quarter of a block: four chunks of 16 bytes.
 extern "C" __global__ void __launch_bounds__(256) pack_rows(
     const u16 *x,
 #if !DENSE

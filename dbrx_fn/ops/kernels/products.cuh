@@ -1,17 +1,22 @@
-// The inner loop of products whose bound is the weights' bytes: few rows of activations by some rows of a matrix.
+// The inner loop of products that are bound by reading weights: few rows of activations times some rows of a matrix.
 //
-// A block's warps share the inner axis: warp w takes DEPTH blocks of 128 entries from DEPTH w on, then from
-// DEPTH (w + WARPS) on, and so on, so that together they read long stretches, and their sums meet in shared memory. (A
-// stretch for each warp takes half as long again.) Weights are tensor cores' operand A, of 16 rows, activations operand
-// B, of 8: a lane's sums 0 and 1 are of the upper 8 rows, 2 and 3 of the lower ones, and of the activations' rows
-// 2 (lane % 4) and the next.
+// A block's warps share the inner axis. Warp w takes DEPTH blocks of 128 entries from block DEPTH w on, then from block
+// DEPTH (w + WARPS) on, and so on. Together the warps read long stretches, and their sums meet in shared memory. (One
+// contiguous stretch per warp is slower: docs/performance.md, section 4.)
 //
-// Macros: those of weights.cuh; WARPS; TALL, times 16 rows of the matrix; DEPTH, which divides the inner axis' blocks;
-// TILES, of 8 rows of activations.
+// Weights are operand A of the tensor cores, of 16 rows. Activations are operand B, of 8 rows. A lane's sums 0 and 1
+// belong to the upper 8 rows of A, sums 2 and 3 to the lower 8. Sums 0 and 2 belong to row 2 (lane % 4) of the
+// activations, sums 1 and 3 to the row after it.
+//
+// Macros: those of weights.cuh.
+//   WARPS: warps per block.
+//   TALL: a warp's rows of the matrix, in units of 16.
+//   DEPTH: blocks of the inner axis per round. It divides their number.
+//   TILES: rows of activations, in units of 8.
 #pragma once
 #include "weights.cuh"
 
-// Activations in global memory, at the lane's entries of a block.
+// Activations in global memory. The addresses are those of the lane's entries of a block.
 struct Rows {
   const u16 *rows[TILES];
   __device__ __forceinline__ uint4 load(int tile, int at) const { return load16(rows[tile] + at); }
@@ -21,8 +26,9 @@ struct Rows {
   }
 };
 
-// Adds to a warp's sums the products of its blocks from `block` on, where `matrix` (`load(next, tall, half)`: a block of
-// the lane's upper or lower row) and `x` (`load(tile, at)`) stand; returns the block that would be next, behind the end.
+// Adds to a warp's sums the products of its blocks from `block` on. `matrix` and `x` already point to that block.
+// `matrix.load(next, tall, half)` loads a block of the lane's upper (`half` 0) or lower row, `x.load(tile, at)` its
+// activations. Returns the warp's next block, which lies behind the end.
 template <class Matrix, class Activations>
 __device__ __forceinline__ int add_products(float (*sums)[TALL][4], Matrix matrix, Activations x, int block, int blocks) {
   for (; block < blocks; block += WARPS * DEPTH) {
@@ -60,10 +66,10 @@ __device__ __forceinline__ int add_products(float (*sums)[TALL][4], Matrix matri
   return block;
 }
 
-// Sums of all warps, one place for each of a lane's.
+// The sums of all warps, with one place for each of a lane's sums.
 struct Partial {
   float of_warps[WARPS][TILES][TALL][4][32];
-  // The block has to wait after it.
+  // The block must synchronize afterwards.
   __device__ __forceinline__ void put(const float (*sums)[TALL][4]) {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)

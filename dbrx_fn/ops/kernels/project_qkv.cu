@@ -1,17 +1,19 @@
-// Attention's first steps, for one token of each of a few sequences: norm, projection, clamp, RoPE, heads apart.
+// Queries, keys and values of one token of each of a few sequences: norm, projection, clamp, RoPE, split into heads.
 //
-// A block computes 8 pairs of entries, i and i + HEAD_DIM / 2 of a head, which turn together: they are the upper and
-// the lower rows of a product. Where there is a single token, each block normalizes it again for itself.
+// A block computes 8 pairs of a head's entries i and i + HEAD_DIM / 2, which RoPE rotates together. They are the upper
+// and the lower rows of a product. A single token is normalized by each block again.
 //
-// Macros: those of products.cuh, but TALL and DEPTH; BLOCKS, on a multiprocessor; HEAD_DIM; NORM_WIDTH: 0, or d_model,
-// and then x is a single row, which is normalized first.
+// Macros: those of products.cuh except TALL and DEPTH.
+//   BLOCKS: blocks per multiprocessor.
+//   HEAD_DIM: entries per head.
+//   NORM_WIDTH: d_model if x is a single row, which is normalized first; else 0.
 #define TALL 1
 #define DEPTH 1
 #include "products.cuh"
 
 constexpr int HALF = HEAD_DIM / 2, PARTS = HALF / 8;
 
-// Where a lane's rows of the matrix are, 8 of a head's first half and their partners.
+// The addresses of a lane's rows of the matrix: one of 8 in a head's first half, and its partner.
 struct PairedRows {
   Row row;
   int inner;
@@ -24,14 +26,14 @@ struct PairedRows {
 #if NORM_WIDTH
 constexpr int CHUNKS = (NORM_WIDTH / 8 + 32 * WARPS - 1) / (32 * WARPS);
 
-// The token, in shared memory, at the lane's entries of a block.
+// The normalized token in shared memory. The address is that of the lane's entries of a block.
 struct NormedRow {
   const u16 *row;
   __device__ __forceinline__ uint4 load(int tile, int at) const { return *(const uint4 *)(row + at); }
   __device__ __forceinline__ void advance(int blocks) { row += 128 * blocks; }
 };
 
-// As layer_norm.cu, with several runs of 8 entries a thread.
+// The norm of layer_norm.cu, with several runs of 8 entries per thread.
 __device__ __forceinline__ void normalize(const u16 *x, const u16 *weight, u16 *normed, float eps) {
   __shared__ float parts[2][32];
   uint4 entries[CHUNKS], factors[CHUNKS];
@@ -75,12 +77,11 @@ __device__ __forceinline__ void normalize(const u16 *x, const u16 *weight, u16 *
 }
 #endif
 
-// Not fminf and fmaxf, which would make a number of what is none.
+// Keeps NaN, which fminf and fmaxf would replace by a number.
 __device__ __forceinline__ float clamp(float x, float clip) { return x > clip ? clip : x < -clip ? -clip : x; }
 
-// Less full turns, whose length is taken in three parts. From -pi to pi the fast sine and cosine are right to 5e-7.
-// sincosf, which is ready for any angle, would be four times as long, with branches; up to angles of 1e5 the remainder
-// here is as good as there.
+// The angle modulo 2 pi, with 2 pi in three parts. From -pi to pi the fast sine and cosine are exact to 5e-7. sincosf
+// handles every angle, but is four times as long and has branches. Up to angles of 1e5 this remainder is as exact.
 __device__ __forceinline__ float within_turn(float angle) {
   const float turns = rintf(angle * 0.15915494f);
   angle = fmaf(turns, -6.2831850051879884f, angle);
@@ -103,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) project_qkv(
   rows.advance(warp);
 
   if (threadIdx.x < 8 * TILES) positions[threadIdx.x] = offsets[min(first_token + int(threadIdx.x), tokens - 1)];
-  // By another warp, which waits at the same time.
+  // Another warp loads these at the same time.
   if (warp == 1 && threadIdx.x % 32 < 8) frequencies[threadIdx.x % 32] = inverse_frequencies[pair + threadIdx.x % 32];
 #if NORM_WIDTH
   __shared__ __align__(16) u16 normed[NORM_WIDTH];
@@ -129,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) project_qkv(
     float second = clamp(partial.total(tile, 0, entry + 2, of), clip);
     const bool turned = head < n_heads + kv_n_heads;
     if (turned) {
-      // As layers/rotary.py has it, rounded to float32: at a position of 30,000 that turns by up to 1e-3.
+      // Rounded to float32, as in layers/rotary.py. At position 30,000 the rounding changes the angle by up to 1e-3.
       const float angle = within_turn(__fmul_rn(positions[token - first_token], frequencies[of / 4]));
       const float cosine = __cosf(angle), sine = __sinf(angle), before = first;
       first = before * cosine - second * sine, second = before * sine + second * cosine;

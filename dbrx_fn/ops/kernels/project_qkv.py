@@ -1,6 +1,6 @@
-"""A token's queries, keys and values in one kernel: norm, projection, clamp, rotary embedding and the split into heads.
+"""Queries, keys and values in one kernel: norm, projection, clamp, rotary embedding and the split into heads.
 
-Stock operations take a launch for each of these and more, and the projection is not much longer than all of them.
+With stock operations each of these is a launch of its own, and together they take about as long as the projection.
 """
 
 import math
@@ -18,7 +18,7 @@ _WARPS = 8
 
 
 def fits(*, head_dim: int, dtype: mx.Dtype) -> bool:
-    """Whether the kernel has these sizes, if there is a kernel for the matrix at all."""
+    """Whether the kernel supports these sizes. Whether it supports the matrix is up to `linears.fits`."""
     return dtype == mx.bfloat16 and head_dim % 16 == 0
 
 
@@ -39,28 +39,28 @@ def project_qkv(
     BFloat16[mx.array, "batch {kv_n_heads} 1 {head_dim}"],
     BFloat16[mx.array, "batch {kv_n_heads} 1 {head_dim}"],
 ]:
-    """Queries, keys and values of each row's new token, clamped to ± `clip`, the first two turned.
+    """Queries, keys and values of each row's new token, clamped to ± `clip`. Queries and keys are rotated.
 
     Args:
-        weight: of the norm.
-        matrix: `Wqkv`: all heads of the queries, then of the keys, then of the values.
+        weight: the norm's weight.
+        matrix: `Wqkv`: all query heads, then the key heads, then the value heads.
         x: the residual stream, of few rows.
-        offsets: the token's position, of each row, and perhaps more numbers behind.
-        inverse_frequencies: of the rotary positions (`dbrx_fn.model.layers.rotary`).
-        eps: of the norm.
-        kv_n_heads: heads of keys, and of values; the others are queries'.
-        head_dim: entries of a head.
-        clip: none, if `None`.
+        offsets: the position of each row's token. More numbers may follow.
+        inverse_frequencies: of the rotary embedding (`dbrx_fn.model.layers.rotary`).
+        eps: the norm's epsilon.
+        kv_n_heads: number of key heads, and of value heads.
+        head_dim: entries per head.
+        clip: the bound of the clamp; `None` means no clamp.
     """
     batch, _, d_model = x.shape
     all_heads = matrix["weight"].shape[0] // head_dim
     n_heads = all_heads - 2 * kv_n_heads
-    # Several rows are normalized once, by a launch of their own: here each block would do it for all of them.
+    # A single row is normalized by every block again. Several rows are normalized once, in a launch of their own.
     alone = batch == 1
     rows = 8 if batch <= 8 else 16
     defines = format_defines(matrix, d_model) | {
         "WARPS": _WARPS,
-        # All at once, where there are registers for that.
+        # Four run all blocks at once, if there are registers for that.
         "BLOCKS": 4 if alone else 3,
         "TILES": rows // 8,
         "HEAD_DIM": head_dim,

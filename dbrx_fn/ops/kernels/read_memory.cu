@@ -1,9 +1,9 @@
-// Reads memory and does nothing else with it, again and again: what a machine can do at best.
+// Reads memory repeatedly and does nothing else, to measure the rate that a GPU reaches at best.
 //
-// Macros: THREADS of a block; AHEAD: how many loads of a thread are under way at once.
+// Macros: THREADS per block; AHEAD, the number of a thread's loads in flight.
 #include "common.cuh"
 
-// Through the second cache only, as what one kernel leaves in the first is gone in the next.
+// Loads through L2 only, since L1 keeps nothing from one kernel to the next.
 __device__ __forceinline__ uint4 load_past_first_cache(const void *address) {
   uint4 v;
   asm volatile("ld.global.cg.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"

@@ -1,6 +1,7 @@
-"""Reading memory and nothing else, to measure how fast that goes at best.
+"""A kernel that only reads memory, to measure the rate that a GPU reaches at best.
 
-A stock operation's reading is as fast as its kernel, and it can't read a small array again without another launch.
+Stock operations are no measure: they read only as fast as their kernels do, and need another launch to read an array
+again.
 """
 
 import mlx.core as mx
@@ -11,15 +12,15 @@ from dbrx_fn.runtime.compile import typed
 
 _THREADS = 256
 _BLOCKS = 8 * 132
-"""As many as run at once. With fewer, the next launch would run beside this one and find in the cache what it read."""
+"""As many blocks as run at once. With fewer, the next launch would run beside this one and share its cached data."""
 _AHEAD = 4
 WAVE = _BLOCKS * _THREADS * _AHEAD * 16
-"""Bytes that are read at once; arrays are a multiple of that."""
+"""Bytes that are read at once. Array sizes are multiples of this."""
 
 
 @typed
 def read_memory(data: UInt32[mx.array, " words"], times: int) -> UInt32[mx.array, " thread"]:
-    """Reads all of `data` so many times; returns the exclusive or of each thread's words, of all that it read."""
+    """Reads all of `data`, `times` times. Returns for each thread the exclusive or of the words that it read."""
     assert data.nbytes % WAVE == 0
     (out,) = launch(
         Kernel("read_memory", (("THREADS", _THREADS), ("AHEAD", _AHEAD))),

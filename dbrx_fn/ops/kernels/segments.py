@@ -1,10 +1,10 @@
 """Products of segments of rows with their experts' matrices, on Hopper GPUs.
 
-Two kernels: `short_segments`, where the weights' bytes are the bound, and `long_segments`, where arithmetic is. Both
-read weights as they are stored and make bfloat16 of them in registers, so a quantized matrix is never written out.
-Their sources say how. A plain matrix is one expert, of which slot n is row n.
+There are two kernels: `short_segments`, bound by reading the weights, and `long_segments`, bound by arithmetic. Both
+read weights as stored and convert them to bfloat16 in registers, so a dequantized matrix is never written to memory.
+The `.cu` files say how. A single matrix is treated as one expert, with row n in slot n.
 
-In a segment real rows come first, then padding, whose results are not written: they are anything.
+In a segment, real rows come first, then padding. Results of padding are not written, so they are undefined.
 """
 
 from dataclasses import dataclass
@@ -16,28 +16,28 @@ from dbrx_fn.ops.formats import Linear, Mode, format_of
 from dbrx_fn.ops.kernels.cuda_module import Kernel, launch
 
 LONG_ROWS = 256
-"""Rows of a long segment. Short ones have 8 or 16."""
+"""Rows per long segment. Short segments have 8 or 16."""
 MATRIX_ROWS = {"short": 16, "long": 128}
-"""What the rows of a matrix must be a multiple of; of gated ones half of it is enough."""
+"""The number of a matrix's rows must be a multiple of this. For gated matrices, half of it is enough."""
 INNER = 128
-"""What the inner axis must be a multiple of."""
+"""The inner axis must be a multiple of this."""
 
 _DENSE = 0
 _QUANTIZED: dict[tuple[Mode, int], int] = {("affine", 4): 1, ("affine", 8): 2, ("mxfp4", 4): 3}
-# Warps of a block, blocks on a multiprocessor, rows of a matrix that are enough blocks even of twice the height.
+# Warps per block; blocks per multiprocessor; rows of a matrix from which on blocks of twice the height are enough.
 _SHORT_WARPS, _SHORT_BLOCKS, _TALL_FROM = 8, 3, 16384
-# Shared memory: blocks of rows on their way, and the gated products of half a block on theirs out.
+# Shared memory: a pipeline of blocks of rows, and a buffer for the gated products of half a block.
 _STAGES, _STAGE_BYTES, _OUTGOING_BYTES = 3, LONG_ROWS * 256, LONG_ROWS * 128
 
 
 @dataclass(frozen=True)
 class Segments:
-    """What is where.
+    """The plan of `dbrx_fn.ops.dispatch`, as the kernels read it.
 
-    `slot_pairs`: int32 `[segments * rows]`, the (token, choice) pair in each slot; from `pairs` on it is padding.
-    `experts`: int32 or uint32, as many as there are segments.
-    `rows`: of a segment.
-    `pairs`: how many pairs there are, `top_k` for each token.
+    `slot_pairs`: int32 `[segments * rows]`, the (token, choice) pair in each slot. Padding has numbers from `pairs` on.
+    `experts`: int32 or uint32 `[segments]`, each segment's expert.
+    `rows`: number of rows per segment.
+    `pairs`: number of pairs, `top_k` for each token.
     """
 
     slot_pairs: mx.array
@@ -53,15 +53,15 @@ class Segments:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """What a kernel reads of it."""
+        """The arrays that a kernel reads."""
         return [self.slot_pairs, self.experts]
 
 
 def kernel_format(params: Linear, inner: int) -> tuple[int, int] | None:
-    """A matrix's FORMAT and GROUP as weights.cuh has them; `None` for those that it hasn't.
+    """A matrix's FORMAT and GROUP in weights.cuh, or `None` if weights.cuh doesn't support it.
 
     Raises:
-        CheckpointError: if the matrix is quantized in a way that isn't known.
+        CheckpointError: if the matrix has an unknown quantized format.
     """
     if "scales" not in params:
         return (_DENSE, INNER) if params["weight"].dtype == mx.bfloat16 else None
@@ -73,7 +73,7 @@ def kernel_format(params: Linear, inner: int) -> tuple[int, int] | None:
 
 
 def short_dense(x: mx.array, matrix: Linear, residual: mx.array | None = None) -> mx.array:
-    """Few rows times one matrix: `x` `[... inner]` to bfloat16 `[... outer]`, plus `residual` if there is one."""
+    """Few rows times one matrix: `x` `[... inner]` to bfloat16 `[... outer]`, plus `residual` if given."""
     inner, outer = x.shape[-1], matrix["weight"].shape[-2]
     tokens = x.size // inner
     rows = 8 if tokens <= 8 else 16
@@ -89,7 +89,7 @@ def short_dense(x: mx.array, matrix: Linear, residual: mx.array | None = None) -
 
 
 def short_gated(x: mx.array, gate: Linear, up: Linear, segments: Segments) -> mx.array:
-    """`silu(gate x) * (up x)` by each slot's expert: tokens `x` `[tokens inner]` to bfloat16 `[slots outer]`."""
+    """`silu(gate x) * (up x)` for each slot's expert: tokens `x` `[tokens inner]` to bfloat16 `[slots outer]`."""
     return _short_segments(
         [x, *leaves(gate, up), *segments.arrays],
         (segments.count * segments.rows, gate["weight"].shape[-2]),
@@ -116,14 +116,14 @@ def short_slots(x: mx.array, matrix: Linear, segments: Segments) -> mx.array:
 def short_mixed(
     x: mx.array, matrix: Linear, segments: Segments, expert_weights: mx.array, residual: mx.array | None = None
 ) -> mx.array:
-    """`short_slots` of a single token, each of whose choices has a segment, weighted and added up.
+    """The weighted sum of `short_slots` over the choices of a single token.
 
     Args:
         x: bfloat16 `[slots inner]`.
         matrix: the experts' matrices.
         segments: one for each choice.
-        expert_weights: how much each choice counts.
-        residual: added to the sum, which then has its shape; `[1 outer]` without.
+        expert_weights: the weight of each choice.
+        residual: added to the sum. The result has its shape, or `[1 outer]` without one.
     """
     outer = matrix["weight"].shape[-2]
     return _short_segments(
@@ -154,28 +154,28 @@ def _short_segments(
     mixed: bool = False,
     residual: bool = False,
 ) -> mx.array:
-    """One launch of short_segments.cu, whose macros the options are.
+    """One launch of short_segments.cu. The options become its macros.
 
     Args:
-        arrays: what it reads, in its order.
-        shape: of what it writes.
+        arrays: the inputs, in the kernel's order.
+        shape: the result's shape.
         matrix: one of the matrices, for their format.
-        source: what the rows of activations are.
-        sizes: number of segments, rows of one, inner and outer width.
-        scalars: the number of pairs (or tokens), and of choices to a token.
+        source: how slots map to rows of activations.
+        sizes: number of segments, rows per segment, inner and outer width.
+        scalars: the number of pairs (or tokens), and of choices per token.
         gated: whether there are two matrices, gate and up.
-        mixed: whether the segments' products are weighted and added up.
-        residual: whether there is something to add to.
+        mixed: whether the segments' products are weighted and summed.
+        residual: whether a residual is added.
     """
     count, rows, inner, outer = sizes
     height = 8 if gated else 16
     defines = format_defines(matrix, inner)
-    # Of 4 bits, a warp that has twice as many rows on their way is 1 to 3% faster, if there are enough for all
-    # multiprocessors; wider entries or 16 rows of x leave it no registers for that (docs/performance.md, section 4).
+    # For 4 bits, a warp is faster with twice as many rows in flight, if there are enough rows for all multiprocessors.
+    # Wider entries or 16 rows of x leave too few registers for that (docs/performance.md, section 4).
     four_bits = defines["FORMAT"] in (_QUANTIZED["affine", 4], _QUANTIZED["mxfp4", 4])
     enough = outer % (2 * height) == 0 and outer * count >= _TALL_FROM
     tall = 2 if four_bits and enough and rows == 8 and not mixed else 1
-    # Mixed experts' blocks are too few for that, so there a warp has twice as long rows on their way: 56 us for 61.
+    # Mixed experts have too few blocks for that. There a warp has twice as long rows in flight instead.
     depth = 2 if four_bits and mixed and inner % (2 * INNER) == 0 else 1
     defines |= {
         "WARPS": _SHORT_WARPS,
@@ -199,12 +199,12 @@ def _short_segments(
 
 
 def pack_rows(x: mx.array, matrix: Linear, segments: Segments | None = None) -> mx.array:
-    """Rows as `long_segments` wants them: bfloat16 `[segments * 256 inner]`, permuted in a way of its own.
+    """Permutes rows into the layout that `long_segments` reads: bfloat16 `[segments * 256 inner]` (pack_rows.cu).
 
     Args:
         x: bfloat16 `[tokens inner]`.
-        matrix: by which they will be multiplied; its format decides on the order.
-        segments: which row goes to which expert; none for a plain matrix.
+        matrix: the matrix of the product. Its format determines the order.
+        segments: each row's expert; `None` for a single matrix.
     """
     tokens, inner = x.shape
     defines = format_defines(matrix, inner) | {"DENSE": int(segments is None)}
@@ -222,13 +222,13 @@ def pack_rows(x: mx.array, matrix: Linear, segments: Segments | None = None) -> 
 def long_segments(
     packed: mx.array, *matrices: Linear, segments: Segments | None = None, tokens: int | None = None
 ) -> mx.array:
-    """Packed rows times their matrix: bfloat16 `[slots outer]`, or packed for another product if gated.
+    """Packed rows times their matrices, as bfloat16 `[slots outer]`. A gated result is packed for another product.
 
     Args:
-        packed: what `pack_rows` made, or a gated product.
-        matrices: one, or gate and up: then it is `silu(gate x) * (up x)`.
-        segments: which row goes to which expert; none for a plain matrix.
-        tokens: how many of the rows are real, for a plain matrix; its result has only those.
+        packed: rows from `pack_rows`, or a gated product.
+        matrices: one matrix; or gate and up, for `silu(gate x) * (up x)`.
+        segments: each row's expert; `None` for a single matrix.
+        tokens: for a single matrix, the number of real rows. The result has only these.
     """
     slots, inner = packed.shape
     outer, gated = matrices[0]["weight"].shape[-2], len(matrices) == 2
@@ -250,13 +250,13 @@ def long_segments(
 
 
 def leaves(*matrices: Linear) -> list[mx.array]:
-    """Arrays of matrices, in the order of weights.cuh's MATRIX."""
+    """The arrays of matrices, in the order of MATRIX in weights.cuh."""
     parts = ((matrix["weight"], matrix.get("scales"), matrix.get("biases")) for matrix in matrices)
     return [leaf for leaves in parts for leaf in leaves if leaf is not None]
 
 
 def format_defines(matrix: Linear, inner: int) -> dict[str, int | str]:
-    """The macros of weights.cuh, for a matrix that has a kernel."""
+    """The macros of weights.cuh for a matrix that it supports."""
     known = kernel_format(matrix, inner)
     assert known is not None
     return dict(zip(("FORMAT", "GROUP"), known, strict=True))

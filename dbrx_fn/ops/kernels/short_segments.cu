@@ -1,14 +1,18 @@
-// Segments of few rows times their expert's matrix: what decoding does. The weights' bytes are the bound.
+// Segments of few rows times their expert's matrix, as in decoding. Reading the weights is the bound.
 //
-// A block computes 16 TALL rows of the matrix (half as many of each of two, where they are gated) for one segment.
+// A block computes 16 TALL rows of the matrix for one segment. If gated, it computes 8 TALL rows of each of the two
+// matrices.
 //
-// MIXED: the segments are a token's choices, a row each. A block takes all of them in turn, and what the experts say is
-// weighed and added up before it leaves the registers. The residual is the token's.
+// MIXED: the segments are one token's choices, with one row each. A block takes all of them in turn, and sums the
+// experts' weighted outputs in registers. The residual is the token's.
 //
-// Macros: those of products.cuh, whose TILES are a segment's; BLOCKS, on a multiprocessor; GATED: 1 for
-// silu(gate x) * (up x); SOURCE: whose rows of x a segment's slots are: DENSE (their own number), TOKENS
-// (slot_pairs / top_k) or SLOTS (their own, where slot_pairs says that they aren't padding); MIXED: how many choices,
-// or 0; RESIDUAL: 1 to add one.
+// Macros: those of products.cuh, with a segment's TILES.
+//   BLOCKS: blocks per multiprocessor.
+//   GATED: 1 for silu(gate x) * (up x).
+//   SOURCE: the row of x for a slot: DENSE (the slot's number), TOKENS (slot_pairs / top_k), or SLOTS (the slot's
+//     number, if slot_pairs doesn't mark it as padding).
+//   MIXED: the number of choices, or 0.
+//   RESIDUAL: 1 to add a residual.
 #include "products.cuh"
 
 #define DENSE 0
@@ -17,7 +21,7 @@
 
 constexpr int ROWS = 8 * TILES, HEIGHT = (GATED ? 8 : 16) * TALL, STEP = GATED ? 8 : 16;
 
-// Where a lane's rows of the matrix are, the upper 8 and the lower ones.
+// The addresses of a lane's rows of the matrix, among the upper 8 and the lower 8.
 struct MatrixRows {
 #if GATED
   Row gate, up;
@@ -59,9 +63,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) short_segments(
   __shared__ Partial partial;
   const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
 
-  // Adds a segment's products to sums; takes and returns a block as add_products does.
+  // Adds a segment's products to `sums`. Takes and returns a block, as add_products does.
   const auto add_segment = [&](float (*sums)[TALL][4], int segment, int block) {
-    // What stands in for a row of padding is any other one: a column of the product is a matter of its row alone.
+    // Any other row may stand in for padding, since a column of the product depends on its own row only.
     Rows rows;
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
@@ -91,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) short_segments(
 
   float sums[TILES][TALL][4] = {};
 #if RESIDUAL
-  // Loaded here, it comes along with the weights; at the end everything would wait for it.
+  // The load here overlaps those of the weights. At the end everything would wait for it.
   if (warp == 0)
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
@@ -106,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) short_segments(
 #endif
 #if MIXED
   constexpr int segment = 0;
-  // Warps go on in the next segment where they are, so that all have as many blocks.
+  // Warps continue in the next segment where they stopped, so all get equally many blocks.
   for (int choice = 0, block = DEPTH * warp; choice < MIXED; choice++) {
     float said[TILES][TALL][4] = {};
     block = add_segment(said, choice, block) - inner / 128;

@@ -1,13 +1,13 @@
-// Rows of a weight matrix as operands of tensor cores: bfloat16, or integers that become bfloat16 in registers.
+// Rows of a weight matrix as operands of tensor cores: bfloat16, or integers that are converted to it in registers.
 //
-// Tensor cores multiply 16 entries of the inner axis at a time, of which the lane with `quarter` = lane % 4 holds the
-// entries {2 quarter, 2 quarter + 1} and {8 + 2 quarter, 8 + 2 quarter + 1}. Sums don't care for the order of their
-// terms. So a lane reads 32 neighbouring entries of a block of 128 at once, 16 bytes of 4 bits, and the block's 8 steps
-// take them as they lie; the activations are put in the same order. Step j has the lane's entries
+// Tensor cores multiply 16 entries of the inner axis per step. The lane with `quarter` = lane % 4 holds the entries
+// {2 quarter, 2 quarter + 1} and {8 + 2 quarter, 8 + 2 quarter + 1}. A sum may take its terms in any order. So a lane
+// reads 32 neighbouring entries of a block of 128 at once (16 bytes, for 4 bits), and the block's 8 steps use them in
+// stored order. The activations are permuted to match. Step j has the lane's entries
 //     FORMAT 4 bits:  o, o + 4 and o + 1, o + 5 with o = 8 (j / 2) + 2 (j % 2), which lie 16 bits apart in a word,
 //     else:           4j, 4j + 1 and 4j + 2, 4j + 3.
 //
-// Macros: FORMAT, and GROUP, the entries that share a scale.
+// Macros: FORMAT; GROUP, the number of entries that share a scale.
 #pragma once
 #include "common.cuh"
 
@@ -65,7 +65,7 @@ struct Stored {
 #endif
 };
 
-// A scale, of which the next blocks' are near: they are fetched along.
+// Loads a scale. The next blocks' scales are near, so 256 bytes are fetched.
 __device__ __forceinline__ u16 load_scale(const u16 *address) {
   u16 scale;
   asm volatile("ld.global.nc.L2::256B.u16 %0, [%1];" : "=h"(scale) : "l"(address));
@@ -77,7 +77,7 @@ __device__ __forceinline__ u16 load_scale(const u8 *address) {
   return scale;
 }
 
-// Where a lane reads one row of the matrix.
+// The address at which a lane reads one row of the matrix.
 struct Row {
   const u8 *weight;
 #if FORMAT == BFLOAT16
@@ -96,7 +96,7 @@ struct Row {
         biases(biases + row * (inner / GROUP) + 32 * quarter / GROUP) {}
 #endif
 
-  // Goes on by so many blocks.
+  // Moves forward by `blocks` blocks.
   __device__ __forceinline__ void advance(int blocks) {
     weight += blocks * BYTES_OF_BLOCK;
 #if FORMAT != BFLOAT16
@@ -107,14 +107,14 @@ struct Row {
 #endif
   }
 
-  // A block of this row, or of one so many below.
+  // Loads a block of this row, or of the row `below` rows further down.
   __device__ __forceinline__ Stored load(int block, int below = 0, int inner = 0) const {
     Stored stored;
     const u32 at = (block + below * (inner / 128)) * BYTES_OF_BLOCK;
 #pragma unroll
     for (int i = 0; i < BYTES_OF_BLOCK / 64; i++) stored.words[i] = stream16(weight + at + 16 * i);
 #if FORMAT != BFLOAT16
-    // Groups of 128 and less divide a block, and 32 divides a group.
+    // A group of up to 128 entries divides a block, and a lane's 32 entries divide a group.
     const u32 group = block * (128 / GROUP) + below * (inner / GROUP);
     stored.scale = load_scale(scales + group);
 #endif
@@ -130,33 +130,34 @@ __device__ __forceinline__ u32 word_of(const uint4 *words, int i) {
   return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
 }
 
-// Two bfloat16 entries of a step: the first two of its four (`half` 0) or the others; step and half must be constants.
+// Two bfloat16 entries of a step: the first two of its four (`half` 0), or the last two (1). `step` and `half` must be
+// constants.
 __device__ __forceinline__ u32 weights_of(const Stored &stored, int step, int half) {
 #if FORMAT == BFLOAT16
   return word_of(stored.words, 2 * step + half);
 #elif FORMAT == AFFINE4
-  // 0x4300 is 128 in bfloat16, whose lowest bit is worth 1: with a nibble in it, it is 128 and the nibble.
+  // 0x4300 is 128 in bfloat16, where the lowest bit is worth 1. With a nibble in its low bits, it is 128 + nibble.
   u32 integers = and_or<0x000f000f, 0x43004300>(word_of(stored.words, step / 2) >> (4 * (2 * (step % 2) + half)));
   return multiply_add(subtract(integers, 0x43004300), twice(stored.scale), twice(stored.bias));
 #elif FORMAT == AFFINE8
-  // 0x4b000000 is 2^23 in float32, whose lowest bit is worth 1. bfloat16 holds every byte exactly.
+  // 0x4b000000 is 2^23 in float32, where the lowest bit is worth 1. bfloat16 represents every byte exactly.
   u32 word = word_of(stored.words, step);
   float low = __uint_as_float(__byte_perm(word, 0x4b000000, half ? 0x7442 : 0x7440)) - 8388608.f;
   float high = __uint_as_float(__byte_perm(word, 0x4b000000, half ? 0x7443 : 0x7441)) - 8388608.f;
   return multiply_add(pack_bf16(low, high), twice(stored.scale), twice(stored.bias));
 #elif FORMAT == MXFP4
-  // Sign, two bits of exponent and one of mantissa, put where bfloat16 has them, are the number times 2^-126.
+  // Sign, two exponent bits and one mantissa bit, moved to bfloat16's places, give the number times 2^-126.
   int place = 4 * (2 * (step % 2) + half);
   u32 word = word_of(stored.words, step / 2);
   u32 magnitude = (place <= 6 ? word << (6 - place) : word >> (place - 6)) & 0x01c001c0;
   u32 number = magnitude | ((word << (12 - place)) & 0x80008000);
-  // A scale is an exponent; that of 2^-127 is below bfloat16's normal numbers.
+  // A scale is an exponent. 2^-127 needs a case of its own, since it is below bfloat16's normal numbers.
   u16 scale = stored.scale ? stored.scale << 7 : 0x0040;
   return multiply(multiply(number, 0x7e807e80), twice(scale));
 #endif
 }
 
-// The two activations that meet them, from a lane's 32 entries of a row.
+// The two activations that multiply `weights_of(stored, step, half)`, from a lane's 32 entries of a row.
 __device__ __forceinline__ u32 activations_of(const uint4 *entries, int step, int half) {
 #if NIBBLES
   const uint4 &eight = entries[step / 2];
