@@ -13,7 +13,10 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 INSTALL = ["-e", "."] if sys.platform == "darwin" else ["-e", ".[cpu]"]
 # What a BLAS could round into another result.
 EXACT = [
-    *(f"tests/model/test_{name}.py" for name in ("cache", "forward", "ids", "layers", "moe", "quantization")),
+    *(
+        f"tests/model/test_{name}.py"
+        for name in ("cache", "forward", "ids", "layers", "moe", "quantization", "row_independence")
+    ),
     "tests/training",
     "tests/runs/test_train_resume.py",
     "tests/checkpoints/test_exactness.py",

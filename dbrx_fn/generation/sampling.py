@@ -24,11 +24,11 @@ Logits = Float32[mx.array, "batch vocab"]
 Number = Float32[mx.array, ""]
 Key = UInt32[mx.array, "2"]
 
-_COLDEST = 1e-6
+COLDEST = 1e-6
 """Below this temperature a division may leave float32, where all positive logits would then be equal."""
 
-_LARGEST, _STRONGEST = 1e20, 1e6
-"""What is added to logits, and what multiplies them, at most: so they stay float32s, divided by `_COLDEST` too."""
+LARGEST, _STRONGEST = 1e20, 1e6
+"""What is added to logits, and what multiplies them, at most: so they stay float32s, divided by `COLDEST` too."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class Sampling:
             )
         object.__setattr__(self, "logit_bias", tuple((int(token), float(bias)) for token, bias in self.logit_bias))
         for name, lowest, highest, expected in (
-            ("temperature", 0, _LARGEST, f"from 0 to {_LARGEST:g}"),
+            ("temperature", 0, LARGEST, f"from 0 to {LARGEST:g}"),
             ("top_k", 0, math.inf, "0 (all tokens) or a positive integer"),
             ("top_p", math.nextafter(0, 1), 1, "above 0 and at most 1"),
             ("min_p", 0, 1, "from 0 to 1"),
             ("repetition_penalty", 1 / _STRONGEST, _STRONGEST, f"from {1 / _STRONGEST:g} to {_STRONGEST:g}"),
-            ("presence_penalty", -_LARGEST, _LARGEST, f"from {-_LARGEST:g} to {_LARGEST:g}"),
-            ("frequency_penalty", -_LARGEST, _LARGEST, f"from {-_LARGEST:g} to {_LARGEST:g}"),
+            ("presence_penalty", -LARGEST, LARGEST, f"from {-LARGEST:g} to {LARGEST:g}"),
+            ("frequency_penalty", -LARGEST, LARGEST, f"from {-LARGEST:g} to {LARGEST:g}"),
         ):
             if not lowest <= getattr(self, name) <= highest:
                 raise InputError(f"{name} is {getattr(self, name)!r} where it must be {expected}.")
@@ -180,14 +180,14 @@ class _Numbers(TypedDict):
 def _numbers(sampling: Sampling) -> _Numbers:
     tokens, biases = zip(*sampling.logit_bias, strict=True) if sampling.logit_bias else (None, None)
     return {
-        "temperature": mx.array(max(sampling.temperature, _COLDEST), mx.float32),
+        "temperature": mx.array(max(sampling.temperature, COLDEST), mx.float32),
         "top_p": mx.array(sampling.top_p, mx.float32),
         "min_p": mx.array(sampling.min_p, mx.float32),
         "repetition_penalty": mx.array(sampling.repetition_penalty, mx.float32),
         "presence_penalty": mx.array(sampling.presence_penalty, mx.float32),
         "frequency_penalty": mx.array(sampling.frequency_penalty, mx.float32),
         "biased_tokens": None if tokens is None else mx.array(tokens, mx.int32),
-        "biases": None if biases is None else mx.array([min(bias, _LARGEST) for bias in biases], mx.float32),
+        "biases": None if biases is None else mx.array([min(bias, LARGEST) for bias in biases], mx.float32),
     }
 
 

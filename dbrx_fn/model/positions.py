@@ -41,8 +41,13 @@ class Positions(TypedDict):
     slots: Slots | None
 
 
-def positions_of(time: int, lengths: tuple[int, ...], cache: Cache | None, config: LayerConfig) -> Positions:
-    """The positions of `time` tokens per row after those in `cache`. The first `lengths` are real, the rest padding."""
+def positions_of(
+    time: int, lengths: tuple[int, ...], cache: Cache | None, config: LayerConfig, *, whole_cache: bool = False
+) -> Positions:
+    """The positions of `time` tokens per row after those in `cache`. The first `lengths` are real, the rest padding.
+
+    With `whole_cache` tokens attend over the whole capacity, masked, instead of a span that holds the longest row.
+    """
     if cache is None:
         cosines, sines = turns(
             mx.arange(time, dtype=mx.int32)[None], head_dim=config.head_dim, theta=config.attn.rope_theta
@@ -54,7 +59,7 @@ def positions_of(time: int, lengths: tuple[int, ...], cache: Cache | None, confi
         mx.array(lengths, mx.int32),
         time=time,
         capacity=cache.capacity,
-        attended=attended(time, last, cache.capacity),
+        attended=cache.capacity if whole_cache else attended(time, last, cache.capacity),
         wraps=last > cache.capacity,
         config=config,
     )

@@ -39,6 +39,7 @@ def forward(
     lengths: Sequence[int] | None = None,
     last_only: bool = False,
     chunk_size: int = CHUNK_SIZE,
+    whole_cache: bool = False,
 ) -> tuple[mx.array, Cache]:
     """Logits of the next token after each of `tokens`, which continue the sequences in `cache`.
 
@@ -55,6 +56,8 @@ def forward(
         last_only: only compute the logits of each row's last real token. A row of length 0 gets meaningless ones.
         chunk_size: at most this many tokens of each row are computed at once, which bounds memory. A cache of capacity
             0 takes everything at once.
+        whole_cache: attend over the whole capacity instead of a span that holds the longest row. A row's bits then
+            don't depend on how long the other rows are (`docs/exactness.md`).
 
     Returns:
         logits: `[batch time vocab]`, or `[batch 1 vocab]` with `last_only`, in `config.dtype`.
@@ -73,7 +76,8 @@ def forward(
     last, start = None, 0
     for width in chunks:
         real = tuple(max(0, min(length - start, width)) for length in real_lengths)
-        x, held, _ = run_layers(params, tokens[:, start : start + width], real, held, config=config)
+        chunk = tokens[:, start : start + width]
+        x, held, _ = run_layers(params, chunk, real, held, config=config, whole_cache=whole_cache)
         if last_only:
             last = pick_last(x, mx.array(real, mx.int32), last)
         else:
@@ -140,6 +144,7 @@ def run_layers(
     *,
     config: LayerConfig,
     recompute: bool = False,
+    whole_cache: bool = False,
 ) -> tuple[Stream, Cache | None, list[Routing]]:
     """Embeds tokens and runs them through every block.
 
@@ -151,6 +156,7 @@ def run_layers(
         jitter_key: for the routers' jitter. No jitter, if not given.
         config: sizes and constants.
         recompute: gradient checkpointing, as in `score`.
+        whole_cache: attend over the whole capacity, as in `forward`.
 
     Returns:
         The residual stream after the last block, its time axis padded to a bucket; the cache with the new tokens; each
@@ -160,7 +166,7 @@ def run_layers(
     given = tokens.shape[1]
     time = time_bucket(given, 0 if cache is None else cache.capacity)
     tokens = mx.pad(tokens, [(0, 0), (0, time - given)])
-    positions = positions_of(time, lengths, cache, config)
+    positions = positions_of(time, lengths, cache, config, whole_cache=whole_cache)
     jitter_keys = [None] * len(blocks) if jitter_key is None else list(mx.random.split(jitter_key, len(blocks)))
     layer_caches = [None] * len(blocks) if cache is None else list(zip(cache.keys, cache.values, strict=True))
     after: list[LayerCache] = []

@@ -1,0 +1,226 @@
+"""Choosing the next token for rows of different requests, each with its own numbers, in one compiled function.
+
+What a row gets depends on its own logits, numbers, seed and position, and never on its neighbours: a step that one row
+needs leaves the others' logits as they are, bit for bit. So any mix of requests can be in a batch, and which steps
+there are (`Steps`) is all that is compiled in.
+
+The steps and their order are those of `dbrx_fn.generation.sampling`. Draws differ from it: a row draws with a key made
+of its seed and its position, in an array of shape `[vocab]`, whatever the batch.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict, cast
+
+import mlx.core as mx
+import numpy as np
+from jaxtyping import Float, Float32, Int32, UInt32
+from numpy.typing import NDArray
+
+from dbrx_fn.generation.sampling import COLDEST, LARGEST, History, Sampling, random_key
+from dbrx_fn.runtime.compile import compiled
+
+Numbers = Float32[mx.array, " batch"]
+
+
+class RowNumbers(TypedDict):
+    """A number of each request, one entry a row.
+
+    `keys`: uint32 `[batch 2]`, made of the seeds.
+    `temperatures`: float32 `[batch]`; 0 takes the likeliest token.
+    `top_k`: int32 `[batch]`, the vocabulary's size for all.
+    `top_p`, `min_p`, `repetition`, `presence`, `frequency`: float32 `[batch]`, as of `Sampling`.
+    """
+
+    keys: mx.array
+    temperatures: mx.array
+    top_k: mx.array
+    top_p: mx.array
+    min_p: mx.array
+    repetition: mx.array
+    presence: mx.array
+    frequency: mx.array
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Which steps any row of a batch needs. Each set of them is one compiled function.
+
+    `draws`: some row has a temperature.
+    `filters`: some row that draws has a top_k, top_p or min_p.
+    `top_logprobs`: of how many likeliest tokens log-probabilities are wanted; `None` if of no token, 0 of the chosen.
+    """
+
+    draws: bool = False
+    filters: bool = False
+    top_logprobs: int | None = None
+
+
+class Choice(NamedTuple):
+    """What was chosen for each row.
+
+    `tokens`: int32 `[batch]`; the vocabulary's size, which is no token, where logits aren't usable (as of `sample`).
+    `logprobs`: float32 `[batch]`, the natural logarithm of the chosen token's probability by the model's own logits,
+        before bias, penalties, mask and temperature; `None` if not wanted.
+    `top_tokens`, `top_logprobs`: int32 and float32 `[batch top]`, the likeliest tokens, the likeliest first.
+    """
+
+    tokens: mx.array
+    logprobs: mx.array | None
+    top_tokens: mx.array | None
+    top_logprobs: mx.array | None
+
+
+def row_numbers(requests: Sequence[tuple[Sampling, int]], vocab_size: int) -> RowNumbers:
+    """The numbers of requests, one `Sampling` and seed for each row.
+
+    Raises:
+        InputError: if a seed is negative or doesn't fit 64 bits.
+    """
+    samplings = [sampling for sampling, _ in requests]
+
+    def numbers(name: str) -> mx.array:
+        return mx.array([getattr(sampling, name) for sampling in samplings], mx.float32)
+
+    return {
+        "keys": mx.stack([random_key(seed) for _, seed in requests]),
+        "temperatures": mx.array([s.temperature and max(s.temperature, COLDEST) for s in samplings], mx.float32),
+        "top_k": mx.array([min(s.top_k or vocab_size, vocab_size) for s in samplings], mx.int32),
+        "top_p": numbers("top_p"),
+        "min_p": numbers("min_p"),
+        "repetition": numbers("repetition_penalty"),
+        "presence": numbers("presence_penalty"),
+        "frequency": numbers("frequency_penalty"),
+    }
+
+
+def steps_of(samplings: Iterable[Sampling], top_logprobs: int | None = None) -> Steps:
+    """The steps that these need together."""
+    drawn = [sampling for sampling in samplings if sampling.temperature]
+    filters = any(sampling.top_k or sampling.top_p < 1 or sampling.min_p for sampling in drawn)
+    return Steps(bool(drawn), filters, top_logprobs)
+
+
+def biases(samplings: Sequence[Sampling], vocab_size: int) -> mx.array | None:
+    """What `logit_bias` adds, float32 `[batch vocab]`; `None` if no row has any."""
+    if not any(sampling.logit_bias for sampling in samplings):
+        return None
+    added = np.zeros((len(samplings), vocab_size), np.float32)
+    for row, sampling in enumerate(samplings):
+        for token, bias in sampling.logit_bias:
+            added[row, token] += min(bias, LARGEST)
+    return mx.array(added)
+
+
+def take_numbers(numbers: RowNumbers, rows: mx.array) -> RowNumbers:
+    """The numbers of the rows in `rows` int32 `[chosen]`, in this order."""
+    taken = {name: mx.take(cast(mx.array, array), rows, axis=0) for name, array in numbers.items()}
+    return cast(RowNumbers, taken)
+
+
+@compiled
+def sample_rows(
+    logits: Float[mx.array, "batch vocab"],
+    numbers: RowNumbers,
+    positions: Int32[mx.array, " batch"],
+    history: History | None,
+    bias: Float32[mx.array, "batch vocab"] | None,
+    allowed: UInt32[mx.array, "batch words"] | None,
+    *,
+    steps: Steps,
+) -> tuple[Choice, History | None]:
+    """Chooses each row's next token.
+
+    Args:
+        logits: of any float dtype; computed on in float32.
+        numbers: of each row's request.
+        positions: how many tokens each row has made; with its seed it says what is drawn.
+        history: what penalties look at; `None` if no row has any.
+        bias: what is added to logits; `None` if nothing.
+        allowed: a bit for each token, 32 to a word, the lowest first: tokens of bit 0 are excluded. `None` if none is.
+        steps: what the rows need together.
+
+    Returns:
+        What was chosen, and the history with it.
+    """
+    own = logits.astype(mx.float32)
+    logits = own
+    if bias is not None:
+        logits = logits + bias
+    if history is not None:
+        logits = _penalized(logits, numbers, history)
+    if allowed is not None:
+        logits = mx.where(_unpacked(allowed, logits.shape[-1]), logits, -math.inf)
+    # The maximum is NaN where any logit is, on all back ends; argmax overlooks NaN on some.
+    usable = mx.abs(logits.max(axis=-1)) < math.inf
+    tokens = logits.argmax(axis=-1).astype(mx.int32)
+    if steps.draws:
+        greedy = numbers["temperatures"] == 0
+        cooled = logits / mx.where(greedy, 1, numbers["temperatures"])[:, None]
+        if steps.filters:
+            cooled = _filtered(cooled, numbers)
+        tokens = mx.where(greedy, tokens, _drawn(cooled, numbers["keys"], positions))
+    if history is not None:
+        made = history["made"].at[mx.arange(tokens.shape[0]), tokens].add(1)
+        history = {"prompted": history["prompted"], "made": made}
+    choice = _with_logprobs(own, tokens, steps.top_logprobs)
+    return choice._replace(tokens=mx.where(usable, tokens, logits.shape[-1])), history
+
+
+def packed(allowed: NDArray[np.bool_]) -> NDArray[np.uint32]:
+    """A bit for each bool `[batch vocab]`, as `sample_rows` takes them, uint32 `[batch words]`."""
+    padded = np.pad(allowed, [(0, 0), (0, -allowed.shape[1] % 32)])
+    return np.packbits(padded, axis=1, bitorder="little").view(np.uint32)
+
+
+def _unpacked(allowed: mx.array, vocab: int) -> mx.array:
+    """A bool for each bit, `[batch vocab]`."""
+    bits = (allowed[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    return bits.reshape(allowed.shape[0], -1)[:, :vocab] == 1
+
+
+def _penalized(logits: mx.array, numbers: RowNumbers, history: History) -> mx.array:
+    made = history["made"]
+    seen = history["prompted"] | (made > 0)
+    repetition = numbers["repetition"][:, None]
+    logits = mx.where(seen, mx.where(logits > 0, logits / repetition, logits * repetition), logits)
+    logits = logits - numbers["presence"][:, None] * (made > 0)
+    return logits - numbers["frequency"][:, None] * made
+
+
+def _filtered(logits: mx.array, numbers: RowNumbers) -> mx.array:
+    """What is drawn from; the rest is -inf. A row whose numbers exclude nothing keeps its logits."""
+    vocab = logits.shape[-1]
+    order = mx.argsort(logits, axis=-1)
+    ascending = mx.take_along_axis(logits, order, axis=-1)
+    # What ties with the last of the top k stays, as in `apply_top_k`.
+    smallest = mx.take_along_axis(ascending, vocab - numbers["top_k"][:, None], axis=-1)
+    ascending = mx.where(ascending < smallest, -math.inf, ascending)
+    up_to_here = mx.cumsum(mx.softmax(ascending, axis=-1), axis=-1)
+    p = numbers["top_p"][:, None]
+    kept = (up_to_here > 1 - p) | (mx.arange(vocab) == vocab - 1) | (p >= 1)
+    kept = kept & (ascending >= ascending[:, -1:] + mx.log(numbers["min_p"][:, None]))
+    return mx.put_along_axis(logits, order, mx.where(kept, ascending, -math.inf), axis=-1)
+
+
+def _drawn(logits: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
+    # A key is hashed before the position is added: seeds are small numbers too, and seed 3 at position 1 must not draw
+    # what seed 4 draws at position 0.
+    own = mx.vmap(lambda key: mx.random.split(key)[0])(keys)
+    at_position = own + mx.stack([mx.zeros_like(positions), positions], axis=1).astype(mx.uint32)
+    draw = mx.vmap(lambda row, key: mx.random.categorical(row, key=key))
+    drawn: mx.array = draw(logits, at_position)
+    return drawn.astype(mx.int32)
+
+
+def _with_logprobs(logits: mx.array, tokens: mx.array, top: int | None) -> Choice:
+    if top is None:
+        return Choice(tokens, None, None, None)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    of_chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    if not top:
+        return Choice(tokens, of_chosen, None, None)
+    # Equal logits stand in the order of their ids, whichever tokens share the batch.
+    likeliest = mx.argsort(-logprobs, axis=-1)[:, :top].astype(mx.int32)
+    return Choice(tokens, of_chosen, likeliest, mx.take_along_axis(logprobs, likeliest, axis=-1))

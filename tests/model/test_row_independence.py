@@ -1,0 +1,55 @@
+"""Rows of one batch: with `whole_cache`, a row's logits are the same bits whoever its neighbours are."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dbrx_fn.model.cache import Cache, init_cache
+from dbrx_fn.model.cache_rows import put_rows
+from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
+from dbrx_fn.model.params import init_params
+from dbrx_fn.model.quantization import Quantization, quantize
+from dbrx_fn.model.transformer import forward
+from dbrx_fn.model.tree import Params
+from dbrx_fn.ops.formats import Format
+
+CAPACITY, ROWS, STEPS = 1024, 8, 6
+CONFIG = Config(
+    d_model=256,
+    n_heads=4,
+    n_layers=2,
+    vocab_size=90,
+    attn=AttnConfig(clip_qkv=8.0, kv_n_heads=1),
+    ffn=FFNConfig(ffn_hidden_size=96, moe_num_experts=8, moe_top_k=2),
+    dtype="float32",
+)
+PARAMS = init_params(CONFIG, mx.random.key(0))
+
+
+def prompt(seed: int, length: int) -> mx.array:
+    return mx.array(np.random.default_rng(seed).integers(0, 90, (1, length)), mx.int32)
+
+
+def decoded(params: Params, place: int, neighbours: dict[int, int]) -> list[bytes]:
+    """The logits of one request's steps, standing at `place`; `neighbours` are lengths by place."""
+    batch = init_cache(CONFIG, ROWS, CAPACITY)
+    for row, length in (neighbours | {place: 500}).items():
+        own: Cache = init_cache(CONFIG, 1, CAPACITY)
+        _, own = forward(params, prompt(0 if row == place else row + 1, length), own, last_only=True, chunk_size=64)
+        batch = put_rows(batch, [row], own)
+    steps = []
+    for step in range(STEPS):
+        tokens = np.array(prompt(99 + step, ROWS))[0]
+        tokens[place] = 7 + step
+        logits, batch = forward(params, mx.array(tokens)[:, None], batch, whole_cache=True)
+        steps.append(np.array(logits[place]).tobytes())
+    return steps
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_row_is_the_same_bits_whoever_is_beside_it(quantized: bool) -> None:
+    params = quantize(PARAMS, CONFIG, Quantization(*[Format(4, 32)] * 4)) if quantized else PARAMS
+    alone = decoded(params, 0, {})
+    assert decoded(params, 0, {1: 30, 2: 50}) == alone
+    assert decoded(params, 5, {1: 900, 6: 300, 7: 9}) == alone
+    assert decoded(params, 7, dict.fromkeys(range(7), 700)) == alone
