@@ -20,6 +20,7 @@ BELOW = {
     "data": "errors files model text",
     "drawing": "errors files",
     "generation": "errors files model runtime text",
+    "serving": "checkpoints errors files generation model runtime text",
     "training": "checkpoints data errors files model runtime",
     "evaluation": "checkpoints data drawing errors files model runtime training",
     "benchmarks": "checkpoints data drawing errors files generation model ops runtime training",

@@ -1,0 +1,168 @@
+"""What an engine does next: a pure function of who waits, whose prompt is being read, and who decodes.
+
+Between two decoding steps at most one chunk of one prompt is read, so nobody's stream stops for longer than a step and
+a chunk take. Memory is counted in positions of a cache, and every request asks for what its prompt and the next tokens
+need. What doesn't fit waits; what has no room to grow is put aside, the newest first, and comes back later.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dbrx_fn.model.shapes import capacity_bucket
+
+AHEAD = 256
+"""Tokens that a request asks room for beside its prompt, or all that it wants if that is fewer."""
+
+_READERS = 4
+"""Prompts that are read side by side, so that a short one needn't wait for the end of a long one."""
+
+_PASSED_OVER = 3
+"""How many chunks of shorter prompts are read before the oldest prompt gets one."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine may use.
+
+    `rows`: requests that decode at once, at most.
+    `positions`: positions of a cache that memory has room for, over all rows.
+    `exact`: one static batch of `rows` rows, `capacity` positions each, whoever is there.
+    `capacity`: positions of each row in the exact mode, and the longest row in the other.
+    """
+
+    rows: int
+    positions: int
+    capacity: int
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request, as far as the schedule looks at it.
+
+    `number`: its place in the order of arrival.
+    `held`: tokens that its cache holds.
+    `tokens`: tokens that it must hold before it can decode.
+    `longest`: tokens that it may hold in the end.
+    """
+
+    number: int
+    held: int
+    tokens: int
+    longest: int
+
+    def room(self, ahead: int = AHEAD) -> int:
+        """Positions that it asks for, with room for so many tokens more."""
+        return min(max(self.held, self.tokens) + ahead, self.longest)
+
+
+@dataclass(frozen=True)
+class State:
+    """All requests of an engine.
+
+    `waiting`: those without a cache.
+    `reading`: those whose prompts are read.
+    `decoding`: those that make tokens.
+    `passed_over`: chunks that were read of other prompts since the oldest one of `reading` had its last.
+    """
+
+    waiting: tuple[Work, ...] = ()
+    reading: tuple[Work, ...] = ()
+    decoding: tuple[Work, ...] = ()
+    passed_over: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """What to do next.
+
+    `put_aside`: numbers of requests that lose their caches and wait again.
+    `admitted`: numbers of waiting requests whose prompts begin to be read.
+    `read`: number of the request whose prompt gets a chunk; `None` if there is none.
+    `rows`, `capacity`: the batch that decodes; no rows if nobody does.
+    """
+
+    put_aside: tuple[int, ...]
+    admitted: tuple[int, ...]
+    read: int | None
+    rows: int
+    capacity: int
+
+
+def plan(state: State, limits: Limits) -> Step:
+    """The next step. The oldest requests come first in everything."""
+    decoding, reading, aside = _with_room(_sorted(state.decoding), _sorted(state.reading), limits)
+    admitted: list[Work] = []
+    for work in _sorted(state.waiting) if not aside else ():
+        there = [*reading, *admitted]
+        if len(there) >= _READERS or not _fits(decoding, [*there, work], limits):
+            break
+        admitted.append(work)
+    return Step(
+        put_aside=tuple(work.number for work in aside),
+        admitted=tuple(work.number for work in admitted),
+        read=_to_read([*reading, *admitted], state.passed_over),
+        rows=batch_rows(len(decoding), limits) if decoding else 0,
+        capacity=_capacity(decoding, limits),
+    )
+
+
+def never_fits(tokens: int, longest: int, limits: Limits) -> bool:
+    """Whether a request can't be served even when nobody else is there."""
+    return not _fits([], [Work(0, 0, tokens, longest)], limits, ahead=longest)
+
+
+def batch_rows(count: int, limits: Limits) -> int:
+    """Rows of the batch that `count` requests decode in: a power of two, so that there are few shapes."""
+    return limits.rows if limits.exact else min(limits.rows, 1 << (count - 1).bit_length())
+
+
+def row_capacity(room: int, limits: Limits) -> int:
+    """Positions of a cache that has room for so many tokens."""
+    return limits.capacity if limits.exact else capacity_bucket(room)
+
+
+def _with_room(
+    decoding: Sequence[Work], reading: Sequence[Work], limits: Limits
+) -> tuple[list[Work], list[Work], list[Work]]:
+    """Those who decode and read on, and those, the newest, who give up their memory for the others' next tokens."""
+    stay, read_on, aside = list(decoding), list(reading), []
+    while len(stay) + len(read_on) > 1 and not _fits(stay, read_on, limits, ahead=1):
+        newest = max([*stay, *read_on], key=lambda work: work.number)
+        (stay if newest in stay else read_on).remove(newest)
+        aside.append(newest)
+    return stay, read_on, aside
+
+
+def _fits(decoding: Sequence[Work], reading: Sequence[Work], limits: Limits, *, ahead: int = AHEAD) -> bool:
+    """Whether there is memory for all of them to decode together, beside the caches that prompts are read into."""
+    everybody = [*decoding, *reading]
+    longest = max((work.room(ahead) for work in everybody), default=0)
+    if len(everybody) > limits.rows or longest > limits.capacity:
+        return False
+    if limits.exact or not everybody:
+        return True
+    own = [row_capacity(work.room(max(ahead, AHEAD)), limits) for work in reading]
+    if len(everybody) == 1 and own:
+        # Nobody is there to join: the cache that the prompt is read into becomes the batch.
+        return own[0] <= limits.positions
+    return batch_rows(len(everybody), limits) * row_capacity(longest, limits) + sum(own) <= limits.positions
+
+
+def _capacity(decoding: Sequence[Work], limits: Limits) -> int:
+    if limits.exact or not decoding:
+        return limits.capacity if limits.exact else 0
+    return capacity_bucket(max(work.held + 1 for work in decoding))
+
+
+def _to_read(reading: Sequence[Work], passed_over: int) -> int | None:
+    if not reading:
+        return None
+    oldest = min(reading, key=lambda work: work.number)
+    if passed_over >= _PASSED_OVER:
+        return oldest.number
+    return min(reading, key=lambda work: (work.tokens - work.held, work.number)).number
+
+
+def _sorted(works: Iterable[Work]) -> list[Work]:
+    return sorted(works, key=lambda work: work.number)
