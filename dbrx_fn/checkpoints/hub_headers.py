@@ -77,7 +77,7 @@ def _write_headers(folder: Path, repository: str, commit: str) -> None:
         }
         content = json.dumps({"__metadata__": file.metadata or {}} | tensors, separators=(",", ":"))
         header = content.encode()
-        # As the safetensors library pads it, so that the size is the original's.
+        # Our own, since the safetensors library writes no header without its tensors. It pads them like this.
         header += b" " * (-len(header) % 8)
         end = max((info.data_offsets[1] for info in file.tensors.values()), default=0)
         (folder / name).write_bytes(struct.pack("<Q", len(header)) + header)

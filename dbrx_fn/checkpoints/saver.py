@@ -3,10 +3,7 @@
 What is written is read by mlx-lm too, and by transformers if it is dense and in the fused layout.
 """
 
-import errno
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -208,11 +205,14 @@ def tokenizer_contents(source: Path, stop_tokens: Collection[int] = ()) -> dict[
 
 
 def write_tensors(file: Path, tensors: dict[str, mx.array], metadata: dict[str, str]) -> None:
-    """Writes one safetensors file, into a folder that nobody reads yet.
+    """Writes a new safetensors file, into a folder that nobody reads yet.
+
+    MLX writes it, since the safetensors library makes files that only their owner can read, and its errors have no
+    `errno`.
 
     Raises:
         CheckpointError: if the tensors can't be computed.
-        OSError: if the file can't be written; on a full disk with that `errno`.
+        OSError: if the file can't be written.
     """
     try:
         mx.eval(tensors)
@@ -220,12 +220,9 @@ def write_tensors(file: Path, tensors: dict[str, mx.array], metadata: dict[str, 
         raise CheckpointError(
             f"The parameters can't be read or computed ({error}): check the files that they come from, and the memory."
         ) from None
-    try:
-        mx.save_safetensors(str(file), tensors, metadata)
-    except RuntimeError as error:
-        # MLX doesn't say why it couldn't write.
-        full = shutil.disk_usage(file.parent).free < sum(tensor.nbytes for tensor in tensors.values())
-        raise OSError(errno.ENOSPC if full else errno.EIO, os.strerror(errno.ENOSPC) if full else str(error)) from None
+    # Given a name in place of an open file, MLX wouldn't say why it couldn't write.
+    with file.open("xb") as out:
+        mx.save_safetensors(out, tensors, metadata)
 
 
 def _text(settings: Mapping[str, Any]) -> bytes:

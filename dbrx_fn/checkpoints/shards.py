@@ -1,7 +1,8 @@
 """Writes safetensors shards of a checkpoint matrix by matrix, so that memory holds one at a time.
 
 Sizes and places of all tensors are known before the first is made: the header is written first, and each matrix goes
-to its place whenever it comes. Format: https://github.com/huggingface/safetensors#format.
+to its place whenever it comes. The safetensors library can't do that, since it takes all tensors of a file at once.
+Format: https://github.com/huggingface/safetensors#format.
 """
 
 import hashlib

@@ -16,8 +16,8 @@ def open_regular(path: Path) -> io.BufferedReader:
         ValueError: if it isn't a regular file.
     """
     # With this flag, opening a pipe waits for nobody.
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise ValueError("it is no regular file")
-    return file
+    return open(descriptor, "rb")

@@ -7,7 +7,6 @@ version; `lengths`, a JSON list of tokens a row; and `config`, a JSON object of 
 """
 
 import json
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import accumulate
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
-from safetensors import SafetensorError, safe_open
 
-from dbrx_fn.errors import CacheError
+from dbrx_fn.errors import CacheError, CheckpointError
 from dbrx_fn.files.atomic import new_file
-from dbrx_fn.files.json_file import LARGEST, parse_json, shown
+from dbrx_fn.files.json_file import parse_json, shown
+from dbrx_fn.files.safetensors_header import checked_header
 from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.params import listed
@@ -83,7 +82,10 @@ def load_cache(file: str | Path, config: Config, capacity: int | None = None) ->
     file = Path(file)
     try:
         lengths = _checked_lengths(file, config)
-    except (OSError, ValueError, SafetensorError) as error:
+    except CheckpointError as error:
+        # A pointer of Git LFS in the file's place.
+        raise CacheError(str(error)) from None
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CacheError(f"{file} can't be read as a cache ({reason}): name a file that save_cache wrote.") from None
     capacity = capacity_bucket(max(lengths)) if capacity is None else capacity
@@ -115,39 +117,27 @@ def _checked_lengths(file: Path, config: Config) -> tuple[int, ...]:
 
     Raises:
         CacheError: if it was made for another config or by a later version.
-        OSError, ValueError, SafetensorError: if it can't be read, or isn't a cache's.
+        CheckpointError: if Git LFS has left a pointer in its place.
+        OSError, ValueError: if it can't be read, or isn't a cache's.
     """
-    status = file.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is no regular file")
-    with file.open("rb") as opened:
-        header = int.from_bytes(opened.read(8), "little")
-    # Parsed, a header takes many times its size.
-    if header > min(LARGEST, status.st_size):
-        raise ValueError(
-            f"its header has {header} bytes, more than the {min(LARGEST, status.st_size)} expected at most"
+    header = checked_header(file)
+    version = header.texts.get("dbrx_fn_cache")
+    if version is None:
+        raise ValueError("its header doesn't say dbrx_fn_cache")
+    if version != _VERSION:
+        raise CacheError(
+            f"{file} is a cache of version {shown(version)} where {_VERSION} is read here: save it again, or take"
+            " the release that wrote it."
         )
-    with safe_open(file, framework="numpy") as tensors:
-        texts = tensors.metadata() or {}
-        version = texts.get("dbrx_fn_cache")
-        if version is None:
-            raise ValueError("its header doesn't say dbrx_fn_cache")
-        if version != _VERSION:
-            raise CacheError(
-                f"{file} is a cache of version {shown(version)} where {_VERSION} is read here: save it again, or take"
-                " the release that wrote it."
-            )
-        _check_config(file, texts.get("config", ""), config)
-        lengths = _lengths(texts.get("lengths", ""))
-        described = (_CODES[config.dtype], [config.attn.kv_n_heads, sum(lengths), config.head_dim])
-        expected = {f"{name}.{layer}" for name in ("keys", "values") for layer in range(config.n_layers)}
-        if set(tensors.keys()) != expected:
-            raise ValueError(f"it has other tensors than the keys and values of {config.n_layers} layers")
-        for name in sorted(expected):
-            entry = tensors.get_slice(name)
-            found = (entry.get_dtype(), entry.get_shape())
-            if found != described:
-                raise ValueError("{} is {} {} where {} {} is expected".format(name, *found, *described))
+    _check_config(file, header.texts.get("config", ""), config)
+    lengths = _lengths(header.texts.get("lengths", ""))
+    dtype, shape = _CODES[config.dtype], (config.attn.kv_n_heads, sum(lengths), config.head_dim)
+    expected = {f"{name}.{layer}" for name in ("keys", "values") for layer in range(config.n_layers)}
+    if header.tensors.keys() != expected:
+        raise ValueError(f"it has other tensors than the keys and values of {config.n_layers} layers")
+    for name, tensor in sorted(header.tensors.items()):
+        if (tensor.dtype, tensor.shape) != (dtype, shape):
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} is expected")
     return lengths
 
 

@@ -1,5 +1,6 @@
 """Written checkpoints: read back to the last bit, complete or not there at all."""
 
+import errno
 import json
 import os
 import resource
@@ -20,7 +21,7 @@ from safetensors import safe_open
 
 from dbrx_fn.checkpoints.layouts import Written
 from dbrx_fn.checkpoints.loader import load, load_tokenizer
-from dbrx_fn.checkpoints.saver import save
+from dbrx_fn.checkpoints.saver import save, write_tensors
 from dbrx_fn.errors import CheckpointError, InputError
 from dbrx_fn.files.atomic import new_folder, write_file
 from dbrx_fn.model.config import Config
@@ -204,6 +205,12 @@ def test_writing_that_fails_leaves_nothing(size: int, tmp_path: Path) -> None:
     assert text.endswith("): free some room, or name another place.")
     assert "\n" not in text
     assert everything_in(tmp_path) == {}
+
+
+def test_tensors_that_can_not_be_written_say_why(tmp_path: Path) -> None:
+    with no_file_larger_than(1000), pytest.raises(OSError, match="File too large") as caught:
+        write_tensors(tmp_path / "state.safetensors", {"a": mx.zeros(1000)}, {})
+    assert caught.value.errno == errno.EFBIG
 
 
 def test_place_that_can_not_be_written(tmp_path: Path) -> None:

@@ -198,6 +198,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     refusal(tmp_path / "empty")
     mx.save_safetensors(str(tmp_path / "other.safetensors"), {"a": mx.zeros(3)})
     assert "its header doesn't say dbrx_fn_cache" in refusal(tmp_path / "other.safetensors")
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n")
+    assert "is a Git LFS pointer in place of the file" in refusal(tmp_path / "pointer")
 
 
 def test_a_file_cut_short_anywhere_is_refused(written: Path) -> None:
@@ -268,13 +270,21 @@ def test_hostile_headers_are_refused(change: Callable[[dict[str, Any]], object],
     assert named in refusal(written)
 
 
+def test_a_tensor_that_is_there_twice_is_refused(written: Path) -> None:
+    content = written.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    twice = b'{"keys.0":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},' + content[9:end]
+    written.write_bytes(len(twice).to_bytes(8, "little") + twice + content[end:])
+    assert "'keys.0' is there twice" in refusal(written)
+
+
 def test_a_header_that_claims_to_be_huge_is_not_read(written: Path) -> None:
     written.write_bytes((2**63).to_bytes(8, "little") + written.read_bytes()[8:])
     assert "its header has 9223372036854775808 bytes" in refusal(written)
     with written.open("wb") as file:
         file.write((20 * 2**20).to_bytes(8, "little"))
         file.truncate(30 * 2**20)
-    assert "more than the 16777216 expected at most" in refusal(written)
+    assert "more than the 16777216 that are read" in refusal(written)
 
 
 def test_a_file_that_can_not_be_written_leaves_the_old_one(written: Path) -> None:

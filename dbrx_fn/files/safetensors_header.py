@@ -1,0 +1,92 @@
+"""A safetensors file's header, whole and sound, before any tensor is read.
+
+The safetensors library checks it first. What the library lets pass, and the readers of the tensors take in another way
+or can't hold, is refused here: the library takes the last of two tensors of one name, and MLX reads sizes into 32 bits.
+Format: https://github.com/huggingface/safetensors#format.
+"""
+
+import errno
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from dbrx_fn.files.json_file import LARGEST, POINTER, is_plain_name, parse_json, refuse_pointer, shown
+from dbrx_fn.files.regular_file import open_regular
+
+LONGEST_NAME = 256
+"""Bytes of a tensor's name."""
+
+_MOST_AXES = 8
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
+@dataclass(frozen=True)
+class HeaderTensor:
+    """What a header says of one tensor: the format's name of its dtype, and in which byte of the file it begins."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A header's tensors by name, and its texts."""
+
+    tensors: Mapping[str, HeaderTensor]
+    texts: Mapping[str, str]
+
+
+def checked_header(file: Path) -> Header:
+    """The header of a file that is as long as its header says.
+
+    Raises:
+        OSError: if the file can't be opened, or there is no memory to map it.
+        ValueError: if it isn't such a file; the text says why and is short.
+        CheckpointError: if Git LFS has left a pointer in its place.
+    """
+    with open_regular(file) as opened:
+        start = opened.read(8)
+        if start == POINTER[:8]:
+            refuse_pointer(file, start + opened.read(len(POINTER)))
+        length = int.from_bytes(start, "little")
+        # Parsed, a header takes many times its size.
+        if length > LARGEST:
+            raise ValueError(f"its header has {length} bytes, more than the {LARGEST} that are read")
+        content = opened.read(length)
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(_reason(error)) from None
+    except MemoryError:
+        # The library maps the entire file.
+        reason = f"its {file.stat().st_size} bytes can't be mapped within the limit of `ulimit -v`"
+        raise OSError(errno.ENOMEM, reason) from None
+    if not content.startswith(b"{"):
+        raise ValueError("its header doesn't begin with {")
+    header: Any = parse_json(content, unique=True)
+    texts = header.pop("__metadata__", None) or {}
+    return Header({name: _tensor(name, entry, 8 + length) for name, entry in header.items()}, texts)
+
+
+def _tensor(name: str, entry: Any, data_start: int) -> HeaderTensor:
+    """What the library found sound of one tensor. Raises ValueError if MLX or a message can't hold it."""
+    if not is_plain_name(name, LONGEST_NAME):
+        raise ValueError(f"{shown(name)} can't be a tensor's name")
+    # The library takes lists in place of objects, an object in place of a dtype's name, and fields that nobody knows.
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS or not isinstance(entry["dtype"], str):
+        raise ValueError(f"{name} is {shown(entry)} where its dtype, shape and data_offsets are expected")
+    shape = entry["shape"]
+    if len(shape) > _MOST_AXES or any(size >= 2**31 for size in shape):
+        raise ValueError(f"{name} has the shape {shown(shape)}")
+    return HeaderTensor(entry["dtype"], tuple(shape), data_start + entry["data_offsets"][0])
+
+
+def _reason(error: SafetensorError) -> str:
+    """What the library says, which may quote the file."""
+    text = str(error).removeprefix("Error while deserializing header: ")
+    return text if text.isprintable() and len(text) <= 200 else shown(text, 200)
