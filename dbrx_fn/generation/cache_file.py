@@ -1,9 +1,9 @@
-"""A cache as a file, so that a long prompt is read once: `save_cache`, and `load_cache` in another process.
+"""A cache as a file (`save_cache`, `load_cache`), so a long prompt is computed only once.
 
-The file is safetensors (https://github.com/huggingface/safetensors#format) with two tensors a layer, `keys.N` and
-`values.N`, `[kv_heads tokens head_dim]` in the config's dtype: row 0's tokens, then row 1's, and so on. Only positions
-that are held are there, so a file has nothing of what was rewound. The header's texts are `dbrx_fn_cache`, the form's
-version; `lengths`, a JSON list of tokens a row; and `config`, a JSON object of all that a cache depends on.
+The file is safetensors (https://github.com/huggingface/safetensors#format). Each layer N has two tensors, `keys.N` and
+`values.N`, `[kv_heads tokens head_dim]` in the config's dtype: row 0's tokens, then row 1's, and so on. Free and
+rewound positions aren't saved. The header's metadata holds `dbrx_fn_cache`, the format's version; `lengths`, a JSON
+list of each row's number of tokens; and `config`, a JSON object of all settings that a cache depends on.
 """
 
 import json
@@ -27,24 +27,25 @@ from dbrx_fn.model.shapes import capacity_bucket
 _VERSION = "1"
 _CODES: Mapping[Dtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _MOST_PADDING = 256
-"""Positions in memory for each token in a file. A row of few tokens costs next to nothing in a file, and as much as the
-longest row in memory. So without a limit a small file could ask for all memory."""
+"""The most positions in memory for each token in a file. In memory a short row takes as much as the longest row, so
+without a limit a small file could take all memory."""
 
 
 def save_cache(file: str | Path, cache: Cache) -> None:
-    """Writes what a cache holds into a file, which appears when it is complete and takes the place of what was there.
+    """Saves a cache as a file. The file appears when it is complete, and replaces one of that name.
 
     Args:
-        file: any name; its folder must be there.
+        file: any name in an existing folder.
         cache: of any batch size and lengths. Its capacity isn't saved.
 
     Raises:
-        CacheError: if there are so many rows that hold next to nothing beside long ones that no file may say so.
-        InputError: if the file can't be written; what was there stays.
+        CacheError: if most rows are almost empty beside long ones (more than 256 positions in memory per token).
+        InputError: if the file can't be written. An existing file is kept.
     """
     if _pads_too_much(cache.lengths):
         raise CacheError(
-            f"Of this cache's {cache.batch_size} rows most hold next to nothing: save those that do alone (take_rows)."
+            f"Most of this cache's {cache.batch_size} rows are almost empty beside its longest: choose rows with"
+            " take_rows, and save long and short ones apart."
         )
 
     def held(arrays: tuple[mx.array, ...], name: str) -> dict[str, mx.array]:
@@ -65,19 +66,19 @@ def save_cache(file: str | Path, cache: Cache) -> None:
 
 
 def load_cache(file: str | Path, config: Config, capacity: int | None = None) -> Cache:
-    """The cache that `save_cache` wrote, bit for bit.
+    """Reads a cache that `save_cache` wrote, bit for bit.
 
-    Models of the same config with other weights make other caches, and no file says of which weights it is.
+    The file doesn't say which weights it was made with: a model of the same config with other weights needs another.
 
     Args:
-        file: what `save_cache` wrote.
-        config: the model's. It may differ from the one that the cache was made with in what no cache depends on:
-            `max_seq_len`, `initializer_range` and settings for training.
-        capacity: positions in each row; `grow_cache`'s for the longest row, if not given.
+        file: a file from `save_cache`.
+        config: the model's. It may differ from the saved one in fields that no cache depends on: `max_seq_len`,
+            `initializer_range` and settings for training.
+        capacity: positions in each row. If not given, `grow_cache`'s choice for the longest row.
 
     Raises:
-        CacheError: if the file can't be read, is damaged, of another model, or holds a row longer than `capacity`; or
-            if the cache won't fit in memory.
+        CacheError: if the file can't be read, is damaged, belongs to another model, or holds a row longer than
+            `capacity`; or if the cache won't fit in memory.
     """
     file = Path(file)
     try:
@@ -113,12 +114,12 @@ def load_cache(file: str | Path, config: Config, capacity: int | None = None) ->
 
 
 def _checked_lengths(file: Path, config: Config) -> tuple[int, ...]:
-    """Tokens a row, once the whole header was found to be that of such a cache; no tensor is read.
+    """Each row's number of tokens, after a check of the entire header. No tensor is read.
 
     Raises:
-        CacheError: if it was made for another config or by a later version.
+        CacheError: if the cache has another config, or a later version wrote it.
         CheckpointError: if Git LFS has left a pointer in its place.
-        OSError, ValueError: if it can't be read, or isn't a cache's.
+        OSError, ValueError: if the file can't be read, or isn't a cache's.
     """
     header = checked_header(file)
     version = header.texts.get("dbrx_fn_cache")
@@ -126,7 +127,7 @@ def _checked_lengths(file: Path, config: Config) -> tuple[int, ...]:
         raise ValueError("its header doesn't say dbrx_fn_cache")
     if version != _VERSION:
         raise CacheError(
-            f"{file} is a cache of version {shown(version)} where {_VERSION} is read here: save it again, or take"
+            f"{file} is a cache of version {shown(version)} where {_VERSION} is expected: save it again, or use"
             " the release that wrote it."
         )
     _check_config(file, header.texts.get("config", ""), config)
@@ -144,14 +145,14 @@ def _checked_lengths(file: Path, config: Config) -> tuple[int, ...]:
 def _check_config(file: Path, text: str, config: Config) -> None:
     found, expected = parse_json(text.encode()), _fields(config)
     if not isinstance(found, dict):
-        raise ValueError("its config is no JSON object")
+        raise ValueError("its config is not a JSON object")
     problems = [
         f"{name} is {shown(found.get(name))} where the config has {value}"
         for name, value in expected.items()
         if name not in found or found[name] != value
     ]
     if problems:
-        raise CacheError(f"{file} is of another model ({listed(problems)}): make the cache anew with this one.")
+        raise CacheError(f"{file} belongs to another model ({listed(problems)}): make the cache again with this one.")
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -159,7 +160,7 @@ def _lengths(text: str) -> tuple[int, ...]:
     if not isinstance(lengths, list) or not lengths or any(type(n) is not int or not 0 <= n < 2**31 for n in lengths):
         raise ValueError(f"its lengths are {shown(lengths)} where a list of whole numbers is expected")
     if _pads_too_much(lengths):
-        raise ValueError(f"its {len(lengths)} rows hold {sum(lengths)} tokens in all, too few for such long rows")
+        raise ValueError(f"its {len(lengths)} rows hold {sum(lengths)} tokens in all, too few beside its longest row")
     return tuple(lengths)
 
 
@@ -168,7 +169,7 @@ def _pads_too_much(lengths: Sequence[int]) -> bool:
 
 
 def _fields(config: Config) -> dict[str, object]:
-    """What a cache's numbers depend on, but for the weights, by the names that `config.json` has for it."""
+    """The settings that a cache depends on, by their names in `config.json`."""
     attn, ffn = asdict(config.attn), asdict(config.ffn)
     for name in ("moe_jitter_eps", "moe_loss_weight"):
         del ffn[name]

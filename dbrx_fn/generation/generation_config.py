@@ -1,8 +1,8 @@
-"""Reads how a checkpoint's authors would have texts made: `generation_config.json`, in transformers' terms.
+"""`generation_config.json`: the generation settings that a checkpoint's authors recommend.
 
-Its meaning is that of transformers' `generate` (5.23): what acts on greedy decoding does so without `do_sample` too,
-and `do_sample` without a `top_k` draws among 50 tokens. What isn't supported here is warned of by name, where it would
-have an effect there. Stop tokens (`eos_token_id`) are the tokenizer's.
+Settings mean what they mean in transformers' `generate` (5.23). Those that affect greedy decoding apply without
+`do_sample` too, and `do_sample` without `top_k` draws among 50 tokens. A setting that would have an effect there and
+isn't supported here gives a warning. Stop tokens (`eos_token_id`) are read by the tokenizer.
 """
 
 import warnings
@@ -17,9 +17,9 @@ from dbrx_fn.generation.sampling import Sampling
 
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 _TOP_K = 50
-"""What transformers takes where a file says `do_sample` and no `top_k`."""
+"""transformers' default of `top_k` with `do_sample`."""
 
-# What would change a text in transformers, and the values by which it doesn't.
+# Settings that change texts in transformers, each with the values that have no effect.
 _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "num_beams": (1,),
     "num_return_sequences": (1,),
@@ -43,7 +43,7 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "force_words_ids": ([],),
     "dola_layers": (),
 }
-# The same, which act on draws alone.
+# The same for settings that affect sampling only.
 _UNSUPPORTED_DRAWS: Mapping[str, tuple[object, ...]] = {
     "typical_p": (1,),
     "top_h": (),
@@ -54,11 +54,12 @@ _UNSUPPORTED_DRAWS: Mapping[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How texts are made where nobody says otherwise.
+    """A checkpoint's default settings for generation.
 
-    `sampling`: how tokens are chosen; filters are there without `do_sample` too, for who then gives a temperature.
-    `max_tokens`: the most to make.
-    `stop_strings`: what ends a text.
+    `sampling`: how tokens are chosen. Without `do_sample` it keeps filters such as top-p, which matter if the user
+        gives a temperature.
+    `max_tokens`: the most tokens to generate.
+    `stop_strings`: strings that end a text.
     """
 
     sampling: Sampling
@@ -67,10 +68,10 @@ class GenerationConfig:
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:
-    """What a checkpoint folder asks for. Warns of what it asks for and isn't supported.
+    """Reads a checkpoint folder's settings. Warns of those that aren't supported.
 
     Raises:
-        CheckpointError: if the file can't be read, or gives a setting a value that can't work.
+        CheckpointError: if the file can't be read, or a setting has an impossible value.
     """
     file = folder / "generation_config.json"
     try:
@@ -79,7 +80,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
         raise CheckpointError(f"{file} can't be read as JSON ({error}): fetch it again, or remove it.") from None
     if not isinstance(settings, dict):
         raise CheckpointError(f"{file} holds {shown(settings)} where an object is expected: fetch it again.")
-    # What is null is as if it weren't there.
+    # A null setting counts as absent.
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     draws = _checked(file, given, "do_sample", bool, "true or false") or False
     _warn_of_unsupported(file, given, draws)
@@ -126,7 +127,7 @@ def _checked(file: Path, given: Mapping[str, Any], name: str, kinds: type | tupl
 def _warn_of_unsupported(file: Path, given: Mapping[str, Any], draws: bool) -> None:
     table = {**_UNSUPPORTED, **(_UNSUPPORTED_DRAWS if draws else {})}
     names = [name for name, neutral in table.items() if name in given and given[name] not in neutral]
-    # Contrastive search, which needs both.
+    # Contrastive search needs both settings.
     if not draws and given.get("penalty_alpha", 0) != 0 and given.get("top_k", 0) != 0:
         names.append("penalty_alpha")
     if names:

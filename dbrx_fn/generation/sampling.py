@@ -1,8 +1,8 @@
-"""Choosing the next token: pure functions of logits, an explicit key, and what has been said so far.
+"""Sampling of the next token: pure functions of logits, an explicit key, and the tokens so far.
 
-Each `apply_*` takes float32 logits `[batch vocab]` and gives such logits back; excluded tokens become -inf. `sample`
-composes those that a `Sampling` asks for into one compiled function, in the order of transformers' generation: bias
-and penalties, temperature, top-k, top-p, min-p, then a draw (or, at temperature 0, the likeliest token).
+Each `apply_*` takes and returns float32 logits `[batch vocab]`; excluded tokens get -inf. `sample` composes the steps
+of a `Sampling` into one compiled function, in transformers' order: bias and penalties, temperature, top-k, top-p,
+min-p, then a draw (or, at temperature 0, the most likely token).
 """
 
 import functools
@@ -25,28 +25,28 @@ Number = Float32[mx.array, ""]
 Key = UInt32[mx.array, "2"]
 
 COLDEST = 1e-6
-"""Below this temperature a division may leave float32, where all positive logits would then be equal."""
+"""The lowest temperature that logits are divided by. A lower one could overflow float32."""
 
 LARGEST, _STRONGEST = 1e20, 1e6
-"""What is added to logits, and what multiplies them, at most: so they stay float32s, divided by `COLDEST` too."""
+"""The largest numbers that may be added to logits, and multiply them. They keep logits finite in float32."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens. Which steps there are, and `top_k`, is compiled in; other numbers may change freely.
+    """How to choose tokens. The set of steps and `top_k` are compiled in; other numbers change without a new trace.
 
-    `temperature`: divides the logits; 0 always takes the likeliest token.
-    `top_k`: draw among this many likeliest tokens; 0 means all.
-    `top_p`: draw among the likeliest tokens that together have this probability (https://arxiv.org/abs/1904.09751).
-    `min_p`: draw among tokens at least this fraction as likely as the likeliest (https://arxiv.org/abs/2407.01082).
-    `repetition_penalty`: positive logits of tokens in prompt or text are divided by it, negative ones multiplied
+    `temperature`: divides the logits. 0 always takes the most likely token.
+    `top_k`: draw among this many most likely tokens. 0 means all.
+    `top_p`: draw among the most likely tokens that together have this probability (https://arxiv.org/abs/1904.09751).
+    `min_p`: draw among tokens with at least this fraction of the highest probability (https://arxiv.org/abs/2407.01082).
+    `repetition_penalty`: divides positive logits of tokens in the prompt or the text, and multiplies negative ones
         (https://arxiv.org/abs/1909.05858).
-    `presence_penalty`: subtracted from logits of tokens in the text made so far.
-    `frequency_penalty`: subtracted for each time that a token is in the text made so far.
-    `logit_bias`: (token, bias) pairs; a bias is added to its token's logit. -inf forbids it, inf forces it.
+    `presence_penalty`: subtracted from the logits of tokens in the generated text.
+    `frequency_penalty`: subtracted from a token's logit once for each time that it occurs in the generated text.
+    `logit_bias`: (token, bias) pairs. A bias is added to its token's logit; -inf forbids the token, inf forces it.
 
     Raises:
-        InputError: naming an option whose value can't work.
+        InputError: if an option has an impossible value. It names the option.
     """
 
     temperature: float = 0.0
@@ -81,7 +81,7 @@ class Sampling:
 
     @property
     def uses_history(self) -> bool:
-        """Whether any penalty needs to know what has been said."""
+        """Whether any penalty needs the tokens so far."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
@@ -93,10 +93,10 @@ def _is_bias(pair: object) -> bool:
 
 
 def random_key(seed: int) -> mx.array:
-    """`mx.random.key` of a number that a user gave.
+    """`mx.random.key` of a user's number.
 
     Raises:
-        InputError: if it is negative or doesn't fit 64 bits.
+        InputError: if the number is negative or doesn't fit into 64 bits.
     """
     if not 0 <= seed < 2**64:
         raise InputError(f"The seed is {seed} where it must be from 0 to 2**64 - 1.")
@@ -104,10 +104,10 @@ def random_key(seed: int) -> mx.array:
 
 
 class History(TypedDict):
-    """What penalties look at.
+    """The tokens so far, as penalties use them.
 
     `prompted`: bool `[batch vocab]`, whether a token is in the prompt.
-    `made`: int32 `[batch vocab]`, how often it is in the text made so far.
+    `made`: int32 `[batch vocab]`, how often a token is in the generated text.
     """
 
     prompted: mx.array
@@ -115,7 +115,7 @@ class History(TypedDict):
 
 
 def init_history(prompts: list[list[int]], vocab_size: int) -> History:
-    """The history before anything is made, for one prompt a row.
+    """The history before generation, for one prompt per row.
 
     Raises:
         InputError: if a prompt holds an id outside of the vocabulary.
@@ -135,15 +135,15 @@ def sample(
     """Chooses each row's next token.
 
     Args:
-        logits: `[batch vocab]` of any float dtype; computed on in float32.
+        logits: `[batch vocab]` of any float dtype. The computation is in float32.
         key: an `mx.random.key`.
-        history: what penalties look at; `None` if `sampling` asks for none.
+        history: the tokens so far; `None` if `sampling` has no penalties.
         sampling: how to choose.
 
     Returns:
         The tokens, int32 `[batch]`, the key for the next call, and the history with these tokens counted. A row whose
-        logits hold NaN or infinity, or nothing but -inf, has the vocabulary's size for its token, which is no token: so
-        whoever reads the tokens learns of it without another wait for the device.
+        logits hold NaN, infinity or nothing but -inf gets the vocabulary's size, which is no valid token. The caller
+        sees it when it reads the tokens, without another wait for the device.
 
     Raises:
         InputError: if `logit_bias` names a token past the vocabulary.
@@ -164,7 +164,7 @@ def sample(
 
 
 class _Numbers(TypedDict):
-    """A `Sampling`'s numbers as arrays, so that other values need no other compiled function."""
+    """A `Sampling`'s numbers as arrays, so that new values need no new trace."""
 
     temperature: mx.array
     top_p: mx.array
@@ -212,7 +212,7 @@ def _sample(
         logits = apply_presence_penalty(logits, history["made"], numbers["presence_penalty"])
         logits = apply_frequency_penalty(logits, history["made"], numbers["frequency_penalty"])
     key, this_key = mx.random.split(key)
-    # The maximum is NaN where any logit is, on all back ends; argmax overlooks NaN on some.
+    # On every back end the maximum is NaN if a logit is. On some, argmax overlooks NaN.
     usable = mx.abs(logits.max(axis=-1)) < math.inf
     if greedy:
         tokens = logits.argmax(axis=-1).astype(mx.int32)
@@ -233,39 +233,39 @@ def _sample(
 
 @typed
 def apply_logit_bias(logits: Logits, tokens: Int32[mx.array, " biased"], biases: Float[mx.array, " biased"]) -> Logits:
-    """Adds each of `biases` to the logit of its token; one for a token outside of the vocabulary counts for none."""
+    """Adds each of `biases` to its token's logit. A bias for a token outside of the vocabulary is ignored."""
     ids, known = within(tokens, logits.shape[-1])
     return logits.at[:, ids].add(mx.where(known, biases, 0))
 
 
 @typed
 def apply_repetition_penalty(logits: Logits, seen: Bool[mx.array, "batch vocab"], penalty: Number) -> Logits:
-    """Makes `seen` tokens less likely (for a penalty above 1): positive logits are divided, negative multiplied."""
+    """Divides positive logits of `seen` tokens by the penalty and multiplies negative ones: above 1, less likely."""
     return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 @typed
 def apply_presence_penalty(logits: Logits, made: Int32[mx.array, "batch vocab"], penalty: Number) -> Logits:
-    """Subtracts `penalty` where a token has been made at all."""
+    """Subtracts `penalty` from the logit of each token that has been generated."""
     return logits - penalty * (made > 0)
 
 
 @typed
 def apply_frequency_penalty(logits: Logits, made: Int32[mx.array, "batch vocab"], penalty: Number) -> Logits:
-    """Subtracts `penalty` for each time that a token has been made."""
+    """Subtracts `penalty` from a token's logit for each time that it has been generated."""
     return logits - penalty * made
 
 
 @typed
 def apply_top_k(logits: Logits, *, k: int) -> Logits:
-    """Keeps the `k` largest logits of each row, and what ties with the last of them."""
+    """Keeps the `k` largest logits of each row, and all that tie with the last of them."""
     smallest = mx.topk(logits, k, axis=-1).min(axis=-1, keepdims=True)
     return mx.where(logits < smallest, -math.inf, logits)
 
 
 @typed
 def apply_top_p(logits: Logits, p: Number) -> Logits:
-    """Keeps the fewest likeliest tokens of each row whose probabilities add up to at least `p`."""
+    """Keeps each row's most likely tokens, the fewest whose probabilities add up to at least `p`."""
     order = mx.argsort(logits, axis=-1)
     ascending = mx.take_along_axis(logits, order, axis=-1)
     up_to_here = mx.cumsum(mx.softmax(ascending, axis=-1), axis=-1)

@@ -1,6 +1,6 @@
-"""Making text: prompt to tokens, one at a time, the next already being computed while the last is used.
+"""Generation: `stream_tokens` yields tokens one at a time, and `stream_text` adds the tokenizer.
 
-`stream_tokens` is the loop; `stream_text` adds the tokenizer. Neither waits for the device except to hand out the
+The next token is being computed while the caller uses the last one. The loop waits for the device only to read the
 token that it yields.
 """
 
@@ -26,17 +26,17 @@ from dbrx_fn.text.tokenizer import Tokenizer
 FinishReason = Literal["stop", "length"]
 GREEDY = Sampling()
 _AHEAD = 256
-"""Tokens to make room for at first; the cache grows when there are more, so that short answers attend over less."""
+"""The cache has room for this many new tokens at first, and grows later. Short answers so attend over fewer slots."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one token adds to a text.
+    """One token's contribution to a text.
 
     `token`: its id.
-    `text`: the characters that became complete and certain with it, perhaps none.
-    `finish_reason`: `None` until the last piece; there "stop" for a stop token or string, "length" for `max_tokens`
-        or the end of the model's context.
+    `text`: the characters that this token made complete and certain, perhaps none.
+    `finish_reason`: `None` until the last piece. There it is "stop" after a stop token or string, or "length" at
+        `max_tokens` or the end of the model's context.
     """
 
     token: int
@@ -56,21 +56,21 @@ def stream_tokens(
     stop_tokens: Iterable[int] = (),
     chunk_size: int = CHUNK_SIZE,
 ) -> Iterator[int]:
-    """Yields the tokens that follow `prompt`, the stop token among them if one comes.
+    """Yields the tokens that follow `prompt`, including the stop token if one comes.
 
     Args:
         params: the tree.
         config: its config.
         prompt: token ids, at least one, at most `config.max_seq_len`.
-        max_tokens: the most to make; fewer if the context ends before.
-        sampling: how to choose them; the likeliest, if not given.
-        key: an `mx.random.key`, needed for drawing: where `sampling` has a temperature.
+        max_tokens: the most tokens to generate. There are fewer if the context ends before.
+        sampling: how to choose tokens. The most likely ones, if not given.
+        key: an `mx.random.key`. Required if `sampling` has a temperature.
         stop_tokens: ids that end the text.
-        chunk_size: prompt tokens worked on at once.
+        chunk_size: number of prompt tokens computed at once.
 
     Raises:
-        InputError: before the first token, if an argument can't work.
-        GenerationError: if the model's logits aren't finite, so that no token can be chosen.
+        InputError: before the first token, if an argument has an impossible value.
+        GenerationError: if the model's logits aren't finite, so no token can be chosen.
     """
     _check_drawing(sampling, key)
     prompt = token_ids("The prompt", prompt, config)
@@ -115,25 +115,25 @@ def stream_text(
     stop_strings: Sequence[str] = (),
     chunk_size: int = CHUNK_SIZE,
 ) -> Iterator[Piece]:
-    """Yields the text that follows `prompt`, a piece a token; see `stream_tokens` for what isn't said here.
+    """Yields the text that follows `prompt`, one piece per token, as `stream_tokens` generates them.
 
-    No piece ends within a character, and none holds any part of a stop token or stop string.
+    No piece ends within a character, and none holds a part of a stop token or stop string.
 
     Args:
         params: the tree.
         config: its config.
         tokenizer: the checkpoint's.
         prompt: text, or its tokens.
-        max_tokens: the most to make.
-        sampling: how to choose them.
-        key: for drawing; needed where `sampling` has a temperature.
-        stop_tokens: ids that end the text; `tokenizer.stop_tokens`, if not given.
+        max_tokens: the most tokens to generate.
+        sampling: how to choose tokens. The most likely ones, if not given.
+        key: an `mx.random.key`. Required if `sampling` has a temperature.
+        stop_tokens: ids that end the text. `tokenizer.stop_tokens`, if not given.
         stop_strings: strings that end the text.
-        chunk_size: prompt tokens worked on at once.
+        chunk_size: number of prompt tokens computed at once.
 
     Raises:
-        InputError: as `stream_tokens`, or if a stop string is empty.
-        GenerationError: as `stream_tokens`.
+        InputError: as in `stream_tokens`, or if a stop string is empty.
+        GenerationError: as in `stream_tokens`.
     """
     check_limits(max_tokens, stop_strings)
     stop_tokens = tokenizer.stop_tokens if stop_tokens is None else stop_tokens
@@ -165,7 +165,7 @@ def stream_text(
 
 
 def check_limits(max_tokens: int, stop_strings: Sequence[str] = ()) -> None:
-    """Raises `InputError` for limits that suit no prompt: `max_tokens` not positive, an empty stop string."""
+    """Raises `InputError` for limits that are wrong for every prompt: `max_tokens` below 1, an empty stop string."""
     if max_tokens < 1:
         raise InputError(f"max_tokens is {max_tokens} where it must be at least 1.")
     if isinstance(stop_strings, str) or not all(isinstance(stop, str) for stop in stop_strings):
@@ -175,7 +175,7 @@ def check_limits(max_tokens: int, stop_strings: Sequence[str] = ()) -> None:
 
 
 def token_budget(prompt: Iterable[int], config: Config, max_tokens: int) -> int:
-    """How many tokens can be made after `prompt`: `max_tokens`, or what the context leaves if that is fewer.
+    """How many tokens can be generated after `prompt`: `max_tokens`, or fewer if the context has less room.
 
     Raises:
         InputError: if the prompt is empty, doesn't fit the context or holds ids past the vocabulary, or `max_tokens`
@@ -195,10 +195,10 @@ def token_budget(prompt: Iterable[int], config: Config, max_tokens: int) -> int:
 
 
 def token_ids(name: str, tokens: Iterable[int] | mx.array, config: Config) -> list[int]:
-    """The tokens as plain integers of the model's vocabulary; an argument's `name` is for the error.
+    """The tokens as plain integers of the model's vocabulary. The error calls them `name`.
 
     Raises:
-        InputError: if they are none.
+        InputError: if they aren't a sequence of such integers.
     """
     values: Any = tokens.tolist() if isinstance(tokens, mx.array) else tokens
     try:
@@ -217,8 +217,8 @@ def token_ids(name: str, tokens: Iterable[int] | mx.array, config: Config) -> li
 def _check_drawing(sampling: Sampling, key: Key | None) -> None:
     if key is None and sampling.temperature > 0:
         raise InputError(
-            f"The temperature is {sampling.temperature:g} and no key is given to draw with: give"
-            " key=mx.random.key(seed), of another seed for another text."
+            f"The temperature is {sampling.temperature:g}, and drawing needs a key: give key=mx.random.key(seed), with"
+            " another seed for another text."
         )
 
 
@@ -231,10 +231,10 @@ def warm_up(
     sampling: Sampling = GREEDY,
     chunk_size: int = CHUNK_SIZE,
 ) -> None:
-    """Has everything traced and compiled that such a generation will run, by running it through the first layer alone.
+    """Traces and compiles everything that such a generation will run, by running the first layer only.
 
-    Compiling takes seconds where MLX builds kernels on first use (CUDA) and has not done it before on this machine;
-    with this it is out of the way, and can be timed apart. On the CPU, where layers aren't compiled, it costs little.
+    MLX builds CUDA kernels on first use, which takes seconds on a new machine. After this call the generation doesn't
+    wait for that, and its time can be measured alone. On the CPU layers aren't compiled, so the call costs little.
     """
     transformer = params["transformer"]
     shallow: Params = {
@@ -251,12 +251,12 @@ def warm_up(
 
 
 def _first_capacity(prompt_length: int, max_tokens: int) -> int:
-    """The capacity that a generation starts with; the last token made is never fed back, so it needs no position."""
+    """The capacity that a generation starts with. The last token needs no position, since it is never fed back."""
     return capacity_bucket(prompt_length + min(max_tokens - 1, _AHEAD))
 
 
 def _cut(text: str, stop_strings: Sequence[str]) -> tuple[str, str, bool]:
-    """Splits text into what is certain, what may yet become a stop string, and whether one has come (then cut off)."""
+    """Splits text: its certain part, a possible start of a stop string, and whether a stop string came and was cut."""
     first = min((at for at in (text.find(stop) for stop in stop_strings) if at >= 0), default=-1)
     if first >= 0:
         return text[:first], "", True

@@ -1,8 +1,8 @@
-"""Refuses arguments of another kind than annotations say, in one sentence: for what a user calls and makes.
+"""Type checks of public functions' arguments and public dataclasses' fields, with errors in one sentence.
 
 Public functions are decorated with `checked`, and public dataclasses call `check_fields` when they are made. Both read
-the annotations that are there anyway. Only kinds are looked at, not ranges, nor what containers hold; a function checks
-those itself. Arguments of plain classes that were met before cost about 1 us a call, so that decoding doesn't notice.
+the annotations. They check types only; functions check ranges and the contents of containers themselves. Combinations
+of classes that passed before cost about 1 us per call, so decoding isn't slowed.
 """
 
 import contextlib
@@ -38,12 +38,12 @@ _WORDS: dict[object, str] = {
 
 @dataclass(frozen=True)
 class _Kind:
-    """What an annotation allows.
+    """The values that an annotation allows.
 
-    `classes`: instances of just these are taken at once.
-    `others`: the same and arrays of a shape and dtype, to be asked by `isinstance`.
+    `classes`: instances of exactly these classes are accepted at once.
+    `others`: classes, and arrays of a shape and dtype, to check with `isinstance`.
     `values`: single values.
-    `words`: all of these, for the sentence.
+    `words`: descriptions of all of these, for the error.
     """
 
     classes: frozenset[type]
@@ -52,10 +52,10 @@ class _Kind:
     words: tuple[str, ...]
 
     def taken(self, name: str, value: Any, error: type[DbrxError] = InputError) -> Any:
-        """A value of this kind, numbers of NumPy's as Python's. Raises `error` if it is of another."""
+        """The value, with NumPy's numbers as Python's. Raises `error` if it isn't of this kind."""
         if type(value) in self.classes or object in self.classes:
             return value
-        # Python counts a bool among numbers, and a text among sequences, and nobody means that.
+        # For Python a bool is a number and a text is a sequence, which nobody means here.
         if isinstance(value, bool | str | bytes):
             if value in self.values or (isinstance(value, str) and str in self.classes):
                 return value
@@ -63,7 +63,7 @@ class _Kind:
             if int in self.classes and isinstance(value, numbers.Integral):
                 return int(value)
             if float in self.classes:
-                # An int past their range isn't one.
+                # An int beyond float's range isn't a float.
                 with contextlib.suppress(OverflowError):
                     return float(value)
         elif isinstance(value, self.others):
@@ -71,11 +71,11 @@ class _Kind:
         raise error(self.problem(name, value))
 
     def goes_by_class(self, value: object) -> bool:
-        """Whether all others of a taken value's class are taken too, as they are."""
+        """Whether every other value of an accepted value's class is accepted too, unchanged."""
         return type(value) in self.classes or not isinstance(value, str | bytes | mx.array | numbers.Real)
 
     def problem(self, name: str, value: object) -> str:
-        """The sentence for a value that isn't taken."""
+        """The error's sentence for a value that isn't accepted."""
         if isinstance(value, str | bytes | bool | int | float | types.NoneType):
             found = shown(value)
         elif isinstance(value, mx.array):
@@ -88,9 +88,9 @@ class _Kind:
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that raises `InputError` when an argument's kind isn't what its annotation says.
+    """Decorates a function: it raises `InputError` if an argument doesn't fit its annotation.
 
-    A wrong number of arguments, or a name that isn't one of them, is Python's own TypeError.
+    A wrong number of arguments and an unknown name raise Python's own TypeError.
     """
     hints = typing.get_type_hints(function)
     parameters = inspect.signature(function).parameters
@@ -115,12 +115,12 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_fields(made: Any, error: type[DbrxError] = InputError, *, prefix: str = "") -> None:
-    """Raises where a dataclass's field isn't of its annotation's kind; numbers become plain, finite ints and floats.
+    """Raises `error` if a dataclass's field doesn't fit its annotation. Numbers become Python's ints and floats.
 
     Args:
-        made: a dataclass, frozen or not, in its `__post_init__`.
-        error: what to raise.
-        prefix: of the fields' names in the sentence.
+        made: a dataclass, frozen or not, in its `__post_init__`. Its floats must be finite.
+        error: the class to raise.
+        prefix: put before the fields' names in the error.
     """
     for name, kind in _field_kinds(cast(Hashable, type(made))).items():
         value = kind.taken(prefix + name, getattr(made, name), error)
@@ -146,11 +146,11 @@ def _kind(hint: Any) -> _Kind:
             values += typing.get_args(part)
             words += map(repr, typing.get_args(part))
             continue
-        # Of `dict[str, Any]`, `dict`.
+        # `dict[str, Any]` is checked as `dict`.
         kind = object if part is Any else typing.get_origin(part) or part
         kind = dict if typing.is_typeddict(kind) else kind
         others.append(kind)
-        # An array's shape and dtype aren't of its class.
+        # jaxtyping's annotations check shape and dtype, which an array's class doesn't tell.
         if not hasattr(kind, "dim_str"):
             classes.add(kind)
         words.append(_in_words(kind) + (" of whole numbers" if typing.get_args(part) == (int,) else ""))

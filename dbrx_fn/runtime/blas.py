@@ -1,10 +1,9 @@
-"""Puts the system's BLAS in the place of the one in MLX's wheels for Linux, where there is one.
+"""Replaces the BLAS of MLX's wheels for Linux by the system's, if the system has a fast one.
 
-Those carry the reference BLAS, of which a matrix product uses 2 GFLOP/s where OpenBLAS makes 55 to 130 of the same two
-cores. Both have the same plain names (`cblas_sgemm`), and the first library that is loaded with them is used: so it is
-loaded here, before `mlx.core`. DBRX_FN_BLAS=0 leaves MLX its own, and DBRX_FN_BLAS=PATH names another library. In a
-small address space (`ulimit -v`) MLX keeps its own too. What was done is told to the logger `dbrx_fn.blas` at level
-INFO.
+MLX's wheels carry the slow reference BLAS (`docs/training.md`). Every BLAS exports the same names (`cblas_sgemm`),
+and a process uses the library that it loads first. So this module loads the system's before `mlx.core`.
+DBRX_FN_BLAS=0 keeps MLX's own, and DBRX_FN_BLAS=PATH names another library. MLX's own is also kept in a small address
+space (`ulimit -v`). The logger `dbrx_fn.blas` says at level INFO which one is used.
 """
 
 import ctypes
@@ -16,17 +15,17 @@ import warnings
 
 logger = logging.getLogger("dbrx_fn.blas")
 
-# By their sonames, which a system's loader finds without its developer's packages.
+# Sonames, which the system's loader finds without development packages.
 _LIBRARIES = ("libopenblas.so.0", "libmkl_rt.so.2", "libblis.so.4")
 
 
 def _load() -> str | None:
-    """Loads the first library that is there; its name, or `None` if MLX's own is what computes."""
+    """Loads the first library that exists. Returns its name, or `None` if MLX's own is used."""
     wanted = os.environ.get("DBRX_FN_BLAS", "")
     if sys.platform != "linux" or wanted == "0":
         return None
     if _is_loaded():
-        logger.info("a BLAS is there already")
+        logger.info("the process has loaded a BLAS already")
         return "preloaded"
     if "mlx.core" in sys.modules:
         logger.info("MLX was imported before dbrx_fn and uses its own BLAS: import dbrx_fn first")
@@ -49,15 +48,15 @@ def _load() -> str | None:
 
 
 def _has_room() -> bool:
-    """Whether OpenBLAS's buffers, 128 MiB a thread, fit the address space: where they don't, it tries for ever."""
+    """Whether OpenBLAS's buffers, 128 MiB per thread, fit the address space. If not, it would retry forever."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return limit == resource.RLIM_INFINITY or limit > 2**30 + (os.cpu_count() or 1) * 2**28
 
 
 def _is_loaded() -> bool:
-    """Whether the process itself brings a BLAS along, as with LD_PRELOAD."""
+    """Whether the process has loaded a BLAS already, such as by LD_PRELOAD."""
     return hasattr(ctypes.CDLL(None), "cblas_sgemm")
 
 
 FAST_BLAS = _load()
-"""The library that computes the CPU's matrix products, or `None` if that is MLX's own."""
+"""The library that computes the CPU's matrix products, or `None` for MLX's own."""

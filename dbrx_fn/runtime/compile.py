@@ -1,20 +1,17 @@
-"""The one place that touches `mx.compile`: layers as compiled functions whose types are checked once a shape.
+"""Compilation of layers: the only user of `mx.compile`. Shapes and dtypes are checked once per signature.
 
-`mx.compile` traces a function once per combination of argument shapes, dtypes and constants, and from then on runs
-the recorded graph without entering Python. It takes arrays and trees of them; a `Config` is neither. So a layer's
-positional arguments are what is traced and its keyword-only arguments are what is static, and each distinct set of
-static values has a compiled function of its own.
+`mx.compile` traces a function once per combination of argument shapes, dtypes and constants, and then runs the recorded
+graph without Python. It takes arrays and trees of arrays, which a `Config` is not. So a layer's positional arguments
+are traced, and its keyword-only arguments are static. Each distinct set of static values has a compiled function of its
+own.
 
-On the CPU a compiled layer's Python runs at each call instead (DBRX_FN_COMPILE=1 compiles there too). MLX builds every
-fused kernel there with g++, which takes over half a second each. 6 layers of d_model 256, 16 experts, 4 of them, on 2
-cores (MLX 0.32.4), compiled and called:
-    first token on a machine that has no kernels yet: 17 s and 1.2 s;  later tokens: 245 and 160 a second;
-    a training step of 8 times 128 tokens: 7 to 12 s and 7 to 10 s, which is noise.
-Logits of that model are bitwise the same either way. `traced` compiles on the CPU too.
+On the CPU, layers aren't compiled: their Python runs at each call, with the same results. MLX would build every fused
+kernel there with g++, which delays the first token by seconds (`docs/architecture.md`, section 9). DBRX_FN_COMPILE=1
+compiles there too, and so does `traced`.
 
-jaxtyping's shapes and dtypes are checked by beartype when a function first meets them and never again, so that full
-checking costs nothing per token. Each such meeting is reported to the logger `dbrx_fn.compile` at level DEBUG:
-`logging.getLogger("dbrx_fn.compile").setLevel(logging.DEBUG)` shows what was traced (on the CPU: checked), and when.
+beartype checks jaxtyping's shapes and dtypes when a function first gets them and never again, so checks cost nothing
+per token. The logger `dbrx_fn.compile` reports each trace (on the CPU: each check) at level DEBUG. To see them:
+`logging.getLogger("dbrx_fn.compile").setLevel(logging.DEBUG)`.
 """
 
 import functools
@@ -39,9 +36,9 @@ _within_known = ContextVar("within_known", default=False)
 
 
 def typed(function: Callable[P, R]) -> Callable[P, R]:
-    """Checks a function's shapes and dtypes, once for each combination; for the parts of layers.
+    """Decorates a part of a layer: checks shapes and dtypes, once for each combination.
 
-    As in `compiled`, positional arguments are arrays or trees of them, keyword arguments are static and hashable.
+    As for `compiled`, positional arguments are arrays or trees of them, keyword arguments are static and hashable.
 
     Raises:
         jaxtyping.TypeCheckError: when called with arrays whose shapes or dtypes differ from the annotations.
@@ -50,13 +47,13 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def compiled(layer: Callable[P, R]) -> Callable[P, R]:
-    """Compiles `layer` where that pays, which is on GPUs; on the CPU it is called, its types checked once.
+    """Compiles `layer` on GPUs. On the CPU, calls run its Python, and its types are checked once.
 
     Positional arguments are arrays or trees of them, keyword arguments are static and hashable.
     Inside another trace (a compiled caller, `mx.grad`, `mx.checkpoint`) the layer becomes part of that trace.
 
     Raises:
-        jaxtyping.TypeCheckError: when it first meets arrays whose shapes or dtypes differ from the annotations.
+        jaxtyping.TypeCheckError: on the first call with shapes or dtypes that differ from the annotations.
     """
     checked = _checked(layer)
 
@@ -74,7 +71,7 @@ def compiled(layer: Callable[P, R]) -> Callable[P, R]:
 
 
 def traced(layer: Callable[P, R]) -> Callable[P, R]:
-    """`compiled` for every back end: `mx.compile` on the CPU too, for a function that gains from fused kernels there.
+    """`compiled` on every back end, for functions that gain from fused kernels on the CPU too.
 
     Raises:
         jaxtyping.TypeCheckError: when traced with arrays whose shapes or dtypes differ from the annotations.
@@ -100,7 +97,7 @@ def traced(layer: Callable[P, R]) -> Callable[P, R]:
 
 
 def once(check: Callable[P, None]) -> Callable[P, None]:
-    """Runs a check, for what it raises, the first time that it meets a signature (as of `typed`), and not again."""
+    """Decorates a check that only raises: it runs once per signature, as in `typed`."""
 
     def nothing(*arrays: P.args, **static: P.kwargs) -> None:
         pass
@@ -113,10 +110,10 @@ def _checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _once(first: Callable[P, R], again: Callable[P, R]) -> Callable[P, R]:
-    """Calls `first` for arguments of a new signature, until that succeeds, and `again` for those that had one.
+    """Calls `first` for each new signature, until it succeeds, and `again` for known ones.
 
-    What a function calls depends on its signature alone. So within a call of a known one all the others are known too,
-    and their signatures aren't made: on the CPU 6 layers of width 256 decode 202 tokens a second for 182.
+    The functions that a function calls depend on its signature only. So within a call of a known signature all inner
+    signatures are known too, and computing them is skipped, which saves 10% of decoding on a CPU.
     """
     known: set[object] = set()
 
@@ -139,7 +136,7 @@ def _once(first: Callable[P, R], again: Callable[P, R]) -> Callable[P, R]:
 
 
 def _signature(tree: object) -> object:
-    """All that types can depend on, as a hashable value: a tree's form, its arrays' shapes and dtypes."""
+    """Everything that types can depend on, as a hashable value: a tree's structure, its arrays' shapes and dtypes."""
     if isinstance(tree, mx.array):
         return tree.shape, tree.dtype
     if isinstance(tree, dict):

@@ -1,7 +1,7 @@
 """The default device: its back end, its memory, and whether layers are compiled there.
 
-What a back end makes this project choose can be had on another machine too: within `as_if(backend="metal")` a CPU cuts
-segments and spans as a Mac does. So one machine's tests compute every machine's arrangement.
+`as_if` makes the choices of another back end: within `as_if(backend="metal")` a CPU cuts segments and spans as a Mac
+does. So the tests of one machine cover the choices for all machines.
 """
 
 import os
@@ -17,7 +17,7 @@ Backend = Literal["metal", "cuda", "cpu"]
 
 
 class _Choices(NamedTuple):
-    """What `as_if` says; `None` leaves a choice to the device."""
+    """The choices of `as_if`. `None` leaves a choice to the device."""
 
     backend: Backend | None
     compiles: bool | None
@@ -25,10 +25,10 @@ class _Choices(NamedTuple):
 
 
 def _compiles_by_environment() -> bool | None:
-    """What DBRX_FN_COMPILE says: 1 compiles layers on every device, 0 on none."""
+    """The value of DBRX_FN_COMPILE: 1 compiles layers on every device, 0 on none, unset leaves it to the device."""
     wanted = os.environ.get("DBRX_FN_COMPILE", "")
     if wanted not in ("", "0", "1"):
-        warnings.warn(f"DBRX_FN_COMPILE is {wanted!r} where 0 or 1 is expected: it changes nothing.", stacklevel=2)
+        warnings.warn(f"DBRX_FN_COMPILE is {wanted!r} where 0 or 1 is expected: it is ignored.", stacklevel=2)
     return None if wanted not in ("0", "1") else wanted == "1"
 
 
@@ -40,9 +40,9 @@ _choices = ContextVar("choices", default=_OWN_CHOICES)
 def as_if(
     *, backend: Backend | None = None, compiles: bool | None = None, kernels: bool | None = None
 ) -> Iterator[None]:
-    """Chooses, in this thread, as for another back end; compiles layers or not; takes this project's kernels or none.
+    """Overrides choices in this thread: the back end to choose for, whether layers are compiled, whether kernels run.
 
-    The device still computes, so no other machine's kernels run. What isn't given stays as it was.
+    The default device still computes, so no other machine's kernels run. What isn't given is unchanged.
     """
     told = _choices.get()
     token = _choices.set(
@@ -59,7 +59,7 @@ def as_if(
 
 
 def backend() -> Backend:
-    """The back end to choose for: the default device's, unless `as_if` names another."""
+    """The back end to make choices for: the default device's, unless `as_if` names another."""
     told = _choices.get().backend
     if told is not None:
         return told
@@ -75,7 +75,7 @@ def compiles() -> bool:
 
 
 def takes_kernels() -> bool:
-    """Whether this project's own kernels run where they fit: yes, unless `as_if` says otherwise."""
+    """Whether this project's own kernels run if they fit: yes, unless `as_if` says otherwise."""
     return _choices.get().kernels is not False
 
 
@@ -85,12 +85,12 @@ def traced_for() -> tuple[Backend, bool]:
 
 
 def on_cpu() -> bool:
-    """Whether a CPU computes, whatever `as_if` says."""
+    """Whether the default device is a CPU, regardless of `as_if`."""
     return mx.default_device().type == mx.cpu
 
 
 def memory_size() -> int:
-    """Bytes of memory that the default device has in all."""
+    """The default device's total memory, in bytes."""
     if on_cpu():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     info = mx.device_info()

@@ -1,26 +1,26 @@
-"""What training makes small: cross-entropy, and what keeps the experts evenly used.
+"""Training losses: cross-entropy, and the routers' load-balancing loss and z-loss.
 
-A router that is only trained to predict well sends most tokens to few experts, which then learn fastest. The
-load-balancing loss works against that (Switch Transformer, https://arxiv.org/abs/2101.03961, equations 4 to 6). For
-one layer with E experts,
+A router that is only trained to predict sends most tokens to a few experts, which then learn fastest. The
+load-balancing loss works against that (Switch Transformer, https://arxiv.org/abs/2101.03961, equations 4 to 6). For one
+layer with E experts and K choices per token it is
 
     load_balance = E * sum over e of f_e * P_e
 
-where f_e is the share of (token, choice) pairs that went to expert e, and P_e the mean over tokens of the router's
-probability for it. At perfect balance it is 1, and when all tokens go one way it nears E / K. f_e has no gradient; P_e
-has, and is pushed down where f_e is large. Here it is the mean over layers, and `moe_loss_weight` is its weight, so the
-weight means the same for any depth, batch, number of experts or choices. That is MegaBlocks' form, with which DBRX was
-trained (https://github.com/databricks/megablocks/blob/main/megablocks/layers/moe.py, `batched_load_balancing_loss`).
-Others differ, and a weight can't be carried over without care:
+f_e is the share of (token, choice) pairs that went to expert e. P_e is the router's probability for it, averaged over
+tokens. The loss is 1 at perfect balance, and nears E / K when all tokens go to the same experts. f_e has no gradient.
+The gradient lowers P_e for experts with a large f_e. The loss is averaged over layers and multiplied by
+`moe_loss_weight`, so the weight means the same for every depth, batch, and number of experts and choices. This is
+MegaBlocks' form, with which DBRX was trained
+(https://github.com/databricks/megablocks/blob/main/megablocks/layers/moe.py, `batched_load_balancing_loss`). Other
+implementations scale it differently, so their weights don't carry over:
 
-- transformers 5.23 counts choices per token instead of their share, so its loss is K at perfect balance, 4 for DBRX;
-  and it averages f and P over layers before it multiplies them, so that two layers which are unbalanced in opposite
-  ways look balanced.
-- The reference (modeling_dbrx.py of databricks/dbrx-instruct) is transformers' with the softmax taken twice: its P
-  is a softmax of probabilities, which is nearly flat, and so is what pushes.
+- transformers 5.23 counts choices per token instead of their share, so its loss is K at perfect balance, 4 for DBRX. It
+  averages f and P over layers before it multiplies them, so two layers with opposite imbalance look balanced.
+- The reference (modeling_dbrx.py of databricks/dbrx-instruct) does the same and takes the softmax twice. Its P is a
+  softmax of probabilities, which is nearly flat, so its gradient is weak.
 
-The z-loss (ST-MoE, https://arxiv.org/abs/2202.08906, equation 5) is optional: it keeps the router's logits small, where
-a softmax in low precision is exact.
+The z-loss (ST-MoE, https://arxiv.org/abs/2202.08906, equation 5) is optional. It keeps the router's logits small, so a
+softmax in low precision stays exact.
 """
 
 import math
@@ -43,13 +43,13 @@ from dbrx_fn.runtime.compile import compiled
 
 
 class LossParts(NamedTuple):
-    """What a loss is made of, and how its tokens were routed. All float32.
+    """The parts of a loss, and its tokens' routing. All are float32.
 
     `cross_entropy`: nats per target token.
-    `load_balance`: mean over layers; 1 at perfect balance.
+    `load_balance`: mean over layers. 1 at perfect balance.
     `router_z`: mean over layers and tokens of the squared log-sum-exp of the router's logits.
-    `expert_share`: `[layer expert]`, the share of (token, choice) pairs that each expert got; rows add up to 1.
-    `expert_probability`: `[layer expert]`, the router's mean probability for each expert; rows add up to 1.
+    `expert_share`: `[layer expert]`, the share of (token, choice) pairs that each expert got. Rows add up to 1.
+    `expert_probability`: `[layer expert]`, the router's mean probability for each expert. Rows add up to 1.
     """
 
     cross_entropy: mx.array
@@ -71,28 +71,28 @@ def loss(
     z_loss_weight: float = 0.0,
     recompute: bool = False,
 ) -> tuple[mx.array, LossParts]:
-    """`cross_entropy + moe_loss_weight * load_balance + z_loss_weight * router_z`, and those parts.
+    """`cross_entropy + moe_loss_weight * load_balance + z_loss_weight * router_z`, and these parts.
 
-    Differentiate it with respect to `params`: `mx.value_and_grad(dbrx_fn.loss)(params, tokens, mask, config)`.
+    Its gradient with respect to `params`: `mx.value_and_grad(dbrx_fn.loss)(params, tokens, mask, config)`.
 
     Args:
-        params: the tree; a quantized one has a loss and no gradient.
-        tokens: integer `[batch time]`, at least two in a row; each is predicted from those before it in its row. An id
+        params: the tree. A quantized one has a loss and no gradient.
+        tokens: integer `[batch time]`, at least two per row. Each is predicted from those before it in its row. An id
             outside of the vocabulary makes the loss NaN, except in padding.
-        mask: bool `[batch time]`, which tokens are targets. All, if `None`; the first of a row never is.
+        mask: bool `[batch time]`, true for targets. All, if `None`. The first token of a row is never a target.
         config: the model's, with `moe_loss_weight` and `moe_jitter_eps`.
-        lengths: int32 `[batch]`, how many of each row's tokens are real, counted from the left; the rest is padding,
-            which is no target and isn't counted in the routing, just as each row's last token, which predicts
-            nothing. All of them, if not given.
-        jitter_key: an `mx.random.key` for the routers' jitter; none, if not given.
-        z_loss_weight: of the z-loss. ST-MoE's is 0.001.
-        recompute: see `score`.
+        lengths: int32 `[batch]`, how many of each row's tokens are real, counted from the left. All, if not given. The
+            rest is padding. Padding is never a target. Neither padding nor a row's last token, which predicts nothing,
+            counts in the routing.
+        jitter_key: an `mx.random.key` for the routers' jitter. No jitter, if not given.
+        z_loss_weight: weight of the z-loss. ST-MoE's is 0.001.
+        recompute: gradient checkpointing, as in `score`.
 
     Returns:
         The loss, a float32 scalar, and its parts.
 
     Raises:
-        InputError: if an argument isn't what it is said to be here.
+        InputError: if an argument has another type or shape.
         CheckpointError: if the tree doesn't fit the config.
     """
     check_tree(params)
@@ -116,10 +116,10 @@ def loss_parts(
     mask: Bool[mx.array, "batch time+1"] | None,
     lengths: Int32[mx.array, " batch"] | None,
 ) -> LossParts:
-    """The parts of `loss`, of what `score` made of all tokens of a row but its last; `targets`: all but its first."""
+    """The parts of `loss`, from `score`'s results for each row without its last token. `targets` lack the first."""
     batch, time = targets.shape
     last = mx.full(batch, time + 1, mx.int32) if lengths is None else lengths
-    # A row's last token predicts nothing, so it isn't read, with padding behind it or without.
+    # A row's last token predicts nothing, so it doesn't count, with or without padding behind it.
     has_next = mx.arange(1, time + 1, dtype=mx.int32) < last[:, None]
     predicted = has_next if mask is None else has_next & mask[:, 1:]
     nats = token_nats(logits, targets)
@@ -138,9 +138,9 @@ def loss_parts(
 def token_nats(
     logits: Float[mx.array, "batch time vocab"], targets: Integer[mx.array, "batch time"]
 ) -> Float32[mx.array, "batch time"]:
-    """Minus the natural logarithm of each target's probability, in float32 whatever the logits' dtype.
+    """The negative natural logarithm of each target's probability, in float32 for every dtype of logits.
 
-    NaN for a target outside of the vocabulary.
+    It is NaN for a target outside of the vocabulary.
     """
     ids, known = within(targets, logits.shape[-1])
     nats: mx.array = nn.losses.cross_entropy(logits.astype(mx.float32), ids)
@@ -150,31 +150,31 @@ def token_nats(
 def chosen_experts(
     top_experts: UInt32[mx.array, "*token top_k"], experts: int
 ) -> Bool[mx.array, "*token top_k expert"]:
-    """Which of the `experts` each choice is: true for that one."""
+    """The choices one-hot: for each choice, true at the chosen one of `experts` experts."""
     chosen: mx.array = top_experts[..., None] == mx.arange(experts, dtype=top_experts.dtype)
     return chosen
 
 
 def busiest_expert(expert_share: mx.array | ArrayLike) -> float:
-    """How many times its fair share the busiest expert of any layer got: 1 at perfect balance.
+    """The busiest expert's load, over all layers, as a multiple of its fair share. 1 at perfect balance.
 
-    `expert_share`: `[layer expert]`, rows adding up to 1.
+    `expert_share`: `[layer expert]`. Rows add up to 1.
     """
     share = np.array(expert_share)
     return float(share.max() * share.shape[-1])
 
 
 def bits_per_byte(nats: float, tokens: int, text_bytes: int) -> float:
-    """`nats` per token, over `tokens` tokens that spell `text_bytes` bytes, at least one, as bits per byte."""
+    """Bits per byte of a text of `tokens` tokens and `text_bytes` bytes (at least one), from `nats` per token."""
     return nats * tokens / (math.log(2) * text_bytes)
 
 
 def check_batch(tokens: mx.array, mask: mx.array | None, lengths: mx.array | None = None) -> None:
-    """Raises what `loss` says, where these aren't what it takes."""
+    """Raises `InputError` unless these arguments are as `loss` takes them."""
     shape = list(tokens.shape) if isinstance(tokens, mx.array) else []
     if len(shape) != 2 or shape[0] < 1 or shape[1] < 2 or not mx.issubdtype(tokens.dtype, mx.integer):
         raise InputError(
-            f"tokens is {_kind(tokens)} where integers [batch time] with at least 1 row of at least 2 are expected."
+            f"tokens is {_kind(tokens)} where integers [batch time], at least 1 row of 2 tokens, are expected."
         )
     if mask is not None and (not isinstance(mask, mx.array) or (list(mask.shape), mask.dtype) != (shape, mx.bool_)):
         raise InputError(f"mask is {_kind(mask)} where bool {shape}, the shape of tokens, is expected.")
@@ -187,7 +187,7 @@ def check_batch(tokens: mx.array, mask: mx.array | None, lengths: mx.array | Non
 def _mean_over_tokens(
     values: Float32[mx.array, "layer batch time wide"], read: Float32[mx.array, "batch time"]
 ) -> Float32[mx.array, "layer wide"]:
-    """The mean over tokens that were `read`."""
+    """The mean over the tokens where `read` is 1."""
     return (values * read[..., None]).sum(axis=(1, 2)) / mx.maximum(read.sum(), 1)
 
 

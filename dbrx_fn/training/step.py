@@ -1,14 +1,14 @@
-"""One step of training as a function of values: state and batch to the next state and what was measured.
+"""One training step as a pure function: state and batch to the next state and measurements.
 
     state = init_state(params, recipe, mx.random.key(0))
     state, measured = train_step(state, tokens, mask, config=config, recipe=recipe)
 
-The state is a tree of arrays: float32 master weights, the optimizer's moments, the key that jitter is drawn from. The
-recipe is static. Few functions are compiled, each traced once for a whole run: `gradients` of one micro-batch, `add` of
-two, `update`. The first runs the same `score` that inference does; there is no other path.
+The state is a tree of arrays: float32 master weights, the optimizer's moments, and the key for jitter. The recipe is
+static. Three functions are compiled, and each is traced once per run: `gradients` of a micro-batch, `add`, which sums
+two of these, and `update`. `gradients` runs the same `score` as inference.
 
-Optimizer and schedules are `mlx.optimizers`'. Its AdamW is an object that holds a state; here it is made anew inside
-the trace, given the state, and asked for the next, so nothing outlives the step.
+The optimizer and schedules are those of `mlx.optimizers`. Its AdamW is an object with a state. Each step makes a new
+one inside the trace, gives it the state, and takes the next state from it, so no object outlives the step.
 """
 
 from dataclasses import dataclass, replace
@@ -40,22 +40,22 @@ _MOST_STEPS = 2**31
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: everything about a run that isn't the model, the data or an array.
+    """A training run's settings, apart from the model and the data.
 
-    `steps`: updates in the whole run, which the schedule is stretched over.
-    `learning_rate`: at its highest, after `warmup` steps of linear rise.
-    `warmup`: `None` for a twentieth of the steps, at most 100.
-    `schedule`: how it falls from there to `final_share` of it at the last step.
+    `steps`: updates in the whole run. The schedule spans them.
+    `learning_rate`: the highest rate, reached after `warmup` steps of linear rise.
+    `warmup`: number of steps. `None` means a twentieth of `steps`, at most 100.
+    `schedule`: how the rate then falls, to `final_share` of the highest at the last step.
     `betas`, `eps`, `weight_decay`: AdamW's (https://arxiv.org/abs/1711.05101), with bias correction. Norms' weights
         don't decay.
-    `clip_norm`: gradients are scaled so that their global norm is at most this; `None` leaves them.
-    `micro_batches`: how many a batch is cut into, one after the other, so that less memory is needed.
-    `dtype`: what the forward and backward pass compute in; master weights and optimizer are float32 whatever it is.
-    `recompute`: keep only each block's input for the backward pass, and compute the rest again.
-    `z_loss_weight`: of the routers' z-loss.
+    `clip_norm`: gradients are scaled so that their global norm is at most this. `None` means no clipping.
+    `micro_batches`: number of parts of a batch, computed one after the other to save memory.
+    `dtype`: of the forward and backward pass. Master weights and optimizer are always float32.
+    `recompute`: gradient checkpointing: keep only each block's input for the backward pass, and compute the rest again.
+    `z_loss_weight`: weight of the routers' z-loss.
 
     Raises:
-        InputError: naming the field, if it can't work.
+        InputError: if a field has an impossible value. It names the field.
     """
 
     steps: int
@@ -95,17 +95,17 @@ class Recipe:
 
     @property
     def warmup_steps(self) -> int:
-        """For how many steps the learning rate rises."""
+        """Number of steps in which the learning rate rises."""
         return min(100, self.steps // 20) if self.warmup is None else self.warmup
 
 
 class Measured(NamedTuple):
-    """What a step measured, before its update; lazy float32 arrays.
+    """A step's measurements before its update, as lazy float32 arrays.
 
-    `loss`: what was differentiated.
-    `parts`: what that was made of; means over the micro-batches, in `cross_entropy` weighted by their targets.
-    `gradient_norm`: global, before clipping.
-    `learning_rate`: of this step's update.
+    `loss`: the loss that was differentiated.
+    `parts`: its parts, as means over the micro-batches. `cross_entropy` is weighted by their numbers of targets.
+    `gradient_norm`: the global norm before clipping.
+    `learning_rate`: the rate of this step's update.
     """
 
     loss: mx.array
@@ -115,7 +115,7 @@ class Measured(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of a batch or of a part of it: a tree as the parameters, float32; the loss; its parts."""
+    """Gradients of a batch or a micro-batch: a float32 tree like the parameters', the loss, and its parts."""
 
     tree: Params
     loss: mx.array
@@ -124,15 +124,15 @@ class Gradients(NamedTuple):
 
 @checked
 def init_state(params: Params, recipe: Recipe, key: mx.array) -> State:
-    """The state before the first step: `params` (any float dtype, becoming float32), `optimizer`, `key`.
+    """The state before the first step, a dict of `params` (in float32), `optimizer` and `key`.
 
     Args:
-        params: the tree, dense.
+        params: the dense tree, of any float dtype.
         recipe: how to train.
-        key: an `mx.random.key`, which jitter is drawn from.
+        key: an `mx.random.key` for jitter.
 
     Raises:
-        InputError: if one of them is something else, or the tree is quantized.
+        InputError: if an argument has another type, or the tree is quantized.
     """
     check_tree(params)
     check_key("key", key)
@@ -150,15 +150,15 @@ def init_state(params: Params, recipe: Recipe, key: mx.array) -> State:
 
 
 def check_memory(config: Config) -> None:
-    """Makes sure that the machine holds a model's weights, their gradients and AdamW's two moments, all float32.
+    """Checks that the machine has memory for the weights, their gradients and AdamW's two moments, all in float32.
 
     Raises:
-        InputError: if it doesn't.
+        InputError: if it hasn't.
     """
     needed = 16 * param_count(config)
     if needed > memory_size():
         raise InputError(
-            f"The model's {param_count(config):,} parameters need {needed / 2**30:.1f} GiB to be trained and this"
+            f"The model's {param_count(config):,} parameters need {needed / 2**30:.1f} GiB for training, and this"
             f" machine has {memory_size() / 2**30:.1f} GiB: take a smaller model, or a larger machine."
         )
 
@@ -170,29 +170,28 @@ def train_step(
     """One update. Nothing waits for the device.
 
     Args:
-        state: from `init_state`, or from the step before; drop it for the one returned, and its memory is reused.
-        tokens: int32 `[batch time]`; all of them are predicted, but for the first of each row.
-        mask: bool `[batch time]`, which of them count; all, if `None`.
-        config: the model's; `moe_loss_weight` and `moe_jitter_eps` count, `dtype` doesn't (the recipe's does).
+        state: from `init_state`, or from the step before. Its memory is reused if it is dropped for the new one.
+        tokens: int32 `[batch time]`. All are predicted, except the first of each row.
+        mask: bool `[batch time]`, true for targets. All, if `None`.
+        config: the model's, with `moe_loss_weight` and `moe_jitter_eps`. Its `dtype` is ignored for the recipe's.
         recipe: how to train.
 
     Returns:
-        The state after it, and what was measured.
+        The next state, and this step's measurements.
 
     Raises:
-        InputError: if an argument isn't what it is said to be here, or the recipe's micro-batches don't divide the
-            batch.
+        InputError: if an argument has another type or shape, or the recipe's micro-batches don't divide the batch.
         CheckpointError: if the state's parameters don't fit the config.
     """
     if state.keys() != {"params", "optimizer", "key"}:
-        raise InputError("state is no state of training: give what init_state made, or the step before returned.")
+        raise InputError("state is not a training state: give the result of init_state, or of the step before.")
     check_batch(tokens, mask)
     count = recipe.micro_batches
     if tokens.shape[0] % count:
         raise InputError(f"The batch has {tokens.shape[0]} rows, which {count} micro-batches don't divide evenly.")
     config = replace(config, dtype=recipe.dtype)
     next_key, *keys = mx.random.split(state["key"], count + 1)
-    # Each micro-batch counts by its targets, so that cutting a batch changes nothing.
+    # Each micro-batch is weighted by its number of targets, so cutting a batch doesn't change its gradient.
     targets = None if mask is None else mx.maximum(mask[:, 1:].sum(), 1)
     total: Gradients | None = None
     for part, key, part_mask in zip(
@@ -219,15 +218,15 @@ def gradients(
     config: Config,
     recipe: Recipe,
 ) -> Gradients:
-    """What one micro-batch adds to the batch's gradients, loss and its parts.
+    """One micro-batch's share of the batch's gradients, loss and parts.
 
     Args:
-        params: float32 masters.
-        tokens: of this micro-batch.
-        mask: which of them are targets.
-        share: of all the batch's targets, those in this micro-batch.
+        params: float32 master weights.
+        tokens: this micro-batch's.
+        mask: which tokens are targets.
+        share: the fraction of the batch's targets that are in this micro-batch.
         key: for jitter.
-        config: the model's, in the dtype to compute in.
+        config: the model's, with the dtype to compute in.
         recipe: how to train.
     """
     dtype = getattr(mx, config.dtype)
@@ -235,7 +234,7 @@ def gradients(
     def objective(masters: Params) -> tuple[mx.array, LossParts]:
         cast = tree_map(lambda array: array.astype(dtype), masters)
         _, parts = loss(cast, tokens, mask, config, jitter_key=key, recompute=recipe.recompute)
-        # The mean over targets of the whole batch, and the mean over micro-batches of what is about routing.
+        # Cross-entropy is a mean over the batch's targets. The routing losses are means over micro-batches.
         cross_entropy = parts.cross_entropy * share
         parts = LossParts(cross_entropy, *(part / recipe.micro_batches for part in parts[1:]))
         routing = config.ffn.moe_loss_weight * parts.load_balance + recipe.z_loss_weight * parts.router_z
@@ -247,7 +246,7 @@ def gradients(
 
 @compiled
 def add(one: Gradients, other: Gradients) -> Gradients:
-    """Two micro-batches' sum."""
+    """The sum of two micro-batches' gradients, losses and parts."""
     total: Gradients = tree_map(mx.add, one, other)
     return total
 
@@ -256,7 +255,7 @@ def add(one: Gradients, other: Gradients) -> Gradients:
 def update(
     params: Params, optimizer: State, grads: Params, *, config: Config, recipe: Recipe
 ) -> tuple[Params, State, Float32[mx.array, ""], Float32[mx.array, ""]]:
-    """Clips, and takes AdamW's step: the next parameters and optimizer state, the gradients' norm, the rate."""
+    """Clips the gradients and applies AdamW. Returns the next parameters and optimizer state, the norm, the rate."""
     limit = float("inf") if recipe.clip_norm is None else recipe.clip_norm
     grads, norm = optimizers.clip_grad_norm(grads, limit)
     leaves: dict[str, mx.array] = {}
@@ -264,7 +263,7 @@ def update(
     split_params, split_grads = _by_decay(params), _by_decay(grads)
     for name in split_params:
         adamw = _adamw(name, recipe)
-        # Its dicts are written to, which mustn't be those of the caller.
+        # AdamW writes to its state's dicts, so they are copies of the caller's.
         adamw.state = tree_map(lambda array: array, optimizer[name])
         leaves |= adamw.apply_gradients(split_grads[name], split_params[name])
         after[name] = adamw.state
@@ -273,12 +272,12 @@ def update(
 
 
 def learning_rate(recipe: Recipe, done: int) -> float:
-    """The learning rate of the update after `done` of them."""
+    """The learning rate of the update that follows `done` updates."""
     return float(_learning_rate(recipe)(mx.array(done)))
 
 
 def _by_decay(params: Params) -> dict[str, dict[str, mx.array]]:
-    """The tree's leaves by path: matrices, whose weights decay, and norms, whose don't."""
+    """The tree's leaves by path: matrices, which decay, and norms, which don't."""
     leaves: dict[str, mx.array] = dict(tree_flatten(params))
     return {
         "matrices": {path: array for path, array in leaves.items() if array.ndim > 1},
@@ -297,7 +296,7 @@ def _adamw(name: str, recipe: Recipe) -> optimizers.AdamW:
 
 
 def _learning_rate(recipe: Recipe) -> Any:
-    """The rate as a function of the steps done before."""
+    """The learning rate as a function of the number of steps done."""
     highest, lowest = recipe.learning_rate, recipe.learning_rate * recipe.final_share
     falling = max(1, recipe.steps - recipe.warmup_steps - 1)
     after = {

@@ -229,7 +229,7 @@ def test_a_model_that_is_too_large(
     assert main(["training", "--shape", str(tmp_path / "huge.json")]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: The model's ")
-    assert "GiB to be trained" in err
+    assert "GiB for training" in err
     assert err.count("\n") == 1
     # All of DBRX in 4 bits fits a GPU of 80 GB, and not with a batch of long contexts.
     monkeypatch.setattr("dbrx_fn.benchmarks.plan.memory_size", lambda: 80 * 10**9)

@@ -554,14 +554,14 @@ def test_a_config_that_is_none(content: str, text: Path, tmp_path: Path, refused
 
 def test_a_model_that_is_too_large(text: Path, tmp_path: Path, refused: Refused) -> None:
     config = write_config(tmp_path / "config.json", d_model=8192, n_layers=400)
-    refused(arguments(tmp_path / "run", config, [text]), "GiB to be trained", "smaller model")
+    refused(arguments(tmp_path / "run", config, [text]), "GiB for training", "smaller model")
 
 
 def test_a_run_resumed_on_a_machine_that_is_too_small(copy: Path, refused: Refused) -> None:
     settings = json.loads((copy / "run.json").read_text())
     settings["config"] |= {"d_model": 8192, "n_layers": 400}
     (copy / "run.json").write_text(json.dumps(settings))
-    refused(["--out", str(copy), "--resume"], "GiB to be trained", "larger machine")
+    refused(["--out", str(copy), "--resume"], "GiB for training", "larger machine")
 
 
 def test_a_batch_that_is_too_large(config: Path, text: Path, tmp_path: Path, refused: Refused) -> None:

@@ -142,7 +142,7 @@ def test_a_cache_of_another_model_is_refused(other: Config, named: str, tmp_path
     save_cache(tmp_path / "cache", filled([3]))
     with pytest.raises(CacheError) as error:
         load_cache(tmp_path / "cache", other)
-    assert "is of another model" in str(error.value)
+    assert "belongs to another model" in str(error.value)
     assert named in str(error.value)
 
 
@@ -157,7 +157,7 @@ def test_a_row_longer_than_the_capacity_is_refused(tmp_path: Path) -> None:
 
 
 def test_rows_that_would_take_far_more_memory_than_the_file_are_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="1000 rows most hold next to nothing"):
+    with pytest.raises(CacheError, match="1000 rows are almost empty"):
         save_cache(tmp_path / "cache", replace(init_cache(CONFIG, 1000, 12), lengths=(12,) + (0,) * 999))
     assert not list(tmp_path.iterdir())
 
@@ -240,8 +240,8 @@ def says(**texts: str) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (says(dbrx_fn_cache="2"), "is a cache of version '2' where 1 is read here"),
-        (says(config="[]"), "its config is no JSON object"),
+        (says(dbrx_fn_cache="2"), "is a cache of version '2' where 1 is expected"),
+        (says(config="[]"), "its config is not a JSON object"),
         (says(config="{}"), "n_layers is None where the config has 2"),
         (says(config="[" * 100_000), "nested too deeply"),
         (says(config=""), "Expecting value"),

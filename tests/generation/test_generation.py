@@ -125,7 +125,7 @@ def test_drawing_without_a_key_is_refused(scratch: Path) -> None:
         lambda: list(stream_tokens(PARAMS, CONFIG, PROMPT, sampling=warm)),
         lambda: list(stream_text(COUNTING, CONFIG, saying([b"a"], scratch), [0], sampling=warm)),
     ):
-        with pytest.raises(InputError, match=r"temperature is 0\.7 and no key is given.*mx\.random\.key"):
+        with pytest.raises(InputError, match=r"temperature is 0\.7, and drawing needs a key.*mx\.random\.key"):
             attempt()
 
 

@@ -408,7 +408,7 @@ def test_a_quantized_tree_can_not_be_trained() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"state": TREE}, "^state is no state of training"),
+        ({"state": TREE}, "^state is not a training state"),
         ({"state": None}, "^state is None where it must be a dict"),
         ({"config": TREE}, "^config is a dict where it must be a Config"),
         ({"config": FIRST_MOMENT}, "^config is a Recipe where it must be a Config"),
@@ -438,7 +438,7 @@ def test_a_loss_of_other_things(arguments: Any, more: dict[str, Any], sentence: 
 
 def test_a_model_that_does_not_fit_the_machine() -> None:
     check_memory(CONFIG)
-    with pytest.raises(InputError, match=r"need [\d.]+ GiB to be trained .*: take a smaller model"):
+    with pytest.raises(InputError, match=r"need [\d.]+ GiB for training, .*: take a smaller model"):
         check_memory(replace(CONFIG, n_layers=999, d_model=2**18))
 
 
