@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from numpy.typing import ArrayLike, NDArray
 
 from dbrx_fn.checkpoints.config_file import config_from_dict
@@ -40,6 +41,17 @@ def tree(config: Config, tensors: Mapping[str, NDArray[Any]]) -> Params:
         stacked = tensors[path.removesuffix(".weight")].reshape(ffn.moe_num_experts, ffn.ffn_hidden_size, -1)
         arrays[path] = mx.array(stacked.swapaxes(1, 2) if ".w2." in path else stacked)
     return nest({path: array.astype(getattr(mx, config.dtype)) for path, array in arrays.items()}, config)
+
+
+def tensors_of(params: Params) -> checkpoints.Tensors:
+    """The tensors, float32, of which `tree` makes the dense tree `params`."""
+    leaves: dict[str, mx.array] = dict(tree_flatten(params))
+    tensors = {path: np.array(leaf.astype(mx.float32)) for path, leaf in leaves.items()}
+    for path in [path for path in tensors if ".experts." in path]:
+        stacked = tensors.pop(path)
+        stacked = stacked.swapaxes(1, 2) if ".w2." in path else stacked
+        tensors[path.removesuffix(".weight")] = stacked.reshape(-1, stacked.shape[-1])
+    return tensors
 
 
 def case_of(raw: dict[str, Any], rng: np.random.Generator, dtype: Dtype = "float32") -> Case:

@@ -16,6 +16,7 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.config import Dtype
 from dbrx_fn.model.transformer import forward, score
+from dbrx_fn.runtime.device import as_if, backend, on_cpu
 from dbrx_fn.training.losses import (
     LossParts,
     bits_per_byte,
@@ -84,9 +85,9 @@ def test_the_loss_is_the_oracles(measured: Measured) -> None:
     assert busiest_expert(parts.expert_share) == pytest.approx(np.max(shares) * EXPERTS)
 
 
-@pytest.fixture(scope="module")
-def grads() -> dict[str, mx.array]:
-    """Of the batch above, by path."""
+@pytest.fixture(scope="module", params=sorted({backend(), "metal", "cuda"} if on_cpu() else {backend()}))
+def grads(request: pytest.FixtureRequest) -> dict[str, mx.array]:
+    """Of the batch above, by path, as each back end arranges it."""
     case = model()
     tokens, mask = random_batch(0, 2, 9)
 
@@ -94,7 +95,8 @@ def grads() -> dict[str, mx.array]:
         value, _ = loss(params, tokens, mask, case.config, lengths=mx.array(LENGTHS), z_loss_weight=Z_LOSS_WEIGHT)
         return value
 
-    return dict(tree_flatten(mx.grad(objective)(case.params)))
+    with as_if(backend=request.param):
+        return dict(tree_flatten(mx.grad(objective)(case.params)))
 
 
 NAMES = list(checkpoints.random_tensors(RAW, np.random.default_rng(0)))
