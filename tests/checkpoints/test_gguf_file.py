@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dbrx_fn.checkpoints.config_file import config_from_dict
-from dbrx_fn.checkpoints.gguf_file import GROUP_SIZE, gguf_config, gguf_headers, read_gguf
+from dbrx_fn.checkpoints.gguf_file import gguf_config, gguf_headers, read_gguf
+from dbrx_fn.checkpoints.gguf_header import GROUP_SIZE
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.model.config import Dtype
 from tests.support import checkpoints

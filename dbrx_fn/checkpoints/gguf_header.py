@@ -1,0 +1,253 @@
+"""What a GGUF file says before its tensors' data: metadata, and what tensors lie where.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Everything is checked here, since MLX's own
+reader (MLX 0.32.4) ends the process where a damaged file's counts or offsets are wrong, or a number has 64 bits.
+"""
+
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from dbrx_fn.errors import CheckpointError
+from dbrx_fn.files.json_file import POINTER, refuse_pointer
+from dbrx_fn.model.config import Dtype
+
+GROUP_SIZE = 32
+"""Weights that share a scale and a bias in every quantized type that is read."""
+
+_VERSIONS = (2, 3)
+_DEFAULT_ALIGNMENT = 32
+# llama.cpp's own limits are these two and four dimensions.
+_LONGEST_KEY = 2**16 - 1
+_LONGEST_TENSOR_NAME = 64
+_MOST_DIMENSIONS = 4
+# Far above what any file holds, and far below what would cost noticeable time or memory.
+_LONGEST_STRING = 2**26
+_MOST_KEYS = 2**16
+_MOST_TENSORS = 2**17
+_MOST_ARRAY_ITEMS = 2**22
+_LONGEST_STRING_KEPT = 2**10
+# MLX counts the elements of an axis in 32-bit integers.
+_INT32 = 2**31
+
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+# Metadata's number types, as `struct` knows them.
+_NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", _BOOL: "<B", 10: "<Q", 11: "<q", 12: "<d"}
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """A tensor type that is read: a row is blocks of `items` entries, of `size` bytes each.
+
+    `dtype`: of the entries, or of a quantized type's scales.
+    `bits`: of a quantized type's entries.
+    """
+
+    name: str
+    items: int
+    size: int
+    dtype: Dtype
+    bits: int | None = None
+
+
+_TYPES = {
+    0: BlockType("F32", 1, 4, "float32"),
+    1: BlockType("F16", 1, 2, "float16"),
+    30: BlockType("BF16", 1, 2, "bfloat16"),
+    2: BlockType("Q4_0", GROUP_SIZE, 18, "float16", bits=4),
+    3: BlockType("Q4_1", GROUP_SIZE, 20, "float16", bits=4),
+    8: BlockType("Q8_0", GROUP_SIZE, 34, "float16", bits=8),
+}
+_READ = ", ".join(kind.name for kind in _TYPES.values())
+# https://github.com/ggml-org/ggml/blob/master/include/ggml.h, `enum ggml_type`.
+_REFUSED = {
+    6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
+    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
+    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+    40: "NVFP4",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as the file has it: `shape` with the innermost axis last, `start` in bytes from the file's."""
+
+    name: str
+    type: BlockType
+    shape: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Metadata's numbers and short strings (`None` stands for anything else), and the tensors in the file's order."""
+
+    metadata: Mapping[str, float | str | None]
+    entries: tuple[Entry, ...]
+
+
+def read_contents(file: Path) -> Contents:
+    """Reads and checks everything before the tensors' data, and that the data is all there.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or holds what can't be read; it names the tensor.
+    """
+    if file.exists() and not file.is_file():
+        raise CheckpointError(f"{file} isn't a file: name the .gguf file itself.")
+    try:
+        with file.open("rb") as opened:
+            return _Reader(file, opened).contents()
+    except OSError as error:
+        raise CheckpointError(f"{file} can't be read: {error.strerror or error}.") from None
+
+
+class _Reader:
+    """Reads a file's header in order. Nothing is read, skipped or kept before it is known to lie inside the file."""
+
+    def __init__(self, file: Path, opened: BinaryIO) -> None:
+        self._file = file
+        self._opened = opened
+        self._size = os.fstat(opened.fileno()).st_size
+        self._at = 0
+        self._array_items = 0
+
+    def contents(self) -> Contents:
+        tensors, keys = self._counts()
+        metadata = dict(self._key_value() for _ in range(keys))
+        if len(metadata) < keys:
+            raise self._damaged("a metadata key is there twice")
+        parts = metadata.get("split.count", 0)
+        if isinstance(parts, int) and parts > 1:
+            raise self._refused(f"is one of {parts} parts of a file: join them with llama-gguf-split --merge")
+        alignment = self._alignment(metadata)
+        if not tensors:
+            raise self._refused("holds no tensors: name the file with the model's weights")
+        infos = [self._tensor_info() for _ in range(tensors)]
+        return Contents(metadata, self._placed(infos, alignment))
+
+    def _counts(self) -> tuple[int, int]:
+        magic = self._opened.read(len(POINTER))
+        refuse_pointer(self._file, magic)
+        self._opened.seek(0)
+        if self._size < 4 or self._take(4, "magic") != b"GGUF":
+            raise self._refused("isn't a GGUF file, which begins with the letters GGUF")
+        version = self._integer("<I", "version")
+        if version and version % 2**16 == 0:
+            raise self._refused("is big-endian: convert it with gguf-convert-endian, of the package gguf")
+        if version not in _VERSIONS:
+            raise self._refused(f"is GGUF of version {version}, and only 2 and 3 are read: convert the model again")
+        tensors, keys = self._integer("<Q", "count of tensors"), self._integer("<Q", "count of metadata")
+        if tensors > _MOST_TENSORS or keys > _MOST_KEYS:
+            raise self._damaged(f"it claims {tensors} tensors and {keys} metadata")
+        return tensors, keys
+
+    def _key_value(self) -> tuple[str, float | str | None]:
+        key = self._text(_LONGEST_KEY, "metadata's key")
+        return key, self._value(self._integer("<I", f"type of {key!r}"), f"metadata {key!r}")
+
+    def _value(self, kind: int, what: str) -> float | str | None:
+        if kind in _NUMBERS:
+            return self._number(_NUMBERS[kind], what, is_bool=kind == _BOOL)
+        if kind == _STRING:
+            return self._short(self._string(_LONGEST_STRING, what))
+        if kind != _ARRAY:
+            raise self._damaged(f"{what} is of type {kind}, which GGUF doesn't have")
+        self._skip_array(self._integer("<I", what), self._integer("<Q", what), what)
+        return None
+
+    def _skip_array(self, kind: int, count: int, what: str) -> None:
+        self._array_items += count
+        if self._array_items > _MOST_ARRAY_ITEMS:
+            raise self._damaged(f"{what} claims {count} items")
+        if kind in _NUMBERS:
+            self._take(count * struct.calcsize(_NUMBERS[kind]), what)
+        elif kind == _STRING:
+            for _ in range(count):
+                self._string(_LONGEST_STRING, what)
+        else:
+            raise self._refused(f"has {what} as an array of type {kind}, which isn't read: convert the model again")
+
+    def _alignment(self, metadata: Mapping[str, float | str | None]) -> int:
+        value = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(value, int) or value < 8 or value.bit_count() != 1:
+            raise self._damaged(f"general.alignment is {value!r} where it must be a power of 2, at least 8")
+        return value
+
+    def _tensor_info(self) -> tuple[str, BlockType, tuple[int, ...], int]:
+        """Name, type, shape and place in the data section."""
+        name = self._text(_LONGEST_TENSOR_NAME, "tensor's name")
+        what = f"tensor {name!r}"
+        dimensions = self._integer("<I", what)
+        if not 1 <= dimensions <= _MOST_DIMENSIONS:
+            raise self._damaged(f"the {what} has {dimensions} dimensions")
+        # The file lists the innermost first.
+        shape = tuple(self._integer("<Q", what) for _ in range(dimensions))[::-1]
+        if not all(0 < size < _INT32 for size in shape):
+            raise self._damaged(f"the {what} has the shape {shape}")
+        number = self._integer("<I", what)
+        if number not in _TYPES:
+            unread = _REFUSED.get(number, f"of the unknown type {number}")
+            raise self._refused(f"has the {what} as {unread}, and only {_READ} are read: quantize to one of these")
+        kind = _TYPES[number]
+        if shape[-1] % kind.items:
+            raise self._damaged(f"the {what} is {kind.name} with rows of {shape[-1]}, not of whole blocks")
+        return name, kind, shape, self._integer("<Q", what)
+
+    def _placed(self, infos: list[tuple[str, BlockType, tuple[int, ...], int]], alignment: int) -> tuple[Entry, ...]:
+        """The tensors with their places, which must follow each other as llama.cpp requires: no gap, no overlap."""
+        data = _aligned(self._at, alignment)
+        end = 0
+        entries = []
+        for name, kind, shape, offset in infos:
+            due = _aligned(end, alignment)
+            if offset != due:
+                raise self._damaged(f"the tensor {name!r} lies at offset {offset} where it must be at {due}")
+            entries.append(Entry(name, kind, shape, data + offset))
+            end = offset + math.prod(shape) // kind.items * kind.size
+        if data + end > self._size:
+            raise self._damaged(f"its tensors need {data + end} bytes and it has {self._size}")
+        return tuple(entries)
+
+    def _number(self, code: str, what: str, *, is_bool: bool) -> float:
+        value: float = struct.unpack(code, self._take(struct.calcsize(code), what))[0]
+        if is_bool and value > 1:
+            raise self._damaged(f"{what} is {value} where it must be true or false")
+        return bool(value) if is_bool else value
+
+    def _integer(self, code: str, what: str) -> int:
+        return int(self._number(code, what, is_bool=False))
+
+    def _text(self, longest: int, what: str) -> str:
+        try:
+            return self._string(longest, what).decode()
+        except UnicodeDecodeError:
+            raise self._damaged(f"a {what} isn't UTF-8") from None
+
+    def _short(self, string: bytes) -> str | None:
+        return string.decode(errors="replace") if len(string) <= _LONGEST_STRING_KEPT else None
+
+    def _string(self, longest: int, what: str) -> bytes:
+        length = self._integer("<Q", what)
+        if length > longest:
+            raise self._damaged(f"the length of {what} is {length}")
+        return self._take(length, what)
+
+    def _take(self, count: int, what: str) -> bytes:
+        if count > self._size - self._at:
+            raise self._damaged(f"{what} runs past its end, at {self._size} bytes")
+        self._at += count
+        return self._opened.read(count)
+
+    def _damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self._file} is damaged or cut short: {what}; copy it again from where it came.")
+
+    def _refused(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self._file} {what}.")
+
+
+def _aligned(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
