@@ -30,6 +30,7 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import DBRX, Config, Dtype
 from dbrx_fn.model.costs import weight_bytes
 from dbrx_fn.model.params import param_count
+from dbrx_fn.runtime.memory import wired
 
 _Row = TypeVar("_Row")
 _COUNTS = {"batch_size", "sequence_length", "steps", "prompt", "context", "tokens", "repeats"}
@@ -146,7 +147,8 @@ def _inference(chosen: argparse.Namespace) -> None:
     programs = [our_program(params, planned.config)]
     if chosen.peer is not None:
         programs.append(mlx_lm_program(params, planned.stored, planned.formats))
-    figures = [made, *measure_inference(programs, planned, cases, limits)]
+    with wired(params):
+        figures = [made, *measure_inference(programs, planned, cases, limits)]
     print_result(
         json.dumps(_described(planned, limits, figures), indent=2)
         if chosen.json

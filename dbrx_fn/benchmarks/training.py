@@ -17,6 +17,7 @@ from dbrx_fn.benchmarks.machine_rates import matmul_rate
 from dbrx_fn.model.config import AttnConfig, Config, Dtype, FFNConfig
 from dbrx_fn.model.costs import training_operations
 from dbrx_fn.model.params import init_params, param_count
+from dbrx_fn.runtime.memory import wired
 from dbrx_fn.training.step import Recipe, check_memory, init_state, train_step
 
 BILLION = Config(
@@ -68,11 +69,12 @@ def measure_training(
     tokens = mx.random.randint(0, config.vocab_size, (batch_size, sequence_length + 1), key=mx.random.key(2))
     mx.eval(state, tokens)
     times: list[float] = []
-    for _ in tqdm(range(steps + 1), desc=f"{shape} {dtype}", unit="step", disable=None, leave=False):
-        start = time.perf_counter()
-        state, measured = train_step(state, tokens, None, config=config, recipe=recipe)
-        mx.eval(state, measured)
-        times.append(time.perf_counter() - start)
+    with wired(state):
+        for _ in tqdm(range(steps + 1), desc=f"{shape} {dtype}", unit="step", disable=None, leave=False):
+            start = time.perf_counter()
+            state, measured = train_step(state, tokens, None, config=config, recipe=recipe)
+            mx.eval(state, measured)
+            times.append(time.perf_counter() - start)
     step = statistics.median(times[1:])
     peak = mx.get_peak_memory()
     del state

@@ -31,6 +31,7 @@ from dbrx_fn.errors import CheckpointError
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.params import companions, formats_of, listed
 from dbrx_fn.ops.formats import Format
+from dbrx_fn.runtime.memory import reading_device
 
 FLOATS: tuple[Dtype, ...] = get_args(Dtype)
 
@@ -144,7 +145,8 @@ class LeafReader:
         tensor = self._checkpoint.tensors[self._checkpoint.prefix + name]
         array = self._take(name)
         if tensor.start is None or array.dtype != kind:
-            return raw(array.astype(kind))
+            with mx.stream(reading_device()):
+                return raw(array.astype(kind))
         return mapped(tensor.file, tensor.start, tensor.shape, kind)
 
     def _take(self, name: str) -> mx.array:

@@ -20,6 +20,7 @@ from dbrx_fn.model.params import nest
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import checked
 from dbrx_fn.runtime.device import backend, memory_size
+from dbrx_fn.runtime.memory import check_buffer, reading_device, room_remedy
 from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
 
 _GIB = 2**30
@@ -66,10 +67,11 @@ def load(
         _check_memory(checkpoint, config.dtype)
 
     reader, float_type = LeafReader(checkpoint), getattr(mx, config.dtype)
-    leaves = {
-        path: reader.read(path) if source.leaf.dtype else reader.read(path).astype(float_type)
-        for path, source in checkpoint.sources.items()
-    }
+    with mx.stream(reading_device()):
+        leaves = {
+            path: reader.read(path) if source.leaf.dtype else reader.read(path).astype(float_type)
+            for path, source in checkpoint.sources.items()
+        }
     params = nest(leaves, config)
     del leaves
     if not lazy:
@@ -110,8 +112,12 @@ def _check_memory(checkpoint: Checkpoint, dtype: Dtype) -> None:
     if needed > memory_size():
         raise CheckpointError(
             f"{checkpoint.path} needs {needed / _GIB:.1f} GiB in {dtype} and this machine has"
-            f" {memory_size() / _GIB:.1f} GiB: take a smaller checkpoint, or a larger machine."
+            f" {memory_size() / _GIB:.1f} GiB: {room_remedy(needed)}."
         )
+    largest, source = max(checkpoint.sources.items(), key=lambda item: item[1].leaf.nbytes(dtype))
+    check_buffer(
+        f"{largest} of {checkpoint.path}", source.leaf.nbytes(dtype), "take a smaller quantization", CheckpointError
+    )
 
 
 def _read(params: Params, path: Path, progress: Progress | None) -> None:

@@ -21,6 +21,7 @@ from dbrx_fn.model.config import Config
 from dbrx_fn.model.transformer import score
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.compile import compiled
+from dbrx_fn.runtime.memory import wired
 
 Progress = Callable[[int, int], None]
 """Called with passes of a batch through a model that are done, and with those in all."""
@@ -112,17 +113,19 @@ def compare(
         if progress is not None:
             progress(done, passes)
 
-    for tokens, mask, lengths in eval_windows(token_file, batch_size, sequence_length):
-        targets += int(mask.sum())
-        read += int(lengths.sum())
-        batch = mx.array(tokens), mx.array(mask), mx.array(lengths)
-        logits, top_experts, nats, pairs = _score(first.params, *batch, config=first.config)
-        of_first = _added(of_first, nats, pairs)
-        passed()
-        for number, (params, config) in enumerate(others):
-            # Adding waits for the device, so one model's logits are gone before the next one's are there.
-            of_others[number] = _added(of_others[number], *_compare(params, logits, top_experts, *batch, config=config))
+    with wired([first.params, *(params for params, _ in others)]):
+        for tokens, mask, lengths in eval_windows(token_file, batch_size, sequence_length):
+            targets += int(mask.sum())
+            read += int(lengths.sum())
+            batch = mx.array(tokens), mx.array(mask), mx.array(lengths)
+            logits, top_experts, nats, pairs = _score(first.params, *batch, config=first.config)
+            of_first = _added(of_first, nats, pairs)
             passed()
+            for number, (params, config) in enumerate(others):
+                # Adding waits for the device, so one model's logits are gone before the next one's are there.
+                compared = _compare(params, logits, top_experts, *batch, config=config)
+                of_others[number] = _added(of_others[number], *compared)
+                passed()
 
     def evaluation(nats: NDArray[np.float64], pairs: NDArray[np.float64]) -> Evaluation:
         return of_sums(float(nats), pairs, targets, token_file)

@@ -16,6 +16,7 @@ from dbrx_fn.model.config import Config
 from dbrx_fn.model.transformer import score
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.compile import compiled
+from dbrx_fn.runtime.memory import wired
 from dbrx_fn.training.losses import bits_per_byte, busiest_expert, chosen_experts, token_nats
 
 
@@ -64,11 +65,13 @@ def evaluate(
     check_ids(token_file, config)
     nats, targets = 0.0, 0
     pairs = np.zeros((config.n_layers, config.ffn.moe_num_experts))
-    for tokens, mask, lengths in eval_windows(token_file, batch_size, sequence_length):
-        targets += int(mask.sum())
-        window_nats, window_pairs = _score(params, mx.array(tokens), mx.array(mask), mx.array(lengths), config=config)
-        nats += cast(float, window_nats.item())
-        pairs += np.array(window_pairs)
+    with wired(params):
+        for tokens, mask, lengths in eval_windows(token_file, batch_size, sequence_length):
+            targets += int(mask.sum())
+            batch = mx.array(tokens), mx.array(mask), mx.array(lengths)
+            window_nats, window_pairs = _score(params, *batch, config=config)
+            nats += cast(float, window_nats.item())
+            pairs += np.array(window_pairs)
     return of_sums(nats, pairs, targets, token_file)
 
 

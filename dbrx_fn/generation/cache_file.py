@@ -23,6 +23,7 @@ from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.params import listed
 from dbrx_fn.model.shapes import capacity_bucket
+from dbrx_fn.runtime.memory import reading_device
 
 _VERSION = "1"
 _CODES: Mapping[Dtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -103,10 +104,11 @@ def load_cache(file: str | Path, config: Config, capacity: int | None = None) ->
 
     try:
         arrays = cast(dict[str, mx.array], mx.load(str(file), format="safetensors"))
-        keys, values = (
-            tuple(rows(arrays.pop(f"{name}.{layer}")) for layer in range(config.n_layers))
-            for name in ("keys", "values")
-        )
+        with mx.stream(reading_device()):
+            keys, values = (
+                tuple(rows(arrays.pop(f"{name}.{layer}")) for layer in range(config.n_layers))
+                for name in ("keys", "values")
+            )
         mx.eval(keys, values)
     except (RuntimeError, MemoryError) as error:
         raise CacheError(f"{file} can't be read as a cache ({error}): check the file, and the memory.") from None

@@ -20,6 +20,7 @@ from dbrx_fn.model.shapes import CHUNK_SIZE, capacity_bucket, traced_first
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import checked
+from dbrx_fn.runtime.memory import wired
 from dbrx_fn.text.prompt_length import encode_prompt
 from dbrx_fn.text.tokenizer import Tokenizer
 
@@ -80,25 +81,26 @@ def stream_tokens(
     history = init_history([prompt], config.vocab_size) if sampling.uses_history else None
     key = mx.random.key(0) if key is None else key
 
-    logits, cache = forward(params, mx.array([prompt], mx.int32), cache, last_only=True, chunk_size=chunk_size)
-    token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
-    mx.async_eval(token)
-    for remaining in reversed(range(max_tokens)):
-        current = token
-        if remaining:
-            cache = grow_cache(cache, cache.lengths[0] + 1)
-            logits, cache = forward(params, current[:, None], cache)
-            token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
-            mx.async_eval(token)
-        made = cast(int, current.item())
-        if made == config.vocab_size:
-            raise GenerationError(
-                f"After {len(prompt) + max_tokens - 1 - remaining} tokens the model's numbers are no longer finite: try"
-                " dtype float32 (--dtype float32), and if that doesn't help, its weights are damaged."
-            )
-        yield made
-        if made in stop_tokens:
-            return
+    with wired(params):
+        logits, cache = forward(params, mx.array([prompt], mx.int32), cache, last_only=True, chunk_size=chunk_size)
+        token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
+        mx.async_eval(token)
+        for remaining in reversed(range(max_tokens)):
+            current = token
+            if remaining:
+                cache = grow_cache(cache, cache.lengths[0] + 1)
+                logits, cache = forward(params, current[:, None], cache)
+                token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
+                mx.async_eval(token)
+            made = cast(int, current.item())
+            if made == config.vocab_size:
+                raise GenerationError(
+                    f"After {len(prompt) + max_tokens - 1 - remaining} tokens the model's numbers are no longer finite:"
+                    " try dtype float32 (--dtype float32), and if that doesn't help, its weights are damaged."
+                )
+            yield made
+            if made in stop_tokens:
+                return
 
 
 @checked

@@ -22,6 +22,7 @@ from dbrx_fn.model.shapes import capacity_bucket
 from dbrx_fn.runtime.arguments import checked
 from dbrx_fn.runtime.compile import typed
 from dbrx_fn.runtime.device import memory_size
+from dbrx_fn.runtime.memory import check_buffer
 
 Keys = Float[mx.array, "batch kv_heads capacity head_dim"]
 
@@ -109,13 +110,15 @@ def check_memory(config: Config, batch_size: int, capacity: int) -> None:
     """Raises `CacheError` if such a cache won't fit in memory."""
     if max(batch_size, capacity) >= 2**31:
         raise CacheError(f"A cache can't have {shown(max(batch_size, capacity))} rows or tokens: give below 2**31.")
-    needed = 2 * config.n_layers * batch_size * config.attn.kv_n_heads * capacity * config.head_dim
-    needed *= getattr(mx, config.dtype).size
+    one = batch_size * config.attn.kv_n_heads * capacity * config.head_dim * getattr(mx, config.dtype).size
+    needed = 2 * config.n_layers * one
     if needed > memory_size():
         raise CacheError(
             f"A cache of {batch_size} times {capacity} tokens needs {needed / 2**30:.1f} GiB and this machine has"
             f" {memory_size() / 2**30:.1f} GiB: make it shorter or smaller."
         )
+    keys = f"Of a cache of {batch_size} times {capacity} tokens, a layer's keys"
+    check_buffer(keys, one, "make it shorter or smaller", CacheError)
 
 
 def extended(cache: Cache, lengths: Sequence[int], layers: Sequence[LayerCache]) -> Cache:

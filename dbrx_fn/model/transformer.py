@@ -28,6 +28,7 @@ from dbrx_fn.ops.linear import linear
 from dbrx_fn.ops.norm import layer_norm
 from dbrx_fn.runtime.arguments import checked
 from dbrx_fn.runtime.compile import compiled
+from dbrx_fn.runtime.memory import check_buffer, release_unused
 
 
 @checked
@@ -64,16 +65,19 @@ def forward(
         cache: the cache with the new tokens. The old one stays valid, but keeping it costs a copy.
 
     Raises:
-        InputError: if tokens, lengths or chunk_size have other shapes, types or ranges.
+        InputError: if tokens, lengths or chunk_size have other shapes, types or ranges, or if the logits are
+            larger than a Mac's largest buffer.
         CacheError: if a row's tokens don't fit the cache's capacity (`grow_cache` makes room), or if the cache was made
             for another batch size.
         CheckpointError: if the tree doesn't fit the cache's config.
     """
     real_lengths = _checked(params, tokens, cache, lengths, chunk_size)
+    if not last_only:
+        _check_logits(tokens, cache.config)
     config, held = cache.config.layer, cache if cache.capacity else None
     chunks = [max(real_lengths)] if held is None else chunk_widths(max(real_lengths), min(chunk_size, cache.capacity))
     pieces: list[mx.array] = []
-    last, start = None, 0
+    last, start, tokens_held = None, 0, max(cache.lengths)
     for width in chunks:
         real = tuple(max(0, min(length - start, width)) for length in real_lengths)
         chunk = tokens[:, start : start + width]
@@ -83,11 +87,15 @@ def forward(
         else:
             pieces.append(_logits(params, x, config)[:, :width])
         start += width
-        if held is not None and len(chunks) > 1:
+        if held is None:
+            continue
+        if len(chunks) > 1:
             # Evaluating each chunk frees the cache's old buffers. Inside a transformation such as mx.grad MLX raises
             # ValueError, and the transformation holds all buffers anyway.
             with contextlib.suppress(ValueError):
                 mx.async_eval(last, pieces, held.keys, held.values)
+        release_unused(tokens_held, max(held.lengths))
+        tokens_held = max(held.lengths)
     after = cache if held is None else held
     if last is not None:
         return _logits(params, last, config), after
@@ -122,11 +130,12 @@ def score(
         routing: `logits` float32 `[layer batch time expert]` and `top_experts` uint32 `[layer batch time top_k]`.
 
     Raises:
-        InputError: if tokens have another shape or type.
+        InputError: if tokens have another shape or type, or if the logits are larger than a Mac's largest buffer.
         CheckpointError: if the tree doesn't fit the config.
     """
     _check_outline(params, config)
     check_tokens(tokens)
+    _check_logits(tokens, config)
     batch, time = tokens.shape
     x, _, routing = run_layers(
         params, tokens, (time,) * batch, None, jitter_key, config=config.layer, recompute=recompute
@@ -288,4 +297,13 @@ def check_tokens(tokens: mx.array) -> None:
         raise InputError(
             f"tokens is {tokens.dtype} {list(tokens.shape)} where integers [batch time], at least one row and one"
             " token, are expected."
+        )
+
+
+def _check_logits(tokens: mx.array, config: Config) -> None:
+    """Raises `InputError` if the logits of `[batch time]` tokens, the widest array there is, can't be one buffer."""
+    if tokens.shape[1] > 1:
+        nbytes = tokens.size * config.vocab_size * getattr(mx, config.dtype).size
+        check_buffer(
+            f"The logits of {list(tokens.shape)} tokens", nbytes, "take fewer or shorter rows at once", InputError
         )

@@ -30,6 +30,7 @@ from dbrx_fn.runs.folder import RunFolder
 from dbrx_fn.runs.metrics_file import cut_metrics, evaluation_line, number, read_metrics, step_line, write_line
 from dbrx_fn.runs.pictures import draw_expert_load, draw_losses
 from dbrx_fn.runs.plan import Plan
+from dbrx_fn.runtime.memory import wired
 from dbrx_fn.training.step import Measured, State, init_state, learning_rate, train_step
 
 
@@ -70,8 +71,8 @@ def train(folder: RunFolder, plan: Plan, steps: int | None = None) -> None:
 
 
 def start_params(model: Path) -> Params:
-    """A checkpoint's parameters as training takes them, lazy: float32, and dense where they are quantized."""
-    params, config = load(model, dtype="float32", lazy=True)
+    """A checkpoint's parameters as training takes them: float32, and dense where they are quantized."""
+    params, config = load(model, dtype="float32")
     return dequantize(params, config)
 
 
@@ -199,7 +200,7 @@ def _journal(folder: RunFolder, plan: Plan, batches: Batches, start: int) -> Ite
 def _go_on(folder: RunFolder, plan: Plan, data: _Data, state: State, start: int) -> State:
     """Makes the steps after `start`."""
     previous: Measured | None = None
-    with deferred_stop(_tell_stop) as stop, _journal(folder, plan, data.batches, start) as journal:
+    with wired(state), deferred_stop(_tell_stop) as stop, _journal(folder, plan, data.batches, start) as journal:
         for step in range(start + 1, plan.recipe.steps + 1):
             state, measured = _step(state, data.batches, step, plan, first=step == start + 1)
             # The step before is looked at while this one runs.

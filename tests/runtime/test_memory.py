@@ -1,0 +1,343 @@
+"""What is asked of a Mac's memory: before, during and after all that runs a model, however it ends."""
+
+import contextvars
+import gc
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+import dbrx_fn.generation.stream
+import dbrx_fn.runs.loop
+from dbrx_fn import train
+from dbrx_fn.checkpoints.hub import SMALL
+from dbrx_fn.checkpoints.loader import load, load_tokenizer
+from dbrx_fn.data.token_file import read_token_file
+from dbrx_fn.errors import CacheError, CheckpointError, DbrxError, GenerationError, InputError
+from dbrx_fn.evaluation.comparison import Model, compare
+from dbrx_fn.evaluation.perplexity import evaluate
+from dbrx_fn.generation.stream import stream_text, stream_tokens
+from dbrx_fn.model.cache import grow_cache, init_cache
+from dbrx_fn.model.cache_rows import take_rows
+from dbrx_fn.model.transformer import forward, score
+from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.device import Backend, as_if
+from dbrx_fn.runtime.memory import check_buffer, reading_device, room_remedy, wired
+from dbrx_fn.training.step import train_step
+from tests.support import tiny_runs, trees
+from tests.support.mac import BEFORE, GIB, Mac
+
+CASE, _ = trees.random_case(0)
+CONFIG, PARAMS = replace(CASE.config, max_seq_len=2048), CASE.params
+
+
+def nbytes(params: Params) -> int:
+    leaves: dict[str, mx.array] = dict(tree_flatten(params))
+    return sum(leaf.nbytes for leaf in leaves.values())
+
+
+NBYTES = nbytes(PARAMS)
+PROMPT = [1, 2, 3]
+
+
+@pytest.fixture
+def mac() -> Iterator[Mac]:
+    """One for which the model is large, but not too large."""
+    with Mac(2 * NBYTES).here() as mac:
+        yield mac
+
+
+def given_back(mac: Mac) -> bool:
+    """Whether the limit was raised once, and given back once the device had ended its work."""
+    return mac.calls == [mac.working_set, "synchronize", BEFORE] and mac.limit == BEFORE
+
+
+def tokens(count: int = 8, **options: Any) -> Iterator[int]:
+    return stream_tokens(PARAMS, CONFIG, PROMPT, max_tokens=count, **options)
+
+
+def test_memory_is_wired_while_text_is_made(mac: Mac) -> None:
+    stream = tokens()
+    assert not mac.calls
+    for _ in range(8):
+        next(stream)
+        assert mac.limit == mac.working_set
+    assert next(stream, None) is None
+    assert given_back(mac)
+
+
+def test_a_stop_token_gives_it_back(mac: Mac) -> None:
+    first = next(tokens())
+    mac.calls.clear()
+    assert list(tokens(stop_tokens=[first])) == [first]
+    assert given_back(mac)
+
+
+@pytest.mark.parametrize("end", [lambda stream: stream.close(), lambda stream: None], ids=["closed", "dropped"])
+def test_a_stream_that_is_left_gives_it_back(mac: Mac, end: Callable[[Any], None]) -> None:
+    stream = tokens()
+    next(stream)
+    end(stream)
+    del stream
+    gc.collect()
+    assert given_back(mac)
+
+
+def test_a_text_that_is_left_gives_it_back() -> None:
+    params, config = load(SMALL)
+    with Mac(nbytes(params)).here() as mac:
+        with pytest.warns(UserWarning, match="quantization"):
+            next(text := stream_text(params, config, load_tokenizer(SMALL), "Once", max_tokens=5))
+        assert mac.limit == mac.working_set
+        del text
+        gc.collect()
+        assert given_back(mac)
+
+
+def test_an_error_gives_it_back(mac: Mac) -> None:
+    broken = tree_map(lambda leaf: leaf * mx.nan, PARAMS)
+    with pytest.raises(GenerationError):
+        list(stream_tokens(broken, CONFIG, PROMPT))
+    assert given_back(mac)
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_ctrl_c_while_a_token_is_computed_gives_it_back(mac: Mac, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 0
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            signal.raise_signal(signal.SIGINT)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(dbrx_fn.generation.stream, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(tokens())
+    assert given_back(mac)
+
+
+def test_ctrl_c_between_tokens_gives_it_back(mac: Mac) -> None:
+    def use() -> None:
+        for _ in tokens():
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        use()
+    gc.collect()
+    assert given_back(mac)
+
+
+def test_ctrl_c_once_more_while_the_device_ends_its_work_gives_it_back(
+    mac: Mac, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx, "synchronize", lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        list(tokens())
+    assert mac.calls == [mac.working_set, BEFORE]
+
+
+def test_texts_that_overlap_share_it_until_the_last_ends(mac: Mac) -> None:
+    one, other = tokens(3), tokens(6)
+    next(one)
+    next(other)
+    assert len(list(one)) == 2
+    assert mac.limit == mac.working_set
+    assert len(list(other)) == 5
+    assert mac.calls == [mac.working_set, "synchronize", "synchronize", BEFORE]
+
+
+def test_threads_share_it_until_the_last_ends(mac: Mac) -> None:
+    barrier = threading.Barrier(4)
+
+    def use() -> None:
+        stream = tokens(4)
+        next(stream)
+        barrier.wait()
+        assert mac.limit == mac.working_set
+        list(stream)
+
+    threads = [threading.Thread(target=contextvars.copy_context().run, args=(use,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [call for call in mac.calls if call != "synchronize"] == [mac.working_set, BEFORE]
+    assert mac.calls[-1] == BEFORE
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps, with a checkpoint after each and a held-out text."""
+    folder = tmp_path_factory.mktemp("run")
+    config, data = tiny_runs.write_config(folder / "config.json"), tiny_runs.write_text(folder / "text.txt")
+    assert train.main(run_arguments(folder / "run", config, data, steps=2)) == 0
+    return folder / "run"
+
+
+def run_arguments(out: Path, config: Path, data: Path, **options: Any) -> list[str]:
+    return tiny_runs.arguments(out, config, [data], **{"save_every": 1, "held_out_share": 0.2, **options})
+
+
+@pytest.fixture
+def mac_of_run() -> Iterator[Mac]:
+    """One for which the tiny run's state is large: 0.3 MB."""
+    with Mac(10**6).here() as mac:
+        yield mac
+
+
+def test_memory_is_wired_while_a_model_is_trained(mac_of_run: Mac, tmp_path: Path) -> None:
+    config, data = tiny_runs.write_config(tmp_path / "config.json"), tiny_runs.write_text(tmp_path / "text.txt")
+    assert train.main(run_arguments(tmp_path / "run", config, data)) == 0
+    waited = [call for call in mac_of_run.calls if call != "clear_cache"]
+    # The evaluation at the end is one more use within.
+    assert waited == [10**6, "synchronize", "synchronize", BEFORE]
+
+
+@pytest.mark.parametrize("ends_by", ["Ctrl-C", "an error", "Ctrl-C at once"])
+def test_training_that_is_ended_gives_it_back(
+    ends_by: str, mac_of_run: Mac, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+
+    def ended(*arguments: Any, **options: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            if ends_by == "Ctrl-C":
+                signal.raise_signal(signal.SIGINT)
+            else:
+                raise KeyboardInterrupt if ends_by == "Ctrl-C at once" else GenerationError("It ends.")
+        return train_step(*arguments, **options)
+
+    monkeypatch.setattr(dbrx_fn.runs.loop, "train_step", ended)
+    config, data = tiny_runs.write_config(tmp_path / "config.json"), tiny_runs.write_text(tmp_path / "text.txt")
+    status = train.main(run_arguments(tmp_path / "run", config, data))
+    assert status == (2 if ends_by == "an error" else 130)
+    assert steps == 2
+    assert mac_of_run.calls[0] == 10**6
+    assert mac_of_run.calls[-2:] == ["synchronize", BEFORE]
+
+
+def test_memory_is_wired_while_a_text_is_scored(mac_of_run: Mac, run: Path) -> None:
+    params, config = load(run / "model")
+    file = read_token_file(run / "data" / "held_out")
+    evaluate(params, config, file, batch_size=4, sequence_length=16)
+    assert given_back(mac_of_run)
+    mac_of_run.calls.clear()
+    compare(Model(params, config), [Model(params, config)], file, batch_size=4, sequence_length=16)
+    assert given_back(mac_of_run)
+
+
+@pytest.mark.parametrize("machine", ["cpu", "cuda"])
+def test_other_machines_are_let_be(mac: Mac, machine: Backend) -> None:
+    with as_if(backend=machine):
+        list(tokens())
+        check_buffer("It", 2**60, "no", InputError)
+        assert reading_device() == mx.default_device()
+    assert not mac.calls
+
+
+def test_small_models_leave_the_limit_alone() -> None:
+    with Mac(17 * NBYTES).here() as mac:
+        list(tokens())
+    assert not mac.calls
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"), [(64 * GIB, "sudo sysctl iogpu.wired_limit_mb=1"), (8 * GIB, "or a larger machine")]
+)
+def test_weights_near_the_working_set_are_told_with_the_remedy(memory: int, said: str) -> None:
+    with Mac(NBYTES, memory=memory).here(), pytest.warns(UserWarning, match="wait for the disk") as caught:
+        list(tokens())
+    assert said in str(caught[0].message)
+    with Mac(2 * NBYTES, memory=memory).here(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(tokens())
+
+
+def test_the_remedy_leaves_the_system_its_part() -> None:
+    with Mac(72 * GIB, memory=96 * GIB).here():
+        assert f"iogpu.wired_limit_mb={84 * 1024}" in room_remedy(70 * GIB)
+        assert "sysctl" not in room_remedy(80 * GIB)
+
+
+def test_a_state_that_is_replaced_can_be_freed(mac: Mac) -> None:
+    """Training's first state isn't kept until the last step."""
+    weights = {"a": mx.zeros((2 * NBYTES,), mx.uint8)}
+    with warnings.catch_warnings(action="ignore"), wired(weights):
+        before = mx.get_active_memory()
+        mx.eval(weights)
+        assert mx.get_active_memory() > before + NBYTES
+        del weights
+        assert mx.get_active_memory() < before + NBYTES
+
+
+@pytest.mark.parametrize(("machine", "cleared"), [("metal", True), ("cuda", True), ("cpu", False)])
+def test_unused_memory_is_given_back_each_256_tokens(machine: Backend, cleared: bool) -> None:
+    with Mac(100 * NBYTES).here() as mac, as_if(backend=machine):
+        cache = init_cache(CONFIG, 1, 1024)
+        # Chunks of 256, 256 and 88 tokens.
+        _, cache = forward(PARAMS, mx.ones((1, 600), mx.int32), cache, last_only=True, chunk_size=256)
+        assert len(mac.calls) == 2 * cleared
+        _, cache = forward(PARAMS, mx.ones((1, 167), mx.int32), cache)
+        assert len(mac.calls) == 2 * cleared
+        for after in (768, 769, 770):
+            _, cache = forward(PARAMS, mx.ones((1, 1), mx.int32), cache)
+            assert cache.lengths == (after,)
+            assert len(mac.calls) == 3 * cleared
+        # A row that has ended stands still at a multiple of 256 while another goes on.
+        cache = replace(cache, lengths=(768,))
+        cache = take_rows(cache, [0, 0])
+        cache = replace(cache, lengths=(768, 5))
+        for _ in range(3):
+            _, cache = forward(PARAMS, mx.ones((2, 1), mx.int32), cache, lengths=[0, 1])
+        assert len(mac.calls) == 3 * cleared
+
+
+def test_a_mac_reads_files_without_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is made of tensors before their files are read is the CPU's work."""
+    made_on: list[mx.Device] = []
+    stream = mx.stream
+
+    def noted(device: mx.Device) -> Any:
+        made_on.append(device)
+        return stream(device)
+
+    monkeypatch.setattr(mx, "stream", noted)
+    with Mac(GIB).here():
+        load(SMALL, dtype="float16", lazy=True)
+    assert made_on == [mx.Device(mx.cpu)]
+
+
+def test_no_array_is_larger_than_the_largest_buffer() -> None:
+    params, config = load(SMALL)
+    with Mac(GIB, largest_buffer=10**5).here():
+        with pytest.raises(CheckpointError, match=r"takes .* in one piece and this device's largest buffer is"):
+            load(SMALL)
+        with pytest.raises(CacheError, match="a layer's keys"):
+            init_cache(config, 64, 2048)
+        with pytest.raises(CacheError, match="a layer's keys"):
+            grow_cache(init_cache(config, 64, 8), 2048)
+        many = mx.zeros((64, 16), mx.int32)
+        with pytest.raises(InputError, match=r"The logits of \[64, 16\] tokens"):
+            forward(params, many, init_cache(config, 64, 0))
+        with pytest.raises(InputError, match="The logits"):
+            score(params, many, config)
+        forward(params, many, init_cache(config, 64, 0), last_only=True)
+
+
+@pytest.mark.parametrize("error", [CacheError, InputError])
+def test_an_array_that_just_fits_is_made(error: type[DbrxError]) -> None:
+    with Mac(GIB, largest_buffer=100).here():
+        check_buffer("It", 100, "no", error)
+        with pytest.raises(error):
+            check_buffer("It", 101, "no", error)
