@@ -25,6 +25,7 @@ BELOW = {
     "evaluation": "checkpoints data drawing errors files model runtime training",
     "benchmarks": "checkpoints data drawing errors files generation model ops runtime training",
     "cli": "errors files model ops",
+    "checking": "benchmarks checkpoints errors files generation model ops runtime training",
     "runs": "checkpoints cli data drawing errors evaluation files generation model runtime training",
 }
 """What each wing may import, beside itself. `docs/contributing.md` says what each is for."""

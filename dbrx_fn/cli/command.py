@@ -3,6 +3,7 @@
 | status | after |
 | --- | --- |
 | 0 | all was done, or the reader of standard output went away |
+| 1 | all was done, and it says that something isn't right (`check`) |
 | 2 | anything that a user can mend, told in one sentence on standard error |
 | 130, 143 | Ctrl-C, SIGTERM |
 

@@ -21,7 +21,7 @@ from tests.support.tiny_runs import write_config, write_text
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    *("generate", "train", "convert", "inspect", "evaluate", "bench"),
+    *("generate", "train", "convert", "inspect", "evaluate", "check", "bench"),
     *("train_tokenizer", "random_checkpoint", "small.recipe"),
 )
 NOWHERE = "~nobody-of-this-name/x"
@@ -41,6 +41,7 @@ def jobs(folder: Path) -> dict[str, list[str]]:
         "convert": [str(SMALL), str(folder / "converted")],
         "inspect": [str(SMALL)],
         "evaluate": ["perplexity", str(SMALL), "--data", text, "--sequence-length", "64"],
+        "check": ["--only", "positions"],
         "bench": ["training", "--shape", config, *small],
         "train_tokenizer": ["--data", text, "--vocab-size", "300", "--out", str(folder / "tokenizer")],
         "random_checkpoint": [str(folder / "random"), "--d-model", "32"],
@@ -63,6 +64,7 @@ def with_path(path: str, folder: Path) -> dict[str, list[list[str]]]:
         "convert": [[path, str(folder / "converted")], [str(SMALL), str(folder / "again"), "--tokenizer", path]],
         "inspect": [[path]],
         "evaluate": [["perplexity", path, "--data", text], ["perplexity", str(SMALL), "--data", path]],
+        "check": [],
         "bench": [["inference", "--model", path], ["inference", "--shape", path], ["training", "--shape", path]],
         "train_tokenizer": [["--data", path, "--vocab-size", "300", "--out", str(folder / "tokenizer")]],
         "random_checkpoint": [],

@@ -1,0 +1,85 @@
+"""`python -m dbrx_fn.check`: whether this machine computes what is right, and how fast, as a report of a page.
+
+`docs/check.md` says what is compared, and with what.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import dbrx_fn
+from dbrx_fn.checking.checks import run_checks
+from dbrx_fn.checking.machine import this_machine
+from dbrx_fn.checking.plan import planned
+from dbrx_fn.checking.report import Report, described, report_text
+from dbrx_fn.checking.speed import Speed, measure_speed
+from dbrx_fn.cli.command import Parser, program, run
+from dbrx_fn.cli.terminal import print_result
+from dbrx_fn.errors import InputError
+
+WRONG = 1
+"""The exit status where a check isn't right."""
+_SECONDS = 100.0
+_FOR_SPEED = 30.0
+"""Seconds that are kept for measuring speed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0, 1 if something is wrong, 2 for bad options, 130 after Ctrl-C."""
+    return run(_run, parser(), arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    options = Parser(
+        prog=program("check"),
+        description="Compare what this machine computes with what is right, and measure its speed, in two minutes.",
+    )
+    options.add_argument("--json", action="store_true", help="print JSON instead of a page")
+    options.add_argument(
+        "--only", metavar="TEXT", help="make only the checks whose row of the report holds this text; no speed"
+    )
+    options.add_argument(
+        "--seconds", type=float, default=_SECONDS, help="about how long it may take; default: %(default)g"
+    )
+    return options
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    start = time.monotonic()
+    if not (chosen.seconds > 0 and math.isfinite(chosen.seconds)):
+        raise InputError(f"--seconds is {chosen.seconds:g} where a positive number is expected.")
+    checks = planned()
+    if chosen.only is not None:
+        checks = [check for check in checks if chosen.only in check.group]
+        if not checks:
+            raise InputError(f"--only is {chosen.only!r}, which no row of the report holds: take a part of one's name.")
+    machine = this_machine(dbrx_fn.__version__)
+    # Or a GPU may round float32 to 10 bits in products. MLX reads it at the first one.
+    os.environ["MLX_ENABLE_TF32"] = "0"
+    kept = 0.0 if chosen.only is not None else min(_FOR_SPEED, chosen.seconds / 2)
+    outcomes = run_checks(checks, start + chosen.seconds - kept)
+    if all(outcome.left_out for outcome in outcomes):
+        raise InputError(f"--seconds is {chosen.seconds:g}, in which no check can be made: give more.")
+    speed = "not measured, because of --only" if chosen.only is not None else _speed(start + chosen.seconds - kept / 2)
+    report = Report(machine, outcomes, speed, time.monotonic() - start)
+    print_result(json.dumps(described(report), indent=2) if chosen.json else report_text(report, program("check")))
+    return WRONG if report.wrong else 0
+
+
+def _speed(until: float) -> Speed | str:
+    if time.monotonic() > until:
+        return "not measured, for want of time"
+    try:
+        return measure_speed()
+    # Speed decides nothing, so a failure is a line of the report.
+    except Exception as error:
+        return f"not measured, {type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""All checks of this machine, what matters most first: a machine that is too slow for all leaves out the last."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import get_args
+
+from dbrx_fn.checking.checks import Check
+from dbrx_fn.checking.models import DBRX_EXPERTS, QUANTIZED, SHAPES, Model
+from dbrx_fn.checking.of_models import check_models, format_group
+from dbrx_fn.checking.of_operations import check_experts, check_positions
+from dbrx_fn.checking.of_small_model import check_small_model
+from dbrx_fn.checking.of_training import check_training
+from dbrx_fn.model.config import Dtype
+from dbrx_fn.ops.kernels.cuda_module import on_hopper
+from dbrx_fn.runtime.device import Backend, on_cpu
+
+_BRIEFLY = ("whole", "token by token")
+"""Ways that hand tokens to `forward`, where there is no time for all."""
+_COMMON = 5
+"""Quantized formats that most models have."""
+
+
+def planned() -> list[Check]:
+    """The checks, in their order."""
+    usual: Dtype = "float32" if on_cpu() else "bfloat16"
+    others = [dtype for dtype in get_args(Dtype) if dtype != usual]
+    return [
+        *check_small_model(),
+        *_dense([usual]),
+        *check_training("training"),
+        *_quantized(QUANTIZED[:_COMMON], [usual]),
+        *_dense(others),
+        *check_positions(),
+        *(_otherwise_on_a_cpu() if on_cpu() else _otherwise_on_a_gpu()),
+        *_quantized(QUANTIZED[_COMMON:], [usual]),
+        *_quantized(QUANTIZED, others),
+        *(_compiled() if on_cpu() else ()),
+    ]
+
+
+def _dense(dtypes: Sequence[Dtype]) -> Iterator[Check]:
+    for dtype in dtypes:
+        models = [*SHAPES, DBRX_EXPERTS] if dtype == "float32" else SHAPES
+        yield from check_models(lambda dtype, way: f"forward, {dtype}, {way}", models, dtypes=[dtype])
+        yield from check_experts(lambda dtype: f"experts, {dtype}", dtypes=[dtype])
+
+
+def _quantized(models: Sequence[Model], dtypes: Sequence[Dtype]) -> Iterator[Check]:
+    for dtype in dtypes:
+        for model in models:
+            yield from check_models(partial(_row, format_group(model)), [model], dtypes=[dtype], ways=_BRIEFLY)
+
+
+def _row(name: str, *_: str) -> str:
+    return name
+
+
+def _otherwise_on_a_cpu() -> Iterator[Check]:
+    """As other back ends choose."""
+    for other in get_args(Backend):
+        if other != "cpu":
+            yield from _arranged_as_on(other)
+
+
+def _arranged_as_on(other: Backend) -> Iterator[Check]:
+    row = f"arranged as on {other}"
+    yield from check_models(lambda dtype, _: f"{row}, {dtype}", SHAPES, backend=other)
+    yield from check_experts(lambda dtype: f"{row}, {dtype}", backend=other)
+    yield from check_training(f"{row}, training", in_one=True, backend=other)
+    yield from check_models(lambda *_: f"{row}, quantized", QUANTIZED, dtypes=["float32"], ways=_BRIEFLY, backend=other)
+
+
+def _otherwise_on_a_gpu() -> Iterator[Check]:
+    """Without kernels of this project's, where they run, and without compiling. Other back ends' choices aren't made
+    there, since MLX's own kernels are for those of each."""
+    if on_hopper():
+        row = "without this project's kernels"
+        yield from check_models(lambda *_: row, SHAPES, dtypes=["bfloat16"], ways=_BRIEFLY, kernels=False)
+    yield from check_models(lambda dtype, _: f"not compiled, {dtype}", SHAPES, ways=_BRIEFLY, compiles=False)
+    yield from check_training("not compiled, training", in_one=True, compiles=False)
+
+
+def _compiled() -> Iterator[Check]:
+    """As on a GPU. MLX builds each kernel with g++, which takes half a second."""
+    if shutil.which("g++"):
+        yield from check_models(lambda *_: "compiled", SHAPES[:1], dtypes=["float32"], ways=_BRIEFLY, compiles=True)

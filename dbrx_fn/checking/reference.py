@@ -1,0 +1,41 @@
+"""What is right: numbers of the float64 oracle, made by `python -m tests.support.make_check_reference`."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dbrx_fn.errors import CheckpointError
+
+FILE = Path(__file__).with_name("reference.npz")
+COLUMNS = 48
+"""Logits of about so many tokens of the vocabulary are kept."""
+
+PROMPT = (509, 301, 11, 533, 338, 293, 301)
+"""What the small model continues: "To be, or not to be"."""
+MADE = 16
+"""Tokens that it makes."""
+
+
+def kept(vocab_size: int) -> slice:
+    """The columns of logits that are in the reference."""
+    return slice(0, None, -(-vocab_size // COLUMNS))
+
+
+@cache
+def _contents() -> dict[str, NDArray[np.generic]]:
+    with np.load(FILE, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def expected(name: str) -> NDArray[np.generic]:
+    """The reference's numbers of this name.
+
+    Raises:
+        CheckpointError: if there are none.
+    """
+    contents = _contents()
+    if name not in contents:
+        raise CheckpointError(f"{FILE.name} holds no {name!r}: it is of another version, so install the package again.")
+    return contents[name]
