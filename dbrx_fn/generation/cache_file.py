@@ -59,7 +59,7 @@ def save_cache(file: str | Path, cache: Cache) -> None:
 
     texts = {
         "dbrx_fn_cache": _VERSION,
-        "config": json.dumps(_fields(cache.config)),
+        "config": json.dumps(cache_fields(cache.config)),
         "lengths": json.dumps(cache.lengths),
     }
     with new_file(Path(file)) as opened:
@@ -145,7 +145,7 @@ def _checked_lengths(file: Path, config: Config) -> tuple[int, ...]:
 
 
 def _check_config(file: Path, text: str, config: Config) -> None:
-    found, expected = parse_json(text.encode()), _fields(config)
+    found, expected = parse_json(text.encode()), cache_fields(config)
     if not isinstance(found, dict):
         raise ValueError("its config is not a JSON object")
     problems = [
@@ -170,7 +170,7 @@ def _pads_too_much(lengths: Sequence[int]) -> bool:
     return len(lengths) * capacity_bucket(max(lengths)) > _MOST_PADDING * max(sum(lengths), 64)
 
 
-def _fields(config: Config) -> dict[str, object]:
+def cache_fields(config: Config) -> dict[str, object]:
     """The settings that a cache depends on, by their names in `config.json`."""
     attn, ffn = asdict(config.attn), asdict(config.ffn)
     for name in ("moe_jitter_eps", "moe_loss_weight"):

@@ -1,0 +1,130 @@
+"""Chunks of prompts' beginnings: their names, what a cache holds of them, and a cache made of them again.
+
+A text is cut into chunks of equal size from its start. A chunk's name is the SHA-256 sum of the name before it and of
+its own tokens, so equal names mean equal texts up to the chunk's end. The first of all names is a sum of everything
+else that keys and values depend on.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+from jaxtyping import Float
+
+from dbrx_fn.errors import CacheError
+from dbrx_fn.generation.cache_file import cache_fields
+from dbrx_fn.model.cache import Cache, check_memory, init_cache
+from dbrx_fn.model.config import Config
+
+KeysAndValues = Float[mx.array, "2*layers kv_heads chunk head_dim"]
+"""What all layers hold of one chunk: each layer's keys, then each layer's values."""
+
+VERSION = "1"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk of a text, and by `before` all that precedes it.
+
+    `name`: 64 hexadecimal digits.
+    `before`: the name of the chunk before it, or the form's `root`.
+    `tokens`: its own.
+    """
+
+    name: str
+    before: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What all chunks that may be joined have in common.
+
+    `config`: the model's.
+    `fingerprint`: any text; another text for whatever else changes keys and values, above all other weights.
+    `size`: tokens in a chunk.
+    """
+
+    config: Config
+    fingerprint: str
+    size: int
+
+    @cached_property
+    def facts(self) -> str:
+        """Everything but tokens that keys and values depend on, as JSON."""
+        facts = {
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "chunk": self.size,
+            "config": cache_fields(self.config),
+        }
+        return json.dumps(facts, sort_keys=True)
+
+    @cached_property
+    def root(self) -> str:
+        """The name before each first chunk."""
+        return hashlib.sha256(self.facts.encode()).hexdigest()
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a chunk's keys and values: `[2*layers kv_heads chunk head_dim]`."""
+        return 2 * self.config.n_layers, self.config.attn.kv_n_heads, self.size, self.config.head_dim
+
+    def chunks(self, tokens: Sequence[int]) -> list[Chunk]:
+        """The whole chunks of a text. Tokens behind the last whole one are left out."""
+        found, before = list[Chunk](), self.root
+        for start in range(0, len(tokens) - self.size + 1, self.size):
+            own = tuple(tokens[start : start + self.size])
+            name = hashlib.sha256(before.encode() + array("q", own).tobytes()).hexdigest()
+            found.append(Chunk(name, before, own))
+            before = name
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """A text's beginning that needn't be computed again.
+
+    `length`: its tokens.
+    `chunks`: its keys and values, one array a chunk.
+    """
+
+    length: int
+    chunks: tuple[KeysAndValues, ...]
+
+
+def cut(cache: Cache, row: int, start: int, stop: int) -> KeysAndValues:
+    """A copy of what a row of a cache holds from `start` to before `stop`. Until it is evaluated it keeps the cache."""
+    return mx.stack([held[row, :, start:stop] for held in cache.keys + cache.values])
+
+
+def restored(prefix: Prefix, config: Config, capacity: int) -> Cache:
+    """A cache of one row that holds a prefix, bit for bit. It is lazy: nothing waits for the device.
+
+    Args:
+        prefix: as `PrefixStore` found it.
+        config: the model's.
+        capacity: positions of the row.
+
+    Raises:
+        CacheError: if the prefix is longer than `capacity`, or the cache won't fit in memory.
+    """
+    if prefix.length > capacity:
+        raise CacheError(
+            f"A prefix of {prefix.length} tokens doesn't fit a cache of {capacity} positions: give more capacity."
+        )
+    if not prefix.chunks:
+        return init_cache(config, 1, capacity)
+    check_memory(config, 1, capacity)
+    room = (1, config.attn.kv_n_heads, capacity - prefix.length, config.head_dim)
+    rest = mx.zeros(room, prefix.chunks[0].dtype)
+    # Each layer gets a buffer of its own. A view of a shared one would be copied when the next token is written.
+    joined = [
+        mx.concatenate([*(chunk[part : part + 1] for chunk in prefix.chunks), rest], axis=2)
+        for part in range(2 * config.n_layers)
+    ]
+    return Cache(config, (prefix.length,), tuple(joined[: config.n_layers]), tuple(joined[config.n_layers :]))
