@@ -29,6 +29,14 @@ class GenerationError(DbrxError):
     """Generation that can't continue: the model's numbers are no longer finite."""
 
 
+class BusyError(DbrxError):
+    """An engine whose queue is full. The same request may be taken later."""
+
+
+class EngineError(DbrxError):
+    """An engine that was closed, or that ended by a fault of its own."""
+
+
 class TrainingError(DbrxError):
     """A training run that can't continue: its numbers are no longer finite."""
 

@@ -18,8 +18,8 @@ from dbrx_fn.benchmarks.machine import MachineLimits, read_seconds
 from dbrx_fn.benchmarks.plan import ANSWER, WARM_STEPS, Cases, Planned, drawn_weights, loaded_weights
 from dbrx_fn.checkpoints.checkpoint import open_checkpoint
 from dbrx_fn.errors import lacks_memory
-from dbrx_fn.generation.sampling import sample
-from dbrx_fn.generation.stream import GREEDY, stream_tokens
+from dbrx_fn.generation.sampling import GREEDY, sample
+from dbrx_fn.generation.stream import stream_tokens
 from dbrx_fn.model.cache import Cache, grow_cache, init_cache
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.costs import Work, decode_work, prefill_work, weight_bytes

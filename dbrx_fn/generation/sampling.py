@@ -85,6 +85,10 @@ class Sampling:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
+GREEDY = Sampling()
+"""Always the likeliest token."""
+
+
 def _is_bias(pair: object) -> bool:
     match pair:
         case (numbers.Integral() as token, numbers.Real() as bias):

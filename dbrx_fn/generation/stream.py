@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from dbrx_fn.errors import GenerationError, InputError
 from dbrx_fn.files.json_file import shown
-from dbrx_fn.generation.sampling import Key, Sampling, init_history, sample
+from dbrx_fn.generation.sampling import GREEDY, Key, Sampling, init_history, sample
 from dbrx_fn.model.cache import grow_cache, init_cache
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.shapes import CHUNK_SIZE, capacity_bucket, traced_first
@@ -25,7 +25,6 @@ from dbrx_fn.text.prompt_length import encode_prompt
 from dbrx_fn.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
-GREEDY = Sampling()
 _AHEAD = 256
 """The cache has room for this many new tokens at first, and grows later. Short answers so attend over fewer slots."""
 

@@ -110,6 +110,26 @@ def rewind(cache: Cache, lengths: Sequence[int]) -> Cache:
     return replace(cache, lengths=kept)
 
 
+def resize(cache: Cache, capacity: int) -> Cache:
+    """`cache` with exactly `capacity` positions in each row, more or fewer than before.
+
+    Raises:
+        CacheError: if a row holds more tokens than that, or the new cache won't fit in memory.
+    """
+    if capacity < max(cache.lengths):
+        raise CacheError(f"A row holds {max(cache.lengths)} tokens and can't be cut to {capacity} positions.")
+    if capacity == cache.capacity:
+        return cache
+    check_memory(cache.config, cache.batch_size, capacity)
+    more = [(0, 0), (0, 0), (0, max(0, capacity - cache.capacity)), (0, 0)]
+
+    def resized(arrays: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+        # A slice alone would keep the longer array in memory.
+        return tuple(mx.contiguous(mx.pad(array, more)[:, :, :capacity]) for array in arrays)
+
+    return replace(cache, keys=resized(cache.keys), values=resized(cache.values))
+
+
 def _with_rows(held: mx.array, index: mx.array, new: mx.array) -> mx.array:
     """`held` with `new` `[rows kv_heads time head_dim]` written at the start of the rows in `index`."""
     changed = mx.array(held)

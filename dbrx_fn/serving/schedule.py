@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dbrx_fn.model.shapes import capacity_bucket
+from dbrx_fn.serving.limits import Limits
 
 AHEAD = 256
 """Tokens that a request asks room for beside its prompt, or all that it wants if that is fewer."""
@@ -18,22 +19,6 @@ _READERS = 4
 
 _PASSED_OVER = 3
 """How many chunks of shorter prompts are read before the oldest prompt gets one."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an engine may use.
-
-    `rows`: requests that decode at once, at most.
-    `positions`: positions of a cache that memory has room for, over all rows.
-    `exact`: one static batch of `rows` rows, `capacity` positions each, whoever is there.
-    `capacity`: positions of each row in the exact mode, and the longest row in the other.
-    """
-
-    rows: int
-    positions: int
-    capacity: int
-    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,7 +125,9 @@ def _fits(decoding: Sequence[Work], reading: Sequence[Work], limits: Limits, *, 
     longest = max((work.room(ahead) for work in everybody), default=0)
     if len(everybody) > limits.rows or longest > limits.capacity:
         return False
-    if limits.exact or not everybody:
+    if limits.exact:
+        return (limits.rows + len(reading)) * limits.capacity <= limits.positions
+    if not everybody:
         return True
     own = [row_capacity(work.room(max(ahead, AHEAD)), limits) for work in reading]
     if len(everybody) == 1 and own:

@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbrx_fn.model.shapes import capacity_bucket
-from dbrx_fn.serving.schedule import AHEAD, Limits, State, Work, batch_rows, never_fits, plan, row_capacity
+from dbrx_fn.serving.limits import Limits
+from dbrx_fn.serving.schedule import AHEAD, State, Work, batch_rows, never_fits, plan, row_capacity
 
 CHUNK = 512
 FAST = Limits(rows=8, positions=16_384, capacity=8192)
-EXACT = Limits(rows=4, positions=4 * 2048, capacity=2048, exact=True)
+EXACT = Limits(rows=4, positions=6 * 2048, capacity=2048, exact=True)
 
 
 class Run:

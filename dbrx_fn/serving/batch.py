@@ -1,0 +1,211 @@
+"""The rows that decode together: their cache, and on the device one entry of everything else for each row.
+
+A batch is a value. A step and a rearrangement make a new one and leave nothing behind, so what the device computes
+depends on which rows are there, and not on how they came.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from dbrx_fn.generation.row_sampling import (
+    Choice,
+    RowNumbers,
+    Steps,
+    biases,
+    packed,
+    row_numbers,
+    sample_rows,
+    steps_of,
+)
+from dbrx_fn.generation.sampling import GREEDY, History, init_history
+from dbrx_fn.model.cache import Cache, init_cache
+from dbrx_fn.model.cache_rows import put_rows, resize, rewind, take_rows
+from dbrx_fn.model.config import Config
+from dbrx_fn.model.transformer import forward
+from dbrx_fn.model.tree import Params
+from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Request
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What a batch has for each row beside its cache, on the device.
+
+    `requests`: whose row it is; `None` for an idle row.
+    `tokens`: int32 `[batch]`, each row's last token, which the cache doesn't hold yet.
+    `positions`: how many tokens each row has made.
+    `numbers`: for sampling.
+    `history`: what penalties look at; `None` if no row has any.
+    `bias`: float32 `[batch vocab]`, added to logits; `None` if nothing is.
+    """
+
+    requests: tuple[Request | None, ...]
+    tokens: mx.array
+    positions: tuple[int, ...]
+    numbers: RowNumbers
+    history: History | None
+    bias: mx.array | None
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows that decode together."""
+
+    cache: Cache
+    rows: Rows
+
+    @property
+    def idle(self) -> tuple[int, ...]:
+        """Rows that are nobody's."""
+        return tuple(row for row, request in enumerate(self.rows.requests) if request is None)
+
+
+def first_rows(request: Request, made: Sequence[int], vocab_size: int) -> Rows:
+    """The one row of a request that has made these tokens, of which the last isn't known to the device yet."""
+    rows = _rows([request], vocab_size)
+    history = rows.history
+    if history is not None and made:
+        counts = np.bincount(made, minlength=vocab_size)[None].astype(np.int32)
+        history = {"prompted": history["prompted"], "made": mx.array(counts)}
+    return replace(rows, positions=(len(made),), history=history)
+
+
+def _rows(requests: Sequence[Request | None], vocab_size: int) -> Rows:
+    samplings = [GREEDY if request is None else request.sampling for request in requests]
+    seeds = [0 if request is None else request.seed for request in requests]
+    prompts = [
+        list(request.prompt) if request is not None and request.sampling.uses_history else [] for request in requests
+    ]
+    uses_history = any(sampling.uses_history for sampling in samplings)
+    return Rows(
+        tuple(requests),
+        mx.zeros(len(requests), mx.int32),
+        (0,) * len(requests),
+        row_numbers(list(zip(samplings, seeds, strict=True)), vocab_size),
+        init_history(prompts, vocab_size) if uses_history else None,
+        biases(samplings, vocab_size),
+    )
+
+
+def arranged(
+    batch: Batch | None, kept: Sequence[int], joining: Sequence[Batch], rows: int, capacity: int, config: Config
+) -> tuple[Batch, tuple[int | None, ...]]:
+    """A batch of `rows` rows of `capacity` positions: some of an earlier one's rows, then others, then idle ones.
+
+    Rows that stay in place aren't copied, if the shape stays the same too.
+
+    Args:
+        batch: the earlier one, if there is one.
+        kept: which of its rows go on.
+        joining: batches of one row each.
+        rows: at least as many as go on and join.
+        capacity: at least what any of them holds.
+        config: the model's.
+
+    Returns:
+        The new batch, and for each of its rows a place in `[*kept, *joining]`; `None` for an idle row.
+    """
+    if batch is None and len(joining) == rows == 1:
+        return replace(joining[0], cache=resize(joining[0].cache, capacity)), (0,)
+    places = _places(batch, kept, rows)
+    if batch is None:
+        cache = init_cache(config, rows, capacity)
+    else:
+        cache = batch.cache
+        if rows != cache.batch_size:
+            cache = take_rows(cache, [0 if place is None else place for place in places])
+        lengths = [0 if place is None else batch.cache.lengths[place] for place in places]
+        cache = resize(rewind(cache, lengths), capacity)
+    sources = [None if place is None or batch is None else (batch, place) for place in places]
+    whose = [None if place is None else kept.index(place) for place in places]
+    for number, one in enumerate(joining, start=len(kept)):
+        row = sources.index(None)
+        sources[row], whose[row] = (one, 0), number
+        cache = put_rows(cache, [row], one.cache)
+    return Batch(cache, _rows_from(sources, config.vocab_size)), tuple(whose)
+
+
+def decoded(
+    params: Params, batch: Batch, allowed: NDArray[np.bool_] | None, *, whole_cache: bool
+) -> tuple[Choice, Batch]:
+    """One step of every row: the last tokens go into the cache, and the next ones are chosen. Nothing is waited for."""
+    cache, requests = batch.cache, batch.rows.requests
+    logits, after = forward(params, batch.rows.tokens[:, None], cache, whole_cache=whole_cache)
+    lengths = [0 if request is None else length for request, length in zip(requests, after.lengths, strict=True)]
+    choice, rows = chosen(logits[:, 0], batch.rows, allowed)
+    return choice, Batch(rewind(after, lengths), rows)
+
+
+def chosen(logits: mx.array, rows: Rows, allowed: NDArray[np.bool_] | None) -> tuple[Choice, Rows]:
+    """Chooses a token for each row from `logits` `[batch vocab]`.
+
+    What some row adjusts, all rows adjust, by nothing if need be: so there are few traces, and the others' bits stay.
+    """
+    history, bias, words = rows.history, rows.bias, None
+    vocab = logits.shape[-1]
+    if history is not None or bias is not None or allowed is not None:
+        history = init_history([[]] * len(rows.requests), vocab) if history is None else history
+        bias = mx.zeros(logits.shape, mx.float32) if bias is None else bias
+        words = mx.array(packed(np.ones(logits.shape, np.bool_) if allowed is None else allowed))
+    positions = mx.array(rows.positions, mx.int32)
+    choice, history = sample_rows(logits, rows.numbers, positions, history, bias, words, steps=_steps(rows.requests))
+    return choice, replace(
+        rows,
+        tokens=choice.tokens,
+        positions=tuple(position + 1 for position in rows.positions),
+        history=None if rows.history is None else history,
+    )
+
+
+def _steps(requests: Sequence[Request | None]) -> Steps:
+    there = [request for request in requests if request is not None]
+    wanted = [request.top_logprobs for request in there if request.top_logprobs is not None]
+    steps = steps_of([request.sampling for request in there], MOST_TOP_LOGPROBS if wanted else None)
+    # Drawing without filters is rare, and would be one more trace.
+    return replace(steps, filters=steps.draws)
+
+
+def _places(batch: Batch | None, kept: Sequence[int], rows: int) -> tuple[int | None, ...]:
+    """For each row of the new batch the row of the old one that it takes over. Those stay in place that can."""
+    places: list[int | None] = [None] * rows
+    if batch is not None:
+        for row in kept:
+            if row < rows:
+                places[row] = row
+        for row in kept:
+            if row >= rows:
+                places[places.index(None)] = row
+    return tuple(places)
+
+
+def _rows_from(sources: Sequence[tuple[Batch, int] | None], vocab_size: int) -> Rows:
+    """The rows of several batches as one batch's; idle ones where there is no source."""
+    requests = [None if source is None else source[0].rows.requests[source[1]] for source in sources]
+    fresh = _rows(requests, vocab_size)
+    pool = list(dict.fromkeys(source[0] for source in sources if source is not None))
+    first = dict(zip(pool, np.cumsum([0, *(len(one.rows.requests) for one in pool)]).tolist(), strict=False))
+    idle = sum(len(one.rows.requests) for one in pool)
+    index = mx.array([idle if source is None else first[source[0]] + source[1] for source in sources], mx.int32)
+
+    def taken(arrays: Sequence[mx.array], of_idle: mx.array) -> mx.array:
+        return mx.take(mx.concatenate([*arrays, of_idle[None]]), index, axis=0)
+
+    history = fresh.history
+    if history is not None:
+        nothing = mx.zeros(vocab_size, mx.int32)
+        made = [
+            mx.zeros((len(one.rows.requests), vocab_size), mx.int32)
+            if one.rows.history is None
+            else one.rows.history["made"]
+            for one in pool
+        ]
+        history = {"prompted": history["prompted"], "made": taken(made, nothing)}
+    return replace(
+        fresh,
+        tokens=taken([one.rows.tokens for one in pool], mx.array(0, mx.int32)),
+        positions=tuple(0 if source is None else source[0].rows.positions[source[1]] for source in sources),
+        history=history,
+    )

@@ -1,0 +1,58 @@
+"""What an engine may use of a machine: rows, and positions of a cache."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from dbrx_fn.errors import InputError
+from dbrx_fn.model.config import Config
+from dbrx_fn.model.costs import cache_bytes
+from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.device import memory_size
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine may use.
+
+    `rows`: requests that decode at once, at most.
+    `positions`: positions of a cache that memory has room for, over all rows and prompts that are read.
+    `capacity`: the longest text in tokens; in the exact mode every row has room for it.
+    `exact`: one static batch of `rows` rows, whoever is there.
+    """
+
+    rows: int
+    positions: int
+    capacity: int
+    exact: bool = False
+
+
+def default_limits(
+    params: Params, config: Config, *, rows: int | None = None, capacity: int | None = None, exact: bool = False
+) -> Limits:
+    """Limits that suit this machine's memory.
+
+    Args:
+        params: the tree.
+        config: the model's.
+        rows: requests that decode at once; 32 if not given, 8 in the exact mode.
+        capacity: the longest text in tokens; as much as the context and memory allow, if not given.
+        exact: one static batch, for answers that don't depend on load.
+
+    Raises:
+        InputError: if memory has no room for that.
+    """
+    rows = rows or (8 if exact else 32)
+    leaves: dict[str, mx.array] = dict(tree_flatten(params))
+    # A tenth is left for what is computed in between.
+    free = int(0.9 * memory_size()) - sum(leaf.nbytes for leaf in leaves.values())
+    positions = max(0, free) // cache_bytes(config, 1)
+    most = positions // (rows + 1) if exact else positions // 2
+    wanted = min(config.max_seq_len, most) if capacity is None else capacity
+    if wanted < 1 or wanted > min(config.max_seq_len, most):
+        raise InputError(
+            f"A text of {max(wanted, 1)} tokens doesn't fit: memory has room for {most} a text, and the model's context"
+            f" for {config.max_seq_len}. Lower the capacity or the number of rows, or quantize the model."
+        )
+    return Limits(rows, positions, wanted, exact)

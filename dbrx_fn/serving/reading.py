@@ -1,0 +1,97 @@
+"""One prompt on its way into a cache, chunk by chunk, up to its first token."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from jaxtyping import Float, Float32, Int32
+from numpy.typing import NDArray
+
+from dbrx_fn.generation.row_sampling import Choice
+from dbrx_fn.model.cache import Cache
+from dbrx_fn.model.transformer import forward
+from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.compile import compiled
+from dbrx_fn.serving.batch import Batch, chosen, first_rows
+from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Request, TokenLogprobs
+
+
+@dataclass(eq=False)
+class Reading:
+    """A prompt that is being read into a cache of one row.
+
+    `tokens`: what is to be read: the prompt, and what a request that was put aside had made.
+    `cached_tokens`: how many of them the cache held from the start.
+    """
+
+    request: Request
+    tokens: tuple[int, ...]
+    cache: Cache
+    cached_tokens: int
+    _logits: mx.array | None = None
+    _logprobs: list[tuple[mx.array, mx.array, mx.array]] = field(default_factory=list)
+
+    @property
+    def held(self) -> int:
+        """Tokens that the cache holds."""
+        return self.cache.lengths[0]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all tokens have been read."""
+        return self.held == len(self.tokens)
+
+    def read(self, params: Params, width: int) -> None:
+        """Reads the next `width` tokens, or those that are left. Waits for the chunk before, and not for this one."""
+        if self._logits is not None:
+            mx.eval(self._logits)
+        chunk = mx.array([self.tokens[self.held : self.held + width]], mx.int32)
+        wants_all = self.request.prompt_logprobs
+        following = self.tokens[self.held + 1 : self.held + 1 + width]
+        logits, self.cache = forward(params, chunk, self.cache, last_only=not wants_all, chunk_size=width)
+        if wants_all and following:
+            self._logprobs.append(
+                _logprobs(logits[0, : len(following)], mx.array(following, mx.int32), top=MOST_TOP_LOGPROBS)
+            )
+        self._logits = logits[:, -1]
+        mx.async_eval(self._logits, self._logprobs, self.cache.keys, self.cache.values)
+
+    def first_token(self, allowed: NDArray[np.bool_] | None = None) -> tuple[Choice, Batch]:
+        """The token after what was read, and a batch of one row that goes on from it.
+
+        Args:
+            allowed: bool `[1 vocab]`, which tokens may be chosen; all if not given.
+        """
+        assert self._logits is not None
+        made = self.tokens[len(self.request.prompt) :]
+        choice, rows = chosen(self._logits, first_rows(self.request, made, self._logits.shape[-1]), allowed)
+        return choice, Batch(self.cache, rows)
+
+    def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
+        """Of the prompt's tokens, where asked for; the first has none. Waits for the device."""
+        found: list[TokenLogprobs | None] = [None] if self._logprobs else []
+        for logprobs, top_tokens, top_logprobs in self._logprobs:
+            of_tokens = zip(np.array(logprobs), np.array(top_tokens), np.array(top_logprobs), strict=True)
+            found += [token_logprobs(*of_token, self.request.top_logprobs or 0) for of_token in of_tokens]
+        return tuple(found[: len(self.request.prompt)])
+
+
+def token_logprobs(
+    chosen: np.floating[Any], tokens: NDArray[np.int32], logprobs: NDArray[np.float32], top: int
+) -> TokenLogprobs:
+    """One token's, with the `top` likeliest of `tokens` and `logprobs` `[more]`."""
+    pairs = zip(tokens[:top].tolist(), logprobs[:top].tolist(), strict=True)
+    return TokenLogprobs(float(chosen), tuple(pairs))
+
+
+@compiled
+def _logprobs(
+    logits: Float[mx.array, "time vocab"], following: Int32[mx.array, " time"], *, top: int
+) -> tuple[Float32[mx.array, " time"], Int32[mx.array, "time top"], Float32[mx.array, "time top"]]:
+    """Of each following token and of the likeliest ones."""
+    logprobs = logits.astype(mx.float32)
+    logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
+    top_tokens = mx.argsort(-logprobs, axis=-1)[:, :top].astype(mx.int32)
+    chosen = mx.take_along_axis(logprobs, following[:, None], axis=-1)[:, 0]
+    return chosen, top_tokens, mx.take_along_axis(logprobs, top_tokens, axis=-1)

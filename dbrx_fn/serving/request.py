@@ -1,0 +1,93 @@
+"""What an engine is asked, and what it answers, in tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dbrx_fn.errors import DbrxError, InputError
+from dbrx_fn.generation.sampling import GREEDY, Sampling
+from dbrx_fn.generation.stream import FinishReason
+from dbrx_fn.runtime.arguments import check_fields
+
+MOST_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to be continued.
+
+    `prompt`: token ids, at least one.
+    `max_tokens`: the most to make; fewer if the model's context ends before.
+    `sampling`: how to choose them.
+    `seed`: for drawing. The same seed draws the same tokens from the same probabilities.
+    `stop_tokens`: ids that end the text; the one that does is handed out too.
+    `top_logprobs`: log-probabilities of how many likeliest tokens to hand out beside the chosen one's, at most 20;
+        `None` for no log-probabilities.
+    `prompt_logprobs`: whether the prompt's tokens get log-probabilities too.
+
+    Raises:
+        InputError: naming a field whose value can't work.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int = 100
+    sampling: Sampling = GREEDY
+    seed: int = 0
+    stop_tokens: frozenset[int] = frozenset()
+    top_logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 <= (self.top_logprobs or 0) <= MOST_TOP_LOGPROBS:
+            raise InputError(f"top_logprobs is {self.top_logprobs} where it must be from 0 to {MOST_TOP_LOGPROBS}.")
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"The seed is {self.seed} where it must be from 0 to 2**64 - 1.")
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities by the model's own logits.
+
+    `chosen`: the token's own.
+    `top`: (token, logarithm) of the likeliest tokens, the likeliest first.
+    """
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptRead:
+    """The prompt has been read; the first token follows.
+
+    `cached_tokens`: how many of its tokens were known from earlier requests.
+    `logprobs`: of its tokens, where asked for; the first has none.
+    """
+
+    cached_tokens: int
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenMade:
+    """One token of the answer.
+
+    `finish_reason`: `None` until the last one; there "stop" for a stop token, "length" for `max_tokens` or the end of
+        the model's context.
+    """
+
+    token: int
+    finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The request ended with an error."""
+
+    error: DbrxError
+
+
+Event = PromptRead | TokenMade | Failed
+Receive = Callable[[Event], None]
+"""Called on the engine's thread, so it must only hand the event on."""

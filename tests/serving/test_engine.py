@@ -1,0 +1,292 @@
+"""The engine, with real models: everybody gets what they would get alone, and it ends clean whatever happens."""
+
+import queue
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dbrx_fn.errors import BusyError, EngineError, GenerationError, InputError
+from dbrx_fn.generation.sampling import Sampling
+from dbrx_fn.generation.stream import stream_tokens
+from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
+from dbrx_fn.model.params import init_params
+from dbrx_fn.model.transformer import score
+from dbrx_fn.serving.engine import Engine
+from dbrx_fn.serving.limits import Limits, default_limits
+from dbrx_fn.serving.request import Event, Failed, PromptRead, Request, TokenMade
+
+CONFIG = Config(
+    d_model=64,
+    n_heads=4,
+    n_layers=2,
+    vocab_size=90,
+    max_seq_len=4096,
+    attn=AttnConfig(clip_qkv=8.0, kv_n_heads=2),
+    ffn=FFNConfig(ffn_hidden_size=48, moe_num_experts=8, moe_top_k=2),
+    dtype="float32",
+)
+PARAMS = init_params(CONFIG, mx.random.key(3))
+mx.eval(PARAMS)
+FAST = Limits(rows=4, positions=1 << 20, capacity=4096)
+EXACT = Limits(rows=4, positions=1 << 20, capacity=1024, exact=True)
+
+
+def tokens(seed: int, length: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(seed).integers(0, 90, length).tolist())
+
+
+def requests(count: int) -> list[Request]:
+    """All kinds of them."""
+    rng = np.random.default_rng(7)
+    made = []
+    for number in range(count):
+        sampling = Sampling(
+            temperature=float(rng.choice([0, 0.7, 1.2])),
+            top_k=int(rng.choice([0, 5])),
+            top_p=float(rng.choice([1, 0.9])),
+            frequency_penalty=float(rng.choice([0, 0, 0.5])),
+            logit_bias=((3, 1.5),) if number % 5 == 0 else (),
+        )
+        made.append(
+            Request(
+                tokens(number, int(rng.choice([1, 9, 60, 700]))),
+                max_tokens=int(rng.integers(1, 20)),
+                sampling=sampling,
+                seed=number,
+                stop_tokens=frozenset({17}),
+                top_logprobs=[None, 0, 4][number % 3],
+            )
+        )
+    return made
+
+
+class Events:
+    """What the engine says of some requests."""
+
+    def __init__(self, count: int) -> None:
+        self.of: list[list[Event]] = [[] for _ in range(count)]
+        self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def receiver(self, number: int) -> Any:
+        def receive(event: Event) -> None:
+            self.of[number].append(event)
+            if isinstance(event, Failed) or (isinstance(event, TokenMade) and event.finish_reason):
+                self._ended.put(number)
+
+        return receive
+
+    def wait(self, count: int) -> None:
+        for _ in range(count):
+            self._ended.get(timeout=120)
+
+
+def served(limits: Limits, asked: list[Request], order: list[int]) -> list[list[Event]]:
+    """What each of `asked` gets, if they come in this order, all at once."""
+    events = Events(len(asked))
+    with Engine(PARAMS, CONFIG, limits) as engine:
+        for number in order:
+            engine.submit(asked[number], events.receiver(number))
+        events.wait(len(asked))
+    return events.of
+
+
+def made(events: list[Event]) -> list[int]:
+    return [event.token for event in events if isinstance(event, TokenMade)]
+
+
+def test_exact_answers_are_the_same_bits_under_any_load() -> None:
+    asked = requests(24)
+    alone = [served(EXACT, [request], [0])[0] for request in asked]
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(len(asked)).tolist()
+        assert served(EXACT, asked, order) == alone
+
+
+def test_greedy_answers_are_those_of_one_stream() -> None:
+    asked = [replace(request, sampling=Sampling(), stop_tokens=frozenset()) for request in requests(12)]
+    for request, events in zip(asked, served(FAST, asked, list(range(12))), strict=True):
+        assert made(events) == list(stream_tokens(PARAMS, CONFIG, request.prompt, max_tokens=request.max_tokens))
+
+
+def test_logprobs_are_those_of_score() -> None:
+    request = Request(tokens(1, 30), max_tokens=8, top_logprobs=3, prompt_logprobs=True)
+    (events,) = served(FAST, [request], [0])
+    text = (*request.prompt, *made(events))
+    logits = np.array(score(PARAMS, mx.array([text]), CONFIG)[0][0], np.float64)
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    first, *rest = events
+    assert isinstance(first, PromptRead)
+    said = [*first.logprobs, *(event.logprobs for event in rest if isinstance(event, TokenMade))]
+    assert len(said) == len(text)
+    assert said[0] is None
+    for place, logprobs in enumerate(said[1:], start=1):
+        assert logprobs is not None
+        assert logprobs.chosen == pytest.approx(expected[place - 1, text[place]], abs=2e-5)
+        assert [token for token, _ in logprobs.top] == np.argsort(-expected[place - 1])[:3].tolist()
+
+
+def test_a_stop_token_ends_the_text_and_is_handed_out() -> None:
+    free = Request(tokens(2, 10), max_tokens=30)
+    (unstopped,) = served(FAST, [free], [0])
+    stop = made(unstopped)[6]
+    (events,) = served(FAST, [replace(free, stop_tokens=frozenset({stop}))], [0])
+    last = events[-1]
+    assert isinstance(last, TokenMade)
+    assert (last.token, last.finish_reason) == (stop, "stop")
+    assert made(events) == made(unstopped)[: made(unstopped).index(stop) + 1]
+
+
+def test_those_who_lose_their_memory_come_back_and_say_the_same() -> None:
+    asked = [Request(tokens(number, 200), max_tokens=150) for number in range(4)]
+    narrow = replace(FAST, positions=1024)
+    events = Events(4)
+    with Engine(PARAMS, CONFIG, narrow) as engine:
+        for number, request in enumerate(asked):
+            engine.submit(request, events.receiver(number))
+        events.wait(4)
+        said = engine.statistics()
+    assert said.finished == (("length", 4),)
+    for request, got in zip(asked, events.of, strict=True):
+        assert len(made(got)) == 150
+        assert sum(isinstance(event, PromptRead) for event in got) == 1
+        assert made(got)[:40] == list(stream_tokens(PARAMS, CONFIG, request.prompt, max_tokens=40))
+
+
+def test_a_short_request_is_answered_while_a_long_prompt_is_read() -> None:
+    events = Events(2)
+    ends: list[int] = []
+    with Engine(PARAMS, CONFIG, FAST) as engine:
+        for number, length in enumerate((4000, 5)):
+            receive = events.receiver(number)
+
+            def note(event: Event, number: int = number, receive: Any = receive) -> None:
+                if isinstance(event, TokenMade):
+                    ends.append(number)
+                receive(event)
+
+            engine.submit(Request(tokens(number, length), max_tokens=4), note)
+        events.wait(2)
+    assert ends[:2] == [1, 1]
+
+
+def test_a_cancelled_request_ends_and_others_go_on() -> None:
+    events = Events(3)
+    with Engine(PARAMS, CONFIG, FAST) as engine:
+        numbers = [
+            engine.submit(Request(tokens(number, 20), max_tokens=60 if number else 3000), events.receiver(number))
+            for number in range(3)
+        ]
+        engine.cancel(numbers[0])
+        engine.cancel(numbers[0])
+        events.wait(2)
+        deadline = time.monotonic() + 30
+        while engine.statistics().decoding and time.monotonic() < deadline:
+            time.sleep(0.01)
+        said = engine.statistics()
+    assert said.finished == (("cancelled", 1), ("length", 2))
+    assert (said.waiting, said.reading, said.decoding, said.rows) == (0, 0, 0, 0)
+
+
+def test_whoever_stops_asking_cancels() -> None:
+    with Engine(PARAMS, CONFIG, FAST) as engine:
+        answer = engine.answer(Request(tokens(0, 9), max_tokens=3000))
+        next(answer)
+        answer.close()
+        assert len(list(engine.answer(Request(tokens(1, 9), max_tokens=3)))) == 3
+        assert dict(engine.statistics().finished) == {"cancelled": 1, "length": 1}
+
+
+def test_a_receiver_that_raises_has_left() -> None:
+    def leave(_: Event) -> None:
+        raise ConnectionError
+
+    with Engine(PARAMS, CONFIG, FAST) as engine:
+        engine.submit(Request(tokens(0, 9), max_tokens=3000), leave)
+        assert len(list(engine.answer(Request(tokens(1, 9), max_tokens=3)))) == 3
+        assert dict(engine.statistics().finished)["cancelled"] == 1
+
+
+def test_a_full_queue_is_refused() -> None:
+    events = Events(40)
+    asked = Request(tokens(0, 300), max_tokens=300)
+    with Engine(PARAMS, CONFIG, replace(FAST, rows=1), queue=3) as engine:
+        for number in range(3):
+            engine.submit(asked, events.receiver(number))
+        with pytest.raises(BusyError, match="3 requests wait already"):
+            [engine.submit(asked, events.receiver(number)) for number in range(3, 40)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": ()}, "prompt is empty"),
+        ({"prompt": (90,)}, "token 90"),
+        ({"prompt": (1,) * 5000}, "holds 4096"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"sampling": Sampling(logit_bias=((90, 1.0),))}, "token 90"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(changes: dict[str, Any], words: str) -> None:
+    with Engine(PARAMS, CONFIG, FAST) as engine, pytest.raises(InputError, match=words):
+        engine.submit(replace(Request((1, 2)), **changes), lambda _: None)
+
+
+@pytest.mark.parametrize("changes", [{"top_logprobs": 21}, {"seed": -1}, {"seed": 2**64}])
+def test_a_request_that_makes_no_sense_cannot_be_made(changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        Request((1,), **changes)
+
+
+def test_what_never_fits_is_refused_at_once() -> None:
+    with Engine(PARAMS, CONFIG, replace(FAST, capacity=100)) as engine:
+        with pytest.raises(InputError, match="room for 100 tokens"):
+            engine.submit(Request(tokens(0, 90), max_tokens=50), lambda _: None)
+        assert len(list(engine.answer(Request(tokens(0, 90), max_tokens=11)))) == 11
+
+
+def test_numbers_that_are_not_finite_fail_their_request_only() -> None:
+    damaged = init_params(CONFIG, mx.random.key(3))
+    damaged["transformer"]["wte"]["weight"][5] = mx.nan
+    with Engine(damaged, CONFIG, FAST) as engine:
+        with pytest.raises(GenerationError, match="no longer finite"):
+            list(engine.answer(Request((5,), max_tokens=3)))
+        said = list(engine.answer(Request((6, 7), max_tokens=3, sampling=Sampling(logit_bias=((5, -np.inf),)))))
+        assert len(said) == 3
+
+
+def test_a_closed_engine_fails_those_who_wait() -> None:
+    events = Events(6)
+    engine = Engine(PARAMS, CONFIG, FAST)
+    for number in range(6):
+        engine.submit(Request(tokens(number, 20), max_tokens=3000), events.receiver(number))
+    engine.close()
+    events.wait(6)
+    assert all(isinstance(of_one[-1], Failed) for of_one in events.of)
+    with pytest.raises(EngineError, match="closed"):
+        engine.submit(Request((1,)), lambda _: None)
+
+
+def test_a_draining_engine_ends_what_runs() -> None:
+    events = Events(6)
+    engine = Engine(PARAMS, CONFIG, FAST)
+    for number in range(6):
+        engine.submit(Request(tokens(number, 20), max_tokens=9), events.receiver(number))
+    closing = threading.Thread(target=engine.close, args=(60,))
+    closing.start()
+    events.wait(6)
+    closing.join()
+    assert [len(made(of_one)) for of_one in events.of] == [9] * 6
+
+
+def test_limits_suit_the_machine() -> None:
+    for exact in (False, True):
+        limits = default_limits(PARAMS, CONFIG, exact=exact)
+        assert limits.capacity == CONFIG.max_seq_len
+        assert limits.positions >= (limits.rows + 1) * limits.capacity
+    with pytest.raises(InputError, match="5000 tokens doesn't fit"):
+        default_limits(PARAMS, CONFIG, capacity=5000)
