@@ -14,6 +14,7 @@ import mlx.core as mx
 from dbrx_fn.errors import GenerationError, InputError
 from dbrx_fn.files.json_file import shown
 from dbrx_fn.generation.sampling import GREEDY, Key, Sampling, init_history, sample
+from dbrx_fn.generation.text_cutter import TextCutter
 from dbrx_fn.model.cache import grow_cache, init_cache
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.shapes import CHUNK_SIZE, capacity_bucket, traced_first
@@ -137,14 +138,13 @@ def stream_text(
         GenerationError: as in `stream_tokens`.
     """
     check_limits(max_tokens, stop_strings)
-    stop_tokens = tokenizer.stop_tokens if stop_tokens is None else stop_tokens
+    stop_tokens = tokenizer.stop_tokens if stop_tokens is None else frozenset(stop_tokens)
     if isinstance(prompt, str):
         tokens = encode_prompt(tokenizer, prompt, config.max_seq_len)
     else:
         tokens = token_ids("The prompt", prompt, config)
     budget = token_budget(tokens, config, max_tokens)
-    stream = tokenizer.stream()
-    held = ""
+    cutter = TextCutter(tokenizer, stop_tokens, stop_strings)
     made = stream_tokens(
         params,
         config,
@@ -156,13 +156,11 @@ def stream_text(
         chunk_size=chunk_size,
     )
     for count, token in enumerate(made, start=1):
-        last = count == budget or token in stop_tokens
-        new = stream.push(token) if token not in stop_tokens else ""
-        text, held, stopped = _cut(held + new + (stream.finish() if last else ""), stop_strings)
-        if stopped or token in stop_tokens:
-            yield Piece(token, text + held, "stop")
+        last = count == budget
+        text, stopped = cutter.push(token, last=last)
+        yield Piece(token, text, "stop" if stopped else "length" if last else None)
+        if stopped:
             return
-        yield Piece(token, text + held, "length") if last else Piece(token, text, None)
 
 
 def check_limits(max_tokens: int, stop_strings: Sequence[str] = ()) -> None:
@@ -254,15 +252,3 @@ def warm_up(
 def _first_capacity(prompt_length: int, max_tokens: int) -> int:
     """The capacity that a generation starts with. The last token needs no position, since it is never fed back."""
     return capacity_bucket(prompt_length + min(max_tokens - 1, _AHEAD))
-
-
-def _cut(text: str, stop_strings: Sequence[str]) -> tuple[str, str, bool]:
-    """Splits text: its certain part, a possible start of a stop string, and whether a stop string came and was cut."""
-    first = min((at for at in (text.find(stop) for stop in stop_strings) if at >= 0), default=-1)
-    if first >= 0:
-        return text[:first], "", True
-    longest = max(map(len, stop_strings), default=1)
-    for start in range(max(0, len(text) - longest + 1), len(text)):
-        if any(stop.startswith(text[start:]) for stop in stop_strings):
-            return text[:start], text[start:], False
-    return text, "", False
