@@ -19,9 +19,10 @@ from typing import Any
 
 from dbrx_fn.checkpoints.saver import CHECKPOINT_FILES
 from dbrx_fn.checkpoints.shards import Shard, sum_in
+from dbrx_fn.errors import InputError
 from dbrx_fn.files.atomic import flush
 from dbrx_fn.files.json_file import parse_json, shown_path
-from dbrx_fn.files.work_folder import WorkFolder, hidden, not_a_folder, work_folder
+from dbrx_fn.files.work_folder import WorkFolder, hidden, work_folder
 
 PLAN_KEYS = ("computed_by", "source", "files", "request", "headers")
 """What a plan says."""
@@ -126,7 +127,8 @@ def conversion_work(folder: Path, plan: bytes) -> Iterator[ConversionWork]:
     Raises:
         InputError: if another process converts into `folder`, or anything is there that no conversion made.
     """
-    with work_folder(_place(folder), f"{folder} is being written by another conversion: wait until it ends.") as work:
+    taken = f"{folder} is being written by another conversion: wait until it ends."
+    with work_folder(_place(folder), taken, folder) as work:
         _refuse_foreign(work)
         yield ConversionWork(work, plan)
 
@@ -142,7 +144,10 @@ def is_converting(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     if not stat.S_ISDIR(mode):
-        raise not_a_folder(_place(folder))
+        raise InputError(
+            f"{shown_path(_place(folder))} is where this command works, and it is a link or a file: move it elsewhere,"
+            " or name another place."
+        )
     return True
 
 

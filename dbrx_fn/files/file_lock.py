@@ -8,6 +8,9 @@ from pathlib import Path
 
 from dbrx_fn.errors import InputError
 
+OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+"""How a folder is opened, and no link to one."""
+
 
 def try_lock(descriptor: int) -> bool | None:
     """Locks an open file or folder until it is closed, which the process's end does too, however it ends.
@@ -43,8 +46,10 @@ def locked(path: Path, taken: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def folder_claimed(path: Path, taken: str, place: Path | None = None) -> Iterator[None]:
+def folder_claimed(path: Path, taken: str, place: Path | None = None) -> Iterator[int]:
     """Makes a folder and its parents, or takes the one that a killed process left, and holds a lock on it.
+
+    Yields the open folder's descriptor.
 
     The lock is the folder's, also under another name. An empty folder is removed at the end.
 
@@ -73,7 +78,7 @@ def folder_claimed(path: Path, taken: str, place: Path | None = None) -> Iterato
             # Whoever held it may have renamed or removed it just before.
             if is_still(path, os.fstat(descriptor)):
                 try:
-                    yield
+                    yield descriptor
                 finally:
                     if is_still(path, os.fstat(descriptor)):
                         with contextlib.suppress(OSError):
@@ -96,6 +101,6 @@ def _made(path: Path) -> int | None:
     with contextlib.suppress(FileExistsError):
         path.mkdir()
     try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        return os.open(path, OPEN_FOLDER)
     except FileNotFoundError:
         return None

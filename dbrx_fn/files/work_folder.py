@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dbrx_fn.errors import InputError
-from dbrx_fn.files.file_lock import try_lock
+from dbrx_fn.files.file_lock import OPEN_FOLDER, folder_claimed
 from dbrx_fn.files.json_file import LARGEST, shown, shown_path
 
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 # With the last of these, opening a pipe waits for nobody.
 _OLD_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -110,7 +109,7 @@ class WorkFolder:
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, dir_fd=self.descriptor)
         try:
-            descriptor = os.open(name, _FOLDER, dir_fd=self.descriptor)
+            descriptor = os.open(name, OPEN_FOLDER, dir_fd=self.descriptor)
         except NotADirectoryError:
             raise self.refusal(name, "no folder") from None
         try:
@@ -155,51 +154,7 @@ def _is_own(name: str, files: Collection[str]) -> bool:
 
 
 @contextlib.contextmanager
-def work_folder(path: Path, taken: str) -> Iterator[WorkFolder]:
-    """Opens a work folder, made if it isn't there, and keeps other processes out of it. An empty one is removed again.
-
-    Args:
-        path: its place; its parents are made too, where they are missing.
-        taken: the sentence for who comes second.
-
-    Raises:
-        InputError: saying `taken`, if another process works there; or if it is a link, or no folder.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with contextlib.suppress(FileExistsError):
-            path.mkdir()
-        try:
-            descriptor = os.open(path, _FOLDER)
-        except FileNotFoundError:
-            # Who worked there has ended just now.
-            continue
-        except NotADirectoryError:
-            raise not_a_folder(path) from None
-        try:
-            if try_lock(descriptor) is False:
-                raise InputError(taken)
-            if _is_still(path, descriptor):
-                try:
-                    yield WorkFolder(path, descriptor)
-                finally:
-                    with contextlib.suppress(OSError):
-                        path.rmdir()
-                return
-        finally:
-            os.close(descriptor)
-
-
-def not_a_folder(path: Path) -> InputError:
-    """What is said of a link or a file in a work folder's place."""
-    return InputError(
-        f"{shown_path(path)} is where this command works, and it is a link or a file: move it elsewhere, or name"
-        " another place."
-    )
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.lstat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+def work_folder(path: Path, taken: str, place: Path | None = None) -> Iterator[WorkFolder]:
+    """Opens a work folder; arguments and errors are those of `folder_claimed`."""
+    with folder_claimed(path, taken, place) as descriptor:
+        yield WorkFolder(path, descriptor)
