@@ -1,10 +1,10 @@
-"""The device's memory: kept resident while a large model runs on a Mac, given back in between, never asked for whole.
+"""The device's memory: what stays resident on a Mac, what is given back, and how large one buffer may be.
 
-`docs/mac.md` says what each of these is for, and where it was learned. Elsewhere than on a Mac (`backend() == "metal"`)
-all but `release_unused` do nothing.
+`docs/mac.md` has the reasons and their sources. On other machines than Macs only `release_unused` does something.
 """
 
 import math
+import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -19,26 +19,37 @@ from dbrx_fn.runtime.device import backend
 
 _GIB = 2**30
 _LARGE = 1 / 16
-"""Weights of this part of the working set are worth wiring. Of the largest Mac's, DBRX of 2 bits is a tenth."""
+"""The smallest part of the working set that is wired. DBRX in 2 bits is a tenth of the largest Mac's."""
 _NEAR = 0.9
-"""From this part of the working set on, what else a generation needs may no longer fit beside the weights."""
+"""The part of the working set above which the cache and the activations may no longer fit beside the weights."""
 _SYSTEM = 8 * _GIB
-"""What macOS and its programs are left with when somebody raises the limit."""
+"""Memory left to macOS and other programs by the limit that `room_remedy` names."""
 _SPAN = 256
-"""Tokens after which unused buffers are given back, as often as mlx-lm does it."""
+"""Tokens after which unused buffers are given back. mlx-lm uses the same number."""
+
+
+def _wanted_by_environment() -> bool:
+    """The value of DBRX_FN_WIRED: 0 wires no memory, 1 or unset wires it."""
+    wanted = os.environ.get("DBRX_FN_WIRED", "")
+    if wanted not in ("", "0", "1"):
+        warnings.warn(f"DBRX_FN_WIRED is {wanted!r} where 0 or 1 is expected: it is ignored.", stacklevel=2)
+    return wanted != "0"
+
+
+_WANTED = _wanted_by_environment()
 
 
 class _Wiring:
-    """Who has memory wired: MLX has one limit for the whole process, and generations may overlap or nest."""
+    """The users of wired memory. MLX has one limit for the whole process, and generations may overlap or nest."""
 
     def __init__(self) -> None:
-        # A generator that is dropped may be closed in the middle of these methods, in the same thread.
+        # Garbage collection can close a dropped generator, which calls `end`, while this thread is in `begin`.
         self._lock = threading.RLock()
         self._users: set[object] = set()
         self._raised, self._before = False, 0
 
     def begin(self, user: object, limit: int) -> None:
-        """The first one raises the limit."""
+        """Raises the limit for the first user."""
         with self._lock:
             self._users.add(user)
             if not self._raised:
@@ -46,7 +57,7 @@ class _Wiring:
                 self._before = mx.set_wired_limit(limit)
 
     def end(self, user: object) -> None:
-        """The last one gives the old limit back."""
+        """Gives the old limit back after the last user."""
         with self._lock:
             self._users.discard(user)
             if self._raised and not self._users:
@@ -61,15 +72,16 @@ _wiring = _Wiring()
 def wired(weights: Any) -> Iterator[None]:
     """On a Mac, keeps memory resident up to the recommended working set while a large model runs.
 
-    The limit that was there before is given back at the end, whatever ends it. Small models leave it alone.
+    The limit from before is given back at the end, also after an exception or Ctrl-C. Small models leave it alone, and
+    so does DBRX_FN_WIRED=0.
 
     Args:
         weights: the tree, or a whole training state.
     """
     limit, nbytes = _metal("max_recommended_working_set_size"), _nbytes(weights)
-    # A training state is replaced step by step, and the first one's memory is needed again.
+    # Training replaces its state, and the first one's memory must become free.
     del weights
-    if limit is None or nbytes < _LARGE * limit:
+    if limit is None or nbytes < _LARGE * limit or not _WANTED:
         yield
         return
     if nbytes > _NEAR * limit:
@@ -84,14 +96,14 @@ def wired(weights: Any) -> Iterator[None]:
         yield
     finally:
         try:
-            # The limit mustn't change while anything is computed.
+            # MLX asks that nothing is computed while the limit changes.
             mx.synchronize()
         finally:
             _wiring.end(user)
 
 
 def room_remedy(nbytes: int) -> str:
-    """What to do where weights of so many bytes find too little room, as the end of a sentence."""
+    """What to do about `nbytes` of weights that find too little room, as the end of a sentence."""
     memory = _metal("memory_size")
     wanted = math.ceil(1.2 * nbytes / 2**20)
     if memory is None or wanted * 2**20 > memory - _SYSTEM:
@@ -103,21 +115,21 @@ def room_remedy(nbytes: int) -> str:
 
 
 def release_unused(before: int, after: int) -> None:
-    """Gives a GPU's unused buffers back to the system, where a sequence has come to another 256 tokens.
+    """Gives a GPU's unused buffers back to the system each time that a sequence has grown by another 256 tokens.
 
-    MLX keeps each buffer for the next array of about that size. In a sequence that grows, such arrays may never come.
-    A CPU keeps them, since new memory costs it more.
+    MLX keeps a freed buffer for the next array of about that size. While a sequence grows, that array may never come.
+    On a CPU nothing is given back.
 
     Args:
-        before: tokens there were.
-        after: tokens there are now.
+        before: the sequence's tokens until now.
+        after: its tokens from now on.
     """
     if after // _SPAN > before // _SPAN and backend() != "cpu":
         mx.clear_cache()
 
 
 def reading_device() -> mx.Device:
-    """Where tensors are read from files and put together: on a Mac by the CPU, else by the default device.
+    """The device that reads tensors from files and puts them together: a Mac's CPU, elsewhere the default device.
 
     macOS ends a process whose GPU waits seconds for a file. Within `mx.stream(reading_device())` no GPU ever does.
     """
@@ -125,12 +137,12 @@ def reading_device() -> mx.Device:
 
 
 def check_buffer(what: str, nbytes: int, remedy: str, error: type[DbrxError]) -> None:
-    """Raises `error` where an array is larger than any single buffer of the device; only Metal has such a limit.
+    """Raises `error` if an array is larger than the device's largest buffer. Only Metal has such a limit.
 
     Args:
         what: the array, as the beginning of a sentence.
         nbytes: its bytes.
-        remedy: what to do, as the end of one.
+        remedy: what to do, as the end of the sentence.
         error: what to raise.
     """
     largest = _metal("max_buffer_length")
@@ -142,7 +154,7 @@ def check_buffer(what: str, nbytes: int, remedy: str, error: type[DbrxError]) ->
 
 
 def _metal(name: str) -> int | None:
-    """What Metal says of the device; `None` on others."""
+    """One of the numbers that Metal reports of the device; `None` on other devices."""
     value = mx.device_info().get(name) if backend() == "metal" else None
     return None if value is None else int(value)
 

@@ -2,7 +2,10 @@
 
 import contextvars
 import gc
+import os
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -341,3 +344,23 @@ def test_an_array_that_just_fits_is_made(error: type[DbrxError]) -> None:
         check_buffer("It", 100, "no", error)
         with pytest.raises(error):
             check_buffer("It", 101, "no", error)
+
+
+WIRES = """
+import mlx.core as mx
+from dbrx_fn.runtime.memory import wired
+from tests.support.mac import Mac
+
+with Mac(100).here() as mac, wired({"a": mx.zeros((60,), mx.uint8)}):
+    print(mac.calls)
+"""
+
+
+@pytest.mark.parametrize(("value", "calls"), [("0", "[]"), ("1", "[100]"), ("", "[100]"), ("off", "[100]")])
+def test_the_environment_can_forbid_it(value: str, calls: str) -> None:
+    """For Macs that wired memory makes restart."""
+    ran = subprocess.run(
+        [sys.executable, "-c", WIRES], env={**os.environ, "DBRX_FN_WIRED": value}, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stdout.strip()) == (0, calls)
+    assert ("DBRX_FN_WIRED is 'off' where 0 or 1 is expected" in ran.stderr) == (value == "off")
