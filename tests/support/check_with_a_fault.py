@@ -2,22 +2,34 @@
 
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from dbrx_fn import check
 from dbrx_fn.checking import of_operations, reference
 from dbrx_fn.model import positions
 from dbrx_fn.ops import experts
 
+FOLDER = tempfile.TemporaryDirectory()
+"""Goes when the process ends."""
+
+
+def put(value: Any, name: str, *modules: ModuleType) -> Any:
+    """Puts a value in place of what modules have under a name, and returns what was there."""
+    before = getattr(modules[0], name)
+    for module in modules:
+        assert getattr(module, name) is before
+        setattr(module, name, value)
+    return before
+
 
 def a_wrong_segment() -> None:
     """The last segment is the first expert's."""
-    right: Callable[..., Any] = experts.dispatch
 
     def wrong(*args: Any, **static: Any) -> Any:
         plan = right(*args, **static)
@@ -25,37 +37,36 @@ def a_wrong_segment() -> None:
         last = place == plan.segment_experts.size - 1
         return plan._replace(segment_experts=mx.where(last, 0, plan.segment_experts))
 
-    experts.dispatch = wrong
+    right = put(wrong, "dispatch", experts)
 
 
 def a_kernel_s_sign() -> None:
     """Heads turn the other way."""
-    right: Callable[..., Any] = positions.turns
 
     def wrong(*args: Any, **static: Any) -> Any:
         cosines, sines = right(*args, **static)
         return cosines, -sines
 
-    positions.turns = of_operations.turns = wrong
+    right = put(wrong, "turns", positions, of_operations)
+
+
+def ship(contents: dict[str, NDArray[Any]]) -> None:
+    """Puts another reference in place of the one that ships."""
+    other = Path(FOLDER.name) / reference.FILE.name
+    np.savez(other, **contents)
+    put(other, "FILE", reference)
 
 
 def a_stale_reference() -> None:
     """One model's logits are those of other tokens."""
     with np.load(reference.FILE) as file:
-        contents = dict(file)
-    contents["odd sizes/0"] = np.roll(contents["odd sizes/0"], 1, axis=0)
-    stale = Path(tempfile.mkdtemp()) / reference.FILE.name
-    np.savez(stale, allow_pickle=False, **contents)
-    reference.FILE = stale
+        ship(dict(file) | {"odd sizes/0": np.roll(file["odd sizes/0"], 1, axis=0)})
 
 
 def a_reference_of_other_models() -> None:
     """A model isn't in it."""
     with np.load(reference.FILE) as file:
-        contents = {name: array for name, array in file.items() if not name.startswith("odd sizes/")}
-    stale = Path(tempfile.mkdtemp()) / reference.FILE.name
-    np.savez(stale, allow_pickle=False, **contents)
-    reference.FILE = stale
+        ship({name: array for name, array in file.items() if not name.startswith("odd sizes/")})
 
 
 def an_operation_that_fails() -> None:
@@ -64,7 +75,7 @@ def an_operation_that_fails() -> None:
     def fail(*args: Any, **static: Any) -> Any:
         raise RuntimeError("no such kernel\nin this library")
 
-    of_operations.mix_experts = fail
+    put(fail, "mix_experts", of_operations)
 
 
 FAULTS = {
