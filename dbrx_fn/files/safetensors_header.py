@@ -1,7 +1,7 @@
 """A safetensors file's header, whole and sound, before any tensor is read.
 
-The safetensors library checks it first. What the library lets pass, and the readers of the tensors take in another way
-or can't hold, is refused here: the library takes the last of two tensors of one name, and MLX reads sizes into 32 bits.
+The safetensors library checks it first. The library takes the last of two tensors of one name, names that can't be
+printed, and sizes beyond the 32 bits that MLX has for them. Those are refused here.
 Format: https://github.com/huggingface/safetensors#format.
 """
 
@@ -62,8 +62,8 @@ def checked_header(file: Path) -> Header:
             pass
     except SafetensorError as error:
         raise ValueError(_reason(error)) from None
-    except MemoryError:
-        # The library maps the entire file.
+    except (MemoryError, OSError):
+        # The library maps the entire file. Which of the two it raises differs by its release.
         reason = f"its {file.stat().st_size} bytes can't be mapped within the limit of `ulimit -v`"
         raise OSError(errno.ENOMEM, reason) from None
     if not content.startswith(b"{"):
