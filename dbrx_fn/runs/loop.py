@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +66,10 @@ def train(folder: RunFolder, plan: Plan, steps: int | None = None) -> None:
     if steps is not None:
         folder.change_steps(steps)
     _tell(plan, data, start, planned)
-    state = _go_on(folder, plan, data, state, start)
+    # Only the loop may hold the first state. Another reference would keep its memory until the last step.
+    first = [state]
+    del state
+    state = _go_on(folder, plan, data, first.pop, start)
     _finish(folder, plan, state)
 
 
@@ -197,8 +200,9 @@ def _journal(folder: RunFolder, plan: Plan, batches: Batches, start: int) -> Ite
         yield _Journal(plan, batches, metrics, bar, start)
 
 
-def _go_on(folder: RunFolder, plan: Plan, data: _Data, state: State, start: int) -> State:
-    """Makes the steps after `start`."""
+def _go_on(folder: RunFolder, plan: Plan, data: _Data, first: Callable[[], State], start: int) -> State:
+    """Makes the steps after `start`; `first` hands over the state to begin with."""
+    state = first()
     previous: Measured | None = None
     with wired(state), deferred_stop(_tell_stop) as stop, _journal(folder, plan, data.batches, start) as journal:
         for step in range(start + 1, plan.recipe.steps + 1):
