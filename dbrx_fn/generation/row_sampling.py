@@ -57,19 +57,27 @@ class Steps:
     top_logprobs: int | None = None
 
 
+class RowLogprobs(NamedTuple):
+    """Natural logarithms of probabilities by the model's own logits, before bias, penalties, mask and temperature.
+
+    `chosen`: float32 `[rows]`, of each row's token.
+    `top_tokens`, `top`: int32 and float32 `[rows top]`, the likeliest tokens, the likeliest first.
+    """
+
+    chosen: mx.array
+    top_tokens: mx.array
+    top: mx.array
+
+
 class Choice(NamedTuple):
     """What was chosen for each row.
 
     `tokens`: int32 `[batch]`; the vocabulary's size, which is no token, where logits aren't usable (as of `sample`).
-    `logprobs`: float32 `[batch]`, the natural logarithm of the chosen token's probability by the model's own logits,
-        before bias, penalties, mask and temperature; `None` if not wanted.
-    `top_tokens`, `top_logprobs`: int32 and float32 `[batch top]`, the likeliest tokens, the likeliest first.
+    `logprobs`: `None` if not wanted.
     """
 
     tokens: mx.array
-    logprobs: mx.array | None
-    top_tokens: mx.array | None
-    top_logprobs: mx.array | None
+    logprobs: RowLogprobs | None
 
 
 def row_numbers(requests: Sequence[tuple[Sampling, int]], vocab_size: int) -> RowNumbers:
@@ -164,8 +172,21 @@ def sample_rows(
     if history is not None:
         made = history["made"].at[mx.arange(tokens.shape[0]), tokens].add(1)
         history = {"prompted": history["prompted"], "made": made}
-    choice = _with_logprobs(own, tokens, steps.top_logprobs)
-    return choice._replace(tokens=mx.where(usable, tokens, logits.shape[-1])), history
+    logprobs = None if steps.top_logprobs is None else row_logprobs(own, tokens, top=steps.top_logprobs)
+    return Choice(mx.where(usable, tokens, logits.shape[-1]), logprobs), history
+
+
+@compiled
+def row_logprobs(logits: Float[mx.array, "rows vocab"], tokens: Int32[mx.array, " rows"], *, top: int) -> RowLogprobs:
+    """Log-probabilities of each row's token and of its `top` likeliest ones, computed in float32."""
+    logprobs = logits.astype(mx.float32)
+    logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
+    # Equal logits stand in the order of their ids, whichever tokens share the batch.
+    likeliest = (
+        mx.argsort(-logprobs, axis=-1)[:, :top].astype(mx.int32) if top else mx.zeros((len(tokens), 0), mx.int32)
+    )
+    chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    return RowLogprobs(chosen, likeliest, mx.take_along_axis(logprobs, likeliest, axis=-1))
 
 
 def packed(allowed: NDArray[np.bool_]) -> NDArray[np.uint32]:
@@ -212,15 +233,3 @@ def _drawn(logits: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
     draw = mx.vmap(lambda row, key: mx.random.categorical(row, key=key))
     drawn: mx.array = draw(logits, at_position)
     return drawn.astype(mx.int32)
-
-
-def _with_logprobs(logits: mx.array, tokens: mx.array, top: int | None) -> Choice:
-    if top is None:
-        return Choice(tokens, None, None, None)
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    of_chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
-    if not top:
-        return Choice(tokens, of_chosen, None, None)
-    # Equal logits stand in the order of their ids, whichever tokens share the batch.
-    likeliest = mx.argsort(-logprobs, axis=-1)[:, :top].astype(mx.int32)
-    return Choice(tokens, of_chosen, likeliest, mx.take_along_axis(logprobs, likeliest, axis=-1))

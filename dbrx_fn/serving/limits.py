@@ -9,7 +9,10 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.costs import cache_bytes
 from dbrx_fn.model.tree import Params
-from dbrx_fn.runtime.device import memory_size
+from dbrx_fn.runtime.device import memory_size, on_cpu
+
+_GPU_CHUNK, _CPU_CHUNK = 512, 128
+"""A GPU reads all weights for each chunk, so it wants long ones; a CPU computes in proportion to the tokens."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,14 @@ class Limits:
     `positions`: positions of a cache that memory has room for, over all rows and prompts that are read.
     `capacity`: the longest text in tokens; in the exact mode every row has room for it.
     `exact`: one static batch of `rows` rows, whoever is there.
+    `chunk`: prompt tokens that are read between two decoding steps.
     """
 
     rows: int
     positions: int
     capacity: int
     exact: bool = False
+    chunk: int = 512
 
 
 def default_limits(
@@ -55,4 +60,4 @@ def default_limits(
             f"A text of {max(wanted, 1)} tokens doesn't fit: memory has room for {most} a text, and the model's context"
             f" for {config.max_seq_len}. Lower the capacity or the number of rows, or quantize the model."
         )
-    return Limits(rows, positions, wanted, exact)
+    return Limits(rows, positions, wanted, exact, chunk=_CPU_CHUNK if on_cpu() else _GPU_CHUNK)

@@ -1,18 +1,15 @@
 """One prompt on its way into a cache, chunk by chunk, up to its first token."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Float, Float32, Int32
 from numpy.typing import NDArray
 
-from dbrx_fn.generation.row_sampling import Choice
+from dbrx_fn.generation.row_sampling import Choice, RowLogprobs, row_logprobs
 from dbrx_fn.model.cache import Cache
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
-from dbrx_fn.runtime.compile import compiled
 from dbrx_fn.serving.batch import Batch, chosen, first_rows
 from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Request, TokenLogprobs
 
@@ -30,7 +27,7 @@ class Reading:
     cache: Cache
     cached_tokens: int
     _logits: mx.array | None = None
-    _logprobs: list[tuple[mx.array, mx.array, mx.array]] = field(default_factory=list)
+    _logprobs: list[RowLogprobs] = field(default_factory=list)
 
     @property
     def held(self) -> int:
@@ -52,7 +49,7 @@ class Reading:
         logits, self.cache = forward(params, chunk, self.cache, last_only=not wants_all, chunk_size=width)
         if wants_all and following:
             self._logprobs.append(
-                _logprobs(logits[0, : len(following)], mx.array(following, mx.int32), top=MOST_TOP_LOGPROBS)
+                row_logprobs(logits[0, : len(following)], mx.array(following, mx.int32), top=MOST_TOP_LOGPROBS)
             )
         self._logits = logits[:, -1]
         mx.async_eval(self._logits, self._logprobs, self.cache.keys, self.cache.values)
@@ -70,28 +67,14 @@ class Reading:
 
     def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
         """Of the prompt's tokens, where asked for; the first has none. Waits for the device."""
-        found: list[TokenLogprobs | None] = [None] if self._logprobs else []
-        for logprobs, top_tokens, top_logprobs in self._logprobs:
-            of_tokens = zip(np.array(logprobs), np.array(top_tokens), np.array(top_logprobs), strict=True)
-            found += [token_logprobs(*of_token, self.request.top_logprobs or 0) for of_token in of_tokens]
-        return tuple(found[: len(self.request.prompt)])
+        found = [one for chunk in self._logprobs for one in in_words(chunk, self.request.top_logprobs or 0)]
+        return (None, *found)[: len(self.request.prompt)] if found else ()
 
 
-def token_logprobs(
-    chosen: np.floating[Any], tokens: NDArray[np.int32], logprobs: NDArray[np.float32], top: int
-) -> TokenLogprobs:
-    """One token's, with the `top` likeliest of `tokens` and `logprobs` `[more]`."""
-    pairs = zip(tokens[:top].tolist(), logprobs[:top].tolist(), strict=True)
-    return TokenLogprobs(float(chosen), tuple(pairs))
-
-
-@compiled
-def _logprobs(
-    logits: Float[mx.array, "time vocab"], following: Int32[mx.array, " time"], *, top: int
-) -> tuple[Float32[mx.array, " time"], Int32[mx.array, "time top"], Float32[mx.array, "time top"]]:
-    """Of each following token and of the likeliest ones."""
-    logprobs = logits.astype(mx.float32)
-    logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
-    top_tokens = mx.argsort(-logprobs, axis=-1)[:, :top].astype(mx.int32)
-    chosen = mx.take_along_axis(logprobs, following[:, None], axis=-1)[:, 0]
-    return chosen, top_tokens, mx.take_along_axis(logprobs, top_tokens, axis=-1)
+def in_words(logprobs: RowLogprobs, top: int) -> list[TokenLogprobs]:
+    """Of each row, with the `top` likeliest tokens. Waits for the device."""
+    chosen, tokens, likeliest = (np.array(part) for part in logprobs)
+    return [
+        TokenLogprobs(one, tuple(zip(ids, values, strict=True)))
+        for one, ids, values in zip(chosen.tolist(), tokens[:, :top].tolist(), likeliest[:, :top].tolist(), strict=True)
+    ]

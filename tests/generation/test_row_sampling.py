@@ -71,11 +71,12 @@ def test_a_rows_token_is_what_it_would_be_alone(order: list[int], position: int)
         [position + row for row in order],
         top_logprobs=3,
     )
+    assert together.logprobs is not None
     for place, row in enumerate(order):
         alone = choose(LOGITS[row : row + 1], [MIXED[row]], [SEEDS[row]], [position + row], top_logprobs=3)
-        for one, other in zip(together, alone, strict=True):
-            assert one is not None
-            assert other is not None
+        assert alone.logprobs is not None
+        pairs = zip((together.tokens, *together.logprobs), (alone.tokens, *alone.logprobs), strict=True)
+        for one, other in pairs:
             assert np.array_equal(np.array(one)[place], np.array(other)[0])
 
 
@@ -171,10 +172,10 @@ def test_logprobs_are_the_models_own() -> None:
     exact = np.array(LOGITS, np.float64)
     exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
     assert chosen.logprobs is not None
-    assert chosen.top_logprobs is not None
-    np.testing.assert_allclose(chosen.logprobs, exact[np.arange(4), np.array(chosen.tokens)], atol=1e-6)
-    np.testing.assert_array_equal(chosen.top_tokens, np.argsort(-exact, axis=1)[:, :4])
-    np.testing.assert_allclose(chosen.top_logprobs, -np.sort(-exact, axis=1)[:, :4], atol=1e-6)
+    of_chosen, top_tokens, top = chosen.logprobs
+    np.testing.assert_allclose(of_chosen, exact[np.arange(4), np.array(chosen.tokens)], atol=1e-6)
+    np.testing.assert_array_equal(top_tokens, np.argsort(-exact, axis=1)[:, :4])
+    np.testing.assert_allclose(top, -np.sort(-exact, axis=1)[:, :4], atol=1e-6)
 
 
 def test_history_counts_each_rows_token() -> None:

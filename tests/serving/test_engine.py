@@ -18,6 +18,7 @@ from dbrx_fn.model.params import init_params
 from dbrx_fn.model.transformer import score
 from dbrx_fn.serving.engine import Engine
 from dbrx_fn.serving.limits import Limits, default_limits
+from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.request import Event, Failed, PromptRead, Request, TokenMade
 
 CONFIG = Config(
@@ -32,8 +33,8 @@ CONFIG = Config(
 )
 PARAMS = init_params(CONFIG, mx.random.key(3))
 mx.eval(PARAMS)
-FAST = Limits(rows=4, positions=1 << 20, capacity=4096)
-EXACT = Limits(rows=4, positions=1 << 20, capacity=1024, exact=True)
+FAST = Limits(rows=4, positions=1 << 20, capacity=4096, chunk=128)
+EXACT = Limits(rows=4, positions=1 << 20, capacity=1024, exact=True, chunk=128)
 
 
 def tokens(seed: int, length: int) -> tuple[int, ...]:
@@ -85,10 +86,12 @@ class Events:
             self._ended.get(timeout=120)
 
 
-def served(limits: Limits, asked: list[Request], order: list[int]) -> list[list[Event]]:
+def served(
+    limits: Limits, asked: list[Request], order: list[int], prefixes: PrefixStore | None = None
+) -> list[list[Event]]:
     """What each of `asked` gets, if they come in this order, all at once."""
     events = Events(len(asked))
-    with Engine(PARAMS, CONFIG, limits) as engine:
+    with Engine(PARAMS, CONFIG, limits, prefixes=prefixes) as engine:
         for number in order:
             engine.submit(asked[number], events.receiver(number))
         events.wait(len(asked))
@@ -105,6 +108,41 @@ def test_exact_answers_are_the_same_bits_under_any_load() -> None:
     for seed in range(3):
         order = np.random.default_rng(seed).permutation(len(asked)).tolist()
         assert served(EXACT, asked, order) == alone
+
+
+def without_prompts(answers: list[list[Event]]) -> list[list[Event]]:
+    return [[event for event in events if not isinstance(event, PromptRead)] for events in answers]
+
+
+def test_exact_answers_are_the_same_bits_with_a_cached_prefix() -> None:
+    long = tokens(5, 700)
+    asked = [
+        replace(request, prompt=long[: 300 + 17 * n] + request.prompt[:9]) for n, request in enumerate(requests(9))
+    ]
+    expected = served(EXACT, asked, list(range(9)))
+    events = Events(9)
+    with Engine(PARAMS, CONFIG, EXACT, prefixes=PrefixStore(CONFIG, "", chunk=EXACT.chunk)) as engine:
+        for number, request in enumerate(asked):
+            engine.submit(request, events.receiver(number))
+            events.wait(1)
+        said = engine.statistics()
+    assert without_prompts(events.of) == without_prompts(expected)
+    assert [event.cached_tokens for (event, *_) in events.of if isinstance(event, PromptRead)] == [
+        0,
+        *[256] * 5,
+        *[384] * 3,
+    ]
+    assert said.cached_tokens == 5 * 256 + 3 * 384
+
+
+def test_a_second_turn_is_behind_the_first_ones_answer() -> None:
+    first = Request(tokens(6, 200), max_tokens=100)
+    with Engine(PARAMS, CONFIG, FAST, prefixes=PrefixStore(CONFIG, "", chunk=FAST.chunk)) as engine:
+        answer = [event.token for event in engine.answer(first)]
+        second = Request((*first.prompt, *answer, *tokens(7, 30)), max_tokens=5)
+        said = [event.token for event in engine.answer(second)]
+        assert engine.statistics().cached_tokens == 256
+    assert said == list(stream_tokens(PARAMS, CONFIG, second.prompt, max_tokens=5))
 
 
 def test_greedy_answers_are_those_of_one_stream() -> None:

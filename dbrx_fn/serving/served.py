@@ -1,0 +1,89 @@
+"""One request on its way through an engine, and what is told of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from dbrx_fn.errors import DbrxError
+from dbrx_fn.generation.stream import FinishReason
+from dbrx_fn.serving.reading import Reading
+from dbrx_fn.serving.request import Event, Failed, PromptRead, Receive, Request, TokenLogprobs, TokenMade
+from dbrx_fn.serving.schedule import Work
+
+End = Literal["stop", "length", "cancelled", "failed"]
+
+
+@dataclass(eq=False)
+class Served:
+    """A request from its arrival to its end.
+
+    `number`: its place in the order of arrival.
+    `budget`: tokens that it may make.
+    `made`: tokens that were handed out.
+    `launched`: tokens that were asked of the device.
+    `reading`: its prompt on the way into a cache, or as it was read; `None` if it has no cache.
+    `end`: how it ended, if it did.
+    """
+
+    number: int
+    request: Request
+    receive: Receive
+    budget: int
+    ended: Callable[["Served"], None]
+    made: list[int] = field(default_factory=list)
+    launched: int = 0
+    reading: Reading | None = None
+    end: End | None = None
+    _told_prompt: bool = False
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All that is known of its text."""
+        return (*self.request.prompt, *self.made)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another token of it is to be launched."""
+        return self.end is None and self.launched < self.budget
+
+    def work(self, held: int) -> Work:
+        """What the schedule sees, if a cache holds so many of its tokens."""
+        return Work(self.number, held, len(self.tokens), len(self.request.prompt) + self.budget - 1)
+
+    def hand_out(self, token: int, logprobs: TokenLogprobs | None) -> None:
+        """Tells of one more token, with what the request wants of its log-probabilities, and ends with the last."""
+        if self.reading is not None and not self._told_prompt:
+            self._told_prompt = True
+            self._tell(PromptRead(self.reading.cached_tokens, self.reading.prompt_logprobs()))
+        self.made.append(token)
+        reason: FinishReason | None = None
+        if token in self.request.stop_tokens:
+            reason = "stop"
+        elif len(self.made) == self.budget:
+            reason = "length"
+        self._tell(TokenMade(token, reason, self._wanted(logprobs)))
+        if reason is not None:
+            self.finish(reason)
+
+    def _wanted(self, logprobs: TokenLogprobs | None) -> TokenLogprobs | None:
+        top = self.request.top_logprobs
+        return None if top is None or logprobs is None else replace(logprobs, top=logprobs.top[:top])
+
+    def fail(self, error: DbrxError) -> None:
+        """Ends with an error, unless it has ended."""
+        if self.end is None:
+            self.finish("failed")
+            self._tell(Failed(error))
+
+    def finish(self, end: End) -> None:
+        """Ends without a word, unless it has ended."""
+        if self.end is None:
+            self.end = end
+            self.ended(self)
+
+    def _tell(self, event: Event) -> None:
+        try:
+            self.receive(event)
+        except Exception:
+            # Whoever can't take an event has left.
+            self.finish("cancelled")

@@ -1,0 +1,26 @@
+"""What an engine is doing and has done, in numbers."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What an engine is doing and has done.
+
+    `waiting`, `reading`, `decoding`: requests, now.
+    `rows`, `positions`: shape of the batch that decodes. Some of its rows may be idle.
+    `finished`: requests that ended, by how: "stop", "length", "cancelled", "failed".
+    `prompt_tokens`, `cached_tokens`, `made_tokens`: so far. Cached ones are among the prompts'.
+    `put_aside`: how often a request lost its cache to others.
+    """
+
+    waiting: int = 0
+    reading: int = 0
+    decoding: int = 0
+    rows: int = 0
+    positions: int = 0
+    finished: tuple[tuple[str, int], ...] = ()
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    made_tokens: int = 0
+    put_aside: int = 0
