@@ -34,10 +34,12 @@ from dbrx_fn.checkpoints.hub import SMALL as SMALL
 from dbrx_fn.checkpoints.loader import load as load
 from dbrx_fn.checkpoints.loader import load_tokenizer as load_tokenizer
 from dbrx_fn.checkpoints.saver import save as save
+from dbrx_fn.errors import BusyError as BusyError
 from dbrx_fn.errors import CacheError as CacheError
 from dbrx_fn.errors import CheckpointError as CheckpointError
 from dbrx_fn.errors import ConfigError as ConfigError
 from dbrx_fn.errors import DbrxError as DbrxError
+from dbrx_fn.errors import EngineError as EngineError
 from dbrx_fn.errors import GenerationError as GenerationError
 from dbrx_fn.errors import InputError as InputError
 from dbrx_fn.errors import TokenizerError as TokenizerError
@@ -71,6 +73,13 @@ from dbrx_fn.model.transformer import forward as forward
 from dbrx_fn.model.transformer import score as score
 from dbrx_fn.model.tree import Params as Params
 from dbrx_fn.ops.formats import Format as Format
+from dbrx_fn.serving.engine import Engine as Engine
+from dbrx_fn.serving.limits import Limits as Limits
+from dbrx_fn.serving.limits import default_limits as default_limits
+from dbrx_fn.serving.request import Failed as Failed
+from dbrx_fn.serving.request import PromptRead as PromptRead
+from dbrx_fn.serving.request import Request as Request
+from dbrx_fn.serving.request import TokenMade as TokenMade
 from dbrx_fn.text.chat import encode_chat as encode_chat
 from dbrx_fn.text.chat import render_chat as render_chat
 from dbrx_fn.text.tokenizer import Tokenizer as Tokenizer

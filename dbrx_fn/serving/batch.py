@@ -73,6 +73,11 @@ def first_rows(request: Request, made: Sequence[int], vocab_size: int) -> Rows:
     return replace(rows, positions=(len(made),), history=history)
 
 
+def same_rows(request: Request, rows: int, vocab_size: int) -> Rows:
+    """Rows of one request many times."""
+    return _rows([request] * rows, vocab_size)
+
+
 def _rows(requests: Sequence[Request | None], vocab_size: int) -> Rows:
     samplings = [GREEDY if request is None else request.sampling for request in requests]
     seeds = [0 if request is None else request.seed for request in requests]

@@ -22,8 +22,9 @@ from dbrx_fn.generation.stream import token_budget
 from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.device import compiles
 from dbrx_fn.serving.batch import Batch, arranged, decoded
-from dbrx_fn.serving.limits import Limits, default_limits
+from dbrx_fn.serving.limits import FREE_CHUNKS, Limits, default_limits
 from dbrx_fn.serving.prefix_chunks import restored
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.reading import Reading, in_words
@@ -31,9 +32,7 @@ from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Event, Failed, Receive, R
 from dbrx_fn.serving.schedule import State, never_fits, plan, row_capacity
 from dbrx_fn.serving.served import Served
 from dbrx_fn.serving.statistics import Statistics
-
-_FREE_CHUNKS = 4
-"""How many chunks of a prompt are read at once while nobody decodes. The exact mode reads one at a time."""
+from dbrx_fn.serving.warm_up import warm_up
 
 _QUEUE = 256
 """Requests that may wait, unless asked otherwise."""
@@ -101,6 +100,7 @@ class Engine:
         self._launched: list[_Launched] = []
         self._passed_over = 0
         self._counts: Counter[str] = Counter()
+        self._ready = threading.Event()
         # What is lazy belongs to the thread that made it, and MLX has no stream for it in another.
         mx.eval(params)
         # The thread chooses for the same back end as whoever makes the engine (`runtime.device.as_if`).
@@ -181,6 +181,11 @@ class Engine:
             put_aside=counts["put aside"],
         )
 
+    def wait_until_ready(self) -> None:
+        """Waits until everything is traced that requests may need. Requests that come before wait in the queue."""
+        while self._thread.is_alive() and not self._ready.wait(0.1):
+            pass
+
     @property
     def failure(self) -> EngineError | None:
         """Why the engine ended, if it did."""
@@ -213,6 +218,9 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            if compiles():
+                warm_up(self._params, self._config, self.limits)
+            self._ready.set()
             while self._take_messages():
                 try:
                     self._turn()
@@ -305,7 +313,7 @@ class Engine:
         assert reading is not None
         self._passed_over = 0 if served.number == min(self._reading) else self._passed_over + 1
         free = self._batch is None and not self.limits.exact
-        reading.read(self._params, self.limits.chunk * (_FREE_CHUNKS if free else 1))
+        reading.read(self._params, self.limits.chunk * (FREE_CHUNKS if free else 1))
         if not reading.is_done:
             return
         del self._reading[served.number]

@@ -15,6 +15,10 @@ _GPU_CHUNK, _CPU_CHUNK = 512, 128
 """A GPU reads all weights for each chunk, so it wants long ones; a CPU computes in proportion to the tokens."""
 
 
+FREE_CHUNKS = 4
+"""How many chunks of a prompt are read at once while nobody decodes. The exact mode reads one at a time."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What an engine may use.

@@ -16,10 +16,12 @@ from dbrx_fn.generation.stream import stream_tokens
 from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.transformer import score
+from dbrx_fn.runtime.device import Backend, as_if
 from dbrx_fn.serving.engine import Engine
 from dbrx_fn.serving.limits import Limits, default_limits
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.request import Event, Failed, PromptRead, Request, TokenMade
+from dbrx_fn.serving.warm_up import warm_up
 
 CONFIG = Config(
     d_model=64,
@@ -328,3 +330,23 @@ def test_limits_suit_the_machine() -> None:
         assert limits.positions >= (limits.rows + 1) * limits.capacity
     with pytest.raises(InputError, match="5000 tokens doesn't fit"):
         default_limits(PARAMS, CONFIG, capacity=5000)
+
+
+@pytest.mark.parametrize("machine", ["cuda", "metal"])
+@pytest.mark.parametrize("limits", [FAST, EXACT])
+def test_nothing_is_traced_after_the_warm_up(
+    machine: Backend, limits: Limits, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As checked on a CPU, where each signature is met as a GPU would trace it."""
+    limits = replace(limits, capacity=1024, positions=8192)
+    config = replace(CONFIG, ffn=replace(CONFIG.ffn, moe_loss_weight=0.07 + limits.exact + 2 * (machine == "cuda")))
+    with as_if(backend=machine):
+        warm_up(PARAMS, config, limits)
+        with caplog.at_level("DEBUG", logger="dbrx_fn.compile"):
+            events = Events(30)
+            asked = requests(30)
+            with Engine(PARAMS, config, limits, prefixes=PrefixStore(config, "", chunk=128)) as engine:
+                for number, request in enumerate(asked):
+                    engine.submit(replace(request, prompt=request.prompt[:600]), events.receiver(number))
+                events.wait(30)
+    assert {record.getMessage() for record in caplog.records} <= {"checking pick_last"}
