@@ -1,9 +1,9 @@
-"""`python -m dbrx_fn.bench`: how fast inference and training are here, as parts of what this machine can do.
+"""`python -m dbrx_fn.bench`: the speed of inference and training, as fractions of this machine's limits.
 
 python -m dbrx_fn.bench inference --shape dbrx --quantize 4 --layers 4
 python -m dbrx_fn.bench training --shape 1.3b --dtype bfloat16
 
-`docs/bench.md` says what is measured, and how its bounds are counted.
+`docs/bench.md` describes the measurements and their bounds.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def _run(chosen: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = Parser(prog=program("bench"), description="Measure how fast inference or training is here.")
+    options = Parser(prog=program("bench"), description="Measure the speed of inference or training.")
     commands = options.add_subparsers(required=True, metavar="inference | training")
     _add_inference(commands)
     _add_training(commands)
@@ -67,69 +67,71 @@ def _add_inference(commands: "argparse._SubParsersAction[Parser]") -> None:
     add = inference.add_argument
     add(
         "--model",
-        help="a checkpoint: folder, GGUF file or Hugging Face repository; default: the small model that ships",
+        help="checkpoint: folder, GGUF file or Hugging Face repository (default: the small model of this package)",
     )
     add("--shape", help="measure random weights instead: dbrx, small, 1.3b, or the path of a config.json")
-    add("--layers", type=int, help="keep only this many of the model's layers, the first ones")
+    add("--layers", type=int, help="keep only this many of the model's first layers")
     add(
         "--dtype",
         choices=get_args(Dtype),
-        help="dtype of all floats; default: the model's own, but float32 on a CPU",
+        help="dtype of all floats (default: the model's own, but float32 on a CPU)",
     )
     add_quantize_options(inference)
-    add("--prompt", type=int, nargs="+", default=[128, 1024], help="lengths of prompts in tokens; default: 128 1024")
+    add("--prompt", type=int, nargs="+", default=[128, 1024], help="prompt lengths in tokens (default: 128 1024)")
     add(
         "--context",
         type=int,
         nargs="+",
         default=[256, 1024],
-        help="tokens in the cache before decoding; default: 256 1024",
+        help="tokens in the cache before decoding (default: 256 1024)",
     )
-    add("--batch-size", type=int, nargs="+", default=[1, 8], help="sequences decoded at once; default: 1 8")
-    add("--tokens", type=int, default=32, help="tokens decoded in one repetition; default: %(default)s")
+    add("--batch-size", type=int, nargs="+", default=[1, 8], help="sequences decoded at once (default: 1 8)")
+    add("--tokens", type=int, default=32, help="tokens decoded per repetition (default: %(default)s)")
     add(
         "--repeats",
         type=int,
         default=5,
-        help="repetitions to take the median of; they end after a minute; default: %(default)s",
+        help="repetitions for the median, at most a minute of them (default: %(default)s)",
     )
-    add("--peer", choices=("mlx-lm",), help="measure this program too, on the same weights")
+    add("--peer", choices=("mlx-lm",), help="another program to measure on the same weights")
     add(
         "--picture",
         type=Path,
         metavar="FILE",
-        help="draw a roofline, speeds below the machine's limits, to a new .png or .svg",
+        help="draw a roofline (speeds below the machine's limits) to a new .png or .svg",
     )
     add("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _add_training(commands: "argparse._SubParsersAction[Parser]") -> None:
-    training = commands.add_parser("training", help="training steps", description="Measure how fast training is here.")
+    training = commands.add_parser("training", help="training steps", description="Measure the speed of training.")
     training.set_defaults(run=_training)
     add = training.add_argument
     add(
         "--shape",
         nargs="+",
         default=["small"],
-        help="models: small, 1.3b, or the path of a config.json; default: small",
+        help="models: small, 1.3b, or the path of a config.json (default: small)",
     )
-    add("--batch-size", type=int, default=64, help="sequences in a step; default: %(default)s")
-    add("--sequence-length", type=int, default=256, help="tokens in a sequence; default: %(default)s")
+    add("--batch-size", type=int, default=64, help="sequences per step (default: %(default)s)")
+    add("--sequence-length", type=int, default=256, help="tokens per sequence (default: %(default)s)")
     add(
         "--dtype",
         nargs="+",
         choices=("float32", "bfloat16"),
         default=["float32"],
-        help="dtypes to compute in; default: float32",
+        help="dtypes to compute in (default: float32)",
     )
-    add("--recompute", action="store_true", help="recompute activations in the backward pass, for less memory")
-    add("--steps", type=int, default=10, help="steps to take the median of; default: %(default)s")
+    add("--recompute", action="store_true", help="save memory: compute activations again in the backward pass")
+    add("--steps", type=int, default=10, help="steps for the median (default: %(default)s)")
     add("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _inference(chosen: argparse.Namespace) -> None:
     if chosen.model is not None and chosen.shape is not None:
-        raise InputError("--model and --shape are both given: a checkpoint's weights are measured, or random ones.")
+        raise InputError(
+            "--model and --shape are both given: give --model for a checkpoint, or --shape for random weights."
+        )
     if chosen.picture is not None:
         check_new_picture(chosen.picture)
     layers, dtype, quantization = chosen.layers, chosen.dtype, chosen_quantization(chosen)
@@ -141,7 +143,7 @@ def _inference(chosen: argparse.Namespace) -> None:
     check_cases(planned, cases, beside=chosen.peer is not None)
     if chosen.peer is not None:
         check_mlx_lm(planned.config)
-    # While there is memory: of the largest models' weights little is left.
+    # Before the weights are made, since the largest models' leave little memory.
     limits = measure_limits(planned.config.dtype)
     params, made = make_weights(planned)
     programs = [our_program(params, planned.config)]
@@ -156,7 +158,7 @@ def _inference(chosen: argparse.Namespace) -> None:
     )
     if chosen.picture is not None:
         points = _points(figures)
-        # Of the least bytes, which caches may hold, so that no point is above the roof.
+        # The highest rate of any point, so that no point is above the roof.
         bandwidth = max(limits.bandwidth(point.bytes) for point in points)
         write_picture(draw_roofline(points, limits.matmul_rate, bandwidth), chosen.picture)
 
@@ -250,7 +252,7 @@ def _points(figures: Sequence[Figure]) -> list[RooflinePoint]:
             figure.seconds,
         )
         for figure in figures
-        # Which is a prefill and no other work.
+        # The first token's work is that of a prefill, which has a point of its own.
         if figure.what != "first token"
         if figure.operations is not None and figure.bytes is not None and figure.seconds is not None
     ]

@@ -1,4 +1,4 @@
-"""`python -m dbrx_fn.convert`: a checkpoint of any known layout to ours, mlx-lm's or Hugging Face's, quantized or not.
+"""`python -m dbrx_fn.convert`: writes any checkpoint in mlx-lm's, Hugging Face's or our layout, quantized or not.
 
 python -m dbrx_fn.convert databricks/dbrx-instruct dbrx-4bit --quantize 4
 """
@@ -40,22 +40,31 @@ def parser() -> argparse.ArgumentParser:
     add = options.add_argument
     add("source", help="folder, GGUF file, or Hugging Face repository as owner/name")
     add("folder", type=Path, help="new folder to write")
-    add("--revision", help="of the repository: a branch, tag or commit")
+    add("--revision", help="branch, tag or commit of the repository")
     add(
         "--layout",
         choices=WRITTEN,
         default="split",
-        help="split: mlx-lm's, which is read here too; fused: Hugging Face's; stacked: as the tree has it; %(default)s",
+        help="split is mlx-lm's layout, fused is Hugging Face's, stacked is this package's own; each can be loaded here"
+        " (default: %(default)s)",
     )
     add_quantize_options(options)
     add("--dequantize", action="store_true", help="turn quantized matrices into floats first")
-    add("--dtype", choices=get_args(Dtype), help="of all floats; as they are, if not given")
-    add("--shard-size", type=float, default=SHARD_BYTES / 10**9, metavar="GB", help="of a file at most; %(default)g")
+    add("--dtype", choices=get_args(Dtype), help="dtype of all floats (default: as stored)")
     add(
-        "--tokenizer", metavar="FOLDER", help="folder or repository whose tokenizer to copy; the source's, if not given"
+        "--shard-size",
+        type=float,
+        default=SHARD_BYTES / 10**9,
+        metavar="GB",
+        help="the largest size of a file (default: %(default)g)",
+    )
+    add(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="folder or repository with the tokenizer to copy (default: the source's)",
     )
     add("--check", action="store_true", help="refuse NaN and infinite weights")
-    add("--dry-run", action="store_true", help="say what would be written, and write nothing")
+    add("--dry-run", action="store_true", help="print what would be written, and write nothing")
     add("--json", action="store_true", help="print JSON instead of a table")
     return options
 
@@ -89,13 +98,13 @@ def _run(chosen: argparse.Namespace) -> None:
 
 def _tokenizer_folder(path_or_repo: str) -> str:
     folder = checkpoint_folder(path_or_repo, weights=False).resolve()
-    # One that can't be read is found out before hours of work.
+    # A tokenizer that can't be read is reported here, before hours of work.
     read_tokenizer(folder)
     return str(folder)
 
 
 def described(conversion: Conversion) -> dict[str, Any]:
-    """What a conversion writes, as JSON has it; sizes in bytes."""
+    """What a conversion writes, as an object for JSON. Sizes are in bytes."""
     config, formats = conversion.config, conversion.formats
     tensors = [
         {

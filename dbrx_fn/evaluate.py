@@ -1,6 +1,6 @@
 """`python -m dbrx_fn.evaluate perplexity`: how well checkpoints of one model predict a text, and how they differ.
 
-It shows what a quantization costs: name the original first, then what was made of it.
+It shows what quantization costs: name the original first, then its quantized forms.
 """
 
 import argparse
@@ -45,13 +45,13 @@ _SECONDS_BETWEEN_LINES = 30
 
 @dataclass(frozen=True)
 class Subject:
-    """What is known of a checkpoint before anything is computed with it. Sizes in bytes.
+    """A checkpoint's properties before any computation. Sizes are in bytes.
 
-    `name`: as it was given.
-    `parameters`: how many numbers the model has, each counted once however it is stored.
-    `stored_bytes`: of all its tensors, scales and biases of quantized matrices among them.
-    `file_bytes`: of the files that hold them.
-    `loaded_bytes`: of the parameters that are computed with here.
+    `name`: as the user gave it.
+    `parameters`: the model's number of parameters, independent of how they are stored.
+    `stored_bytes`: size of all its tensors, including scales and biases of quantized matrices.
+    `file_bytes`: size of the files that hold the tensors.
+    `loaded_bytes`: size of the parameters in memory.
     `quantized_router`: whether any layer's router is quantized.
     """
 
@@ -65,13 +65,13 @@ class Subject:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that are stored for each parameter, on average over the whole model."""
+        """Stored bits per parameter, averaged over the model."""
         return 8 * self.stored_bytes / self.parameters
 
 
 @dataclass(frozen=True)
 class Row:
-    """A checkpoint and what it made of the text; `comparison` with the first, which has none."""
+    """A checkpoint's results on the text. `comparison` is with the first checkpoint; the first has none."""
 
     subject: Subject
     evaluation: Evaluation
@@ -94,17 +94,17 @@ def parser() -> argparse.ArgumentParser:
     perplexity = options.add_subparsers(metavar="perplexity", required=True).add_parser(
         "perplexity",
         description="Measure how well checkpoints of one model predict a text, and how far each is from the first: the"
-        " KL divergence of what it predicts, how often it holds the same token for the likeliest, and how many experts"
-        " its routers choose in common.",
-        epilog="On a CPU quantized matrices are turned back into floats first: the numbers are those that they stand"
-        " for, and long texts go through several times as fast. Elsewhere they are multiplied as they are.",
+        " KL divergence of its predictions, how often its most likely token is the same, and how many of its routers'"
+        " choices are the same.",
+        epilog="On a CPU, quantized matrices are turned back into floats first, which makes long texts several times as"
+        " fast and gives the same numbers. On a GPU they are multiplied as stored.",
     )
     add = perplexity.add_argument
     add(
         "model",
         nargs="+",
         metavar="MODEL",
-        help="a checkpoint's folder, a GGUF file, or a Hugging Face repository as owner/name",
+        help="checkpoint: folder, GGUF file, or Hugging Face repository as owner/name",
     )
     add(
         "--data",
@@ -116,17 +116,19 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--control-tokens",
         action="store_true",
-        help="let texts spell control tokens, such as <|im_end|>; if not given they are plain text",
+        help="encode control tokens in texts, such as <|im_end|> (default: they are plain text)",
     )
-    add("--sequence-length", type=int, default=512, help="tokens of a window; %(default)s")
-    add("--batch-size", type=int, default=8, help="windows at a time; %(default)s")
+    add("--sequence-length", type=int, default=512, help="tokens per window (default: %(default)s)")
+    add("--batch-size", type=int, default=8, help="windows computed at once (default: %(default)s)")
     add(
         "--dtype",
         choices=get_args(Dtype),
-        help="to compute in; if not given, float32 on a CPU, elsewhere what each checkpoint is stored in",
+        help="dtype to compute in (default: float32 on a CPU, else the dtype of each checkpoint)",
     )
     add("--json", action="store_true", help="print JSON instead of a table")
-    add("--picture", type=Path, metavar="FILE", help="new .png or .svg of KL divergence and perplexity over size")
+    add(
+        "--picture", type=Path, metavar="FILE", help="draw KL divergence and perplexity over size to a new .png or .svg"
+    )
     return options
 
 
@@ -138,7 +140,7 @@ def _perplexity(chosen: argparse.Namespace) -> None:
         check_new_picture(chosen.picture)
         if len(chosen.model) < 2:
             raise InputError(
-                "--picture shows how far models are from the first, and only one is given: name others too."
+                "--picture shows how far models are from the first, and only one is given: name at least two."
             )
     dtype: Dtype | None = chosen.dtype or ("float32" if backend() == "cpu" else None)
     subjects = _subjects(chosen.model, dtype)
@@ -151,13 +153,13 @@ def _perplexity(chosen: argparse.Namespace) -> None:
         print_result(json.dumps(_as_json(rows, text_bytes, chosen.sequence_length), indent=2))
     else:
         print_result(_as_table(rows, text_bytes, chosen.sequence_length))
-    # After what was measured, which no picture that can't be written shall take along.
+    # The picture comes after the results, which must not be lost if it can't be written.
     if chosen.picture is not None:
         _draw(rows, chosen.picture)
 
 
 def _subjects(names: Sequence[str], dtype: Dtype | None) -> list[Subject]:
-    """Looks at all checkpoints' files, so that what is wrong with the last is said before the first is read."""
+    """Checks all checkpoints' files first, so an error in the last one is reported before the first is loaded."""
     checkpoints = [open_checkpoint(name) for name in names]
     first = checkpoints[0]
     tokenizer = read_tokenizer(tokenizer_folder(first.path))
@@ -167,8 +169,7 @@ def _subjects(names: Sequence[str], dtype: Dtype | None) -> list[Subject]:
         check_same_model(first.config, checkpoint.config, names[0], name)
         if _fingerprint(checkpoint.path) not in (None, tokenizer.fingerprint()):
             raise InputError(
-                f"{name} makes other tokens of a text than {names[0]}: compare checkpoints of one model, with its"
-                " tokenizer."
+                f"{name} has another tokenizer than {names[0]}: compare checkpoints of one model, with its tokenizer."
             )
         params, config = load(checkpoint.path, dtype=dtype, lazy=True)
         subjects.append(
@@ -186,14 +187,14 @@ def _subjects(names: Sequence[str], dtype: Dtype | None) -> list[Subject]:
 
 
 def _stored_bytes(checkpoint: Checkpoint) -> int:
-    """Of the tensors that the parameters are made of; some layouts hold others beside them."""
+    """The size of the tensors that make up the parameters. Some layouts hold other tensors too."""
     names = {checkpoint.prefix + name for source in checkpoint.sources.values() for name in source.names}
     tensors = [checkpoint.tensors[name] for name in names]
     return sum(math.prod(tensor.shape) * getattr(mx, tensor.dtype).size for tensor in tensors)
 
 
 def _fingerprint(path: Path) -> str | None:
-    """The tokenizer's; a checkpoint without one has none to differ from."""
+    """The tokenizer's fingerprint, or `None` for a checkpoint without a tokenizer."""
     try:
         return read_tokenizer(tokenizer_folder(path)).fingerprint()
     except TokenizerError:
@@ -224,34 +225,34 @@ def _rows(
                 evaluation, comparisons = compare(
                     loaded, models, text, batch_size=batch_size, sequence_length=sequence_length, progress=passed
                 )
-            # Before the next ones are loaded.
+            # Frees the models before the next ones are loaded.
             del models
             if not rows:
                 rows.append(Row(first, evaluation, None))
             rows += [Row(subject, found.evaluation, found) for subject, found in zip(group, comparisons, strict=True)]
     except (RuntimeError, MemoryError) as error:
         raise InputError(
-            f"The text can't be computed ({shorten(str(error), 200, placeholder='…')}), most likely for want of memory:"
+            f"The computation failed ({shorten(str(error), 200, placeholder='…')}), most likely for lack of memory:"
             " take a smaller --batch-size or --sequence-length."
         ) from None
     for row in rows:
         if not math.isfinite(row.evaluation.nats_per_token):
             raise InputError(
-                f"{row.subject.name} predicts with numbers that aren't finite: try --dtype float32, and if that"
-                " doesn't help, its weights are damaged."
+                f"The predictions of {row.subject.name} aren't finite: try --dtype float32, and if that doesn't help,"
+                " its weights are damaged."
             )
     return rows
 
 
 def _groups(first: Subject, others: Sequence[Subject]) -> list[list[Subject]]:
-    """Which models are in memory at a time beside the first: one, or more while all of them fill at most half of it.
+    """Groups of models that are in memory at once, beside the first: single ones, or several if all fit half of memory.
 
-    The first runs over the text once for each group, so many small models take half of the time together.
+    The first model runs over the text once for each group, so large groups save time.
     """
     largest = max((other.loaded_bytes for other in others), default=0)
     if first.loaded_bytes + largest > memory_size():
         raise InputError(
-            f"{first.name} and the largest of the others take {size_text(first.loaded_bytes + largest)} and this"
+            f"{first.name} and the largest of the others need {size_text(first.loaded_bytes + largest)}, and this"
             f" machine has {size_text(memory_size())}: take a larger machine."
         )
     groups: list[list[Subject]] = [[]]
@@ -272,7 +273,7 @@ def _load(subject: Subject, dtype: Dtype | None) -> Model:
 
 
 def _as_computed(params: Params, config: Config) -> Params:
-    # The CPU's quantized products take minutes for what dense ones do in seconds.
+    # On a CPU quantized products are many times slower than dense ones.
     return dequantize(params, config) if backend() == "cpu" else params
 
 
@@ -283,7 +284,7 @@ def _bytes(params: Params) -> int:
 
 @contextmanager
 def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows passes of batches through models: a bar on a terminal, elsewhere a line each half minute."""
+    """Shows the number of batches done: a bar on a terminal, elsewhere a line every half minute."""
     with tqdm(desc=name, unit="batch", disable=None, leave=False, smoothing=0.05) as bar:
         start = said = time.perf_counter()
 
@@ -376,7 +377,7 @@ def _as_table(rows: Sequence[Row], text_bytes: int, sequence_length: int) -> str
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Rows with their columns under each other, the column of names to the left."""
+    """Rows with aligned columns. The column of names is left-aligned, all others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     left = [column[0] == "model" for column in zip(*table, strict=True)]
     return [

@@ -1,4 +1,4 @@
-"""`python -m dbrx_fn.generate`: continues a prompt, or answers it, and prints the text as it is made."""
+"""`python -m dbrx_fn.generate`: continues or answers a prompt, and prints the text while it is generated."""
 
 import argparse
 import json
@@ -30,18 +30,18 @@ from dbrx_fn.text.prompt_length import encode_prompt
 from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
 
 _MOST_TOKENS = 100
-"""What is made where neither the options nor the checkpoint say."""
+"""The number of tokens to generate if neither the options nor the checkpoint give one."""
 
 _PROMPT_SHOWN = 400
-"""Characters of the prompt's end that a terminal shows before the text."""
+"""The most characters of the prompt that a terminal shows before the text, from its end."""
 
 _LARGEST_PROMPT = 256 * 2**20
-"""Bytes that are read from standard input."""
+"""The most bytes that are read from standard input."""
 
 
 @dataclass
 class Report:
-    """What was made and how long it took; `--json` prints it. Times are in seconds, rates in tokens per second."""
+    """The generated text and its times, as `--json` prints them. Times are in seconds, rates in tokens per second."""
 
     model: str
     seed: int
@@ -69,7 +69,7 @@ class Report:
             self.finish_reason = piece.finish_reason
 
     def summary(self, *, drawn: bool) -> str:
-        """The figures that a person looks at, as a small table; of what was `drawn`, the seed that draws it again."""
+        """The main figures as a small table. For `drawn` text it includes the seed that draws it again."""
         return "\n".join(
             (
                 f"prompt          {self.prompt_tokens:8d} tokens  {_rate(self.prompt_rate)}",
@@ -96,78 +96,85 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options; those that mlx-lm has too are named as there."""
+    """The command's options. Those that mlx-lm has too have mlx-lm's names."""
     options = Parser(
         prog=program("generate"),
-        description="Continue a prompt with a DBRX model, or answer it with --chat, printing the text as it is made.",
-        epilog="Standard output is the text that was made and nothing else; on a terminal the prompt that it continues"
-        " stands before it. The summary, warnings and errors go to standard error. Exit status: 0; 2 after an error,"
-        " without JSON; 130 after Ctrl-C, with what was made until then.",
+        description="Continue a prompt with a DBRX model, or answer it with --chat. The text is printed while it is"
+        " generated.",
+        epilog="Standard output has the generated text only; on a terminal the prompt comes before it. The summary,"
+        " warnings and errors go to standard error. Exit status: 0; 2 after an error, without JSON; 130 after Ctrl-C,"
+        " with the text so far.",
     )
     add = options.add_argument
     add(
         "--model",
         default=str(SMALL),
-        help="folder of a checkpoint, a GGUF file with a tokenizer's files beside it, or a Hugging Face repository as"
-        " owner/name; if not given, the small model that ships with this package",
+        help="a checkpoint's folder, a GGUF file with tokenizer files beside it, or a Hugging Face repository as"
+        " owner/name (default: the small model of this package)",
     )
     add("--prompt", "-p", required=True, help="text to continue; - reads it from standard input")
     add(
         "--max-tokens",
         "-m",
         type=int,
-        help=f"the most tokens to make; max_new_tokens of generation_config.json if not given, or {_MOST_TOKENS}",
+        help=f"the most tokens to generate (default: max_new_tokens of generation_config.json, or {_MOST_TOKENS})",
     )
-    add("--chat", action="store_true", help="put the prompt as a question in the model's chat format")
+    add("--chat", action="store_true", help="send the prompt as a user's message in the model's chat format")
     add(
         "--control-tokens",
         action="store_true",
-        help="with --chat, let the prompt spell control tokens, such as <|im_end|>; if not given it is plain text",
+        help="with --chat, encode control tokens in the prompt, such as <|im_end|> (default: they are plain text)",
     )
-    add("--system", "--system-prompt", help="system prompt in place of the model's default one; implies --chat")
+    add("--system", "--system-prompt", help="system prompt instead of the model's default; implies --chat")
     _add_sampling(options)
     add(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
-        help="ends the text before this; repeatable; stop_strings of generation_config.json if not given",
+        help="end the text before this string; repeatable (default: stop_strings of generation_config.json)",
     )
-    add("--extra-eos-token", action="extend", nargs="+", default=[], metavar="TOKEN", help="ends the text too")
-    add("--seed", type=int, help="for drawing; another one each time if not given")
+    add(
+        "--extra-eos-token",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="additional tokens that end the text",
+    )
+    add("--seed", type=int, help="seed for drawing tokens (default: another one each time)")
     add(
         "--prefill-step-size",
         type=int,
         default=CHUNK_SIZE,
-        help="prompt tokens worked on at once, %(default)s if not given; bounds memory",
+        help="number of prompt tokens computed at once, which bounds memory (default: %(default)s)",
     )
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="convert the parameters to this when loading; if not given they stay as they are, and on a CPU become"
-        " float32 where memory allows",
+        help="dtype to load the parameters in (default: as stored, but float32 on a CPU if memory allows)",
     )
     add(
         "--json",
         action="store_true",
-        help="print one JSON object at the end, instead of the text; none after an error",
+        help="print one JSON object at the end instead of the text; after an error print none",
     )
     return options
 
 
 def _add_sampling(options: argparse.ArgumentParser) -> None:
     sampling = options.add_argument_group(
-        "sampling", "What isn't given is as the checkpoint's generation_config.json says; without one, as is said here."
+        "sampling", "The defaults are those of the checkpoint's generation_config.json, or else the ones below."
     )
     add = sampling.add_argument
-    add("--temp", type=float, help="temperature; 0, the default, always takes the likeliest token")
-    add("--top-p", type=float, help="draw among the likeliest tokens of this probability together")
-    add("--top-k", type=int, help="draw among this many likeliest tokens; 0, the default, for all")
-    add("--min-p", type=float, help="draw among tokens at least this fraction as likely as the likeliest")
-    add("--repetition-penalty", type=float, help="above 1, tokens in prompt or text become less likely")
-    add("--presence-penalty", type=float, default=0.0, help="subtracted from logits of tokens in the text")
-    add("--frequency-penalty", type=float, default=0.0, help="the same for each time that they are in the text")
-    add("--logit-bias", action="append", default=[], metavar="ID:BIAS", help="added to a token's logit; repeatable")
+    add("--temp", type=float, help="temperature; 0 always takes the most likely token (default: 0)")
+    add("--top-p", type=float, help="draw among the most likely tokens of this total probability (default: 1)")
+    add("--top-k", type=int, help="draw among this many most likely tokens; 0 means all (default: 0)")
+    add("--min-p", type=float, help="draw among tokens with at least this fraction of the highest probability")
+    add("--repetition-penalty", type=float, help="above 1, tokens of the prompt and the text become less likely")
+    add("--presence-penalty", type=float, default=0.0, help="subtract this from the logits of tokens in the text")
+    add("--frequency-penalty", type=float, default=0.0, help="subtract this once for each time a token is in the text")
+    add("--logit-bias", action="append", default=[], metavar="ID:BIAS", help="add to a token's logit; repeatable")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -197,7 +204,7 @@ def _run(options: argparse.Namespace) -> None:
     stop_tokens = tokenizer.stop_tokens | {_one_token(tokenizer, token) for token in options.extra_eos_token}
 
     start = time.perf_counter()
-    # Nothing to wait for once MLX has the kernels; the first time on a machine it is seconds, or a minute on CUDA.
+    # This is fast once MLX has the kernels. The first time on a machine it takes seconds, or a minute on CUDA.
     waiting = "compiling, which takes longest the first time"
     with tqdm(desc=waiting, bar_format="{desc}", disable=True if backend() == "cpu" else None, leave=False):
         warm_up(
@@ -228,7 +235,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _print_pieces(pieces: Iterator[Piece], report: Report, options: argparse.Namespace, *, drawn: bool) -> None:
-    """Prints the text as it comes, and the figures when it ends; raises an interruption again after that."""
+    """Prints the text as it comes and the figures at its end. An interruption is raised again after that."""
     interruption: KeyboardInterrupt | None = None
     terminal = sys.stdout.isatty()
     start = time.perf_counter()
@@ -250,7 +257,7 @@ def _print_pieces(pieces: Iterator[Piece], report: Report, options: argparse.Nam
 
 
 def _show_prompt(text: str) -> None:
-    """Shows on a terminal what the text continues, dimmed; what is piped on is the text alone."""
+    """Shows the prompt, dimmed, if standard output is a terminal. A pipe gets only the text."""
     if sys.stdout.isatty():
         shown = visible(text if len(text) <= _PROMPT_SHOWN else f"…{text[-_PROMPT_SHOWN:]}")
         plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
@@ -293,7 +300,7 @@ def _prompt(option: str) -> str:
         if option == "-":
             source = "standard input"
             if sys.stdin is None:
-                raise InputError("The prompt from standard input can't be read, since that is closed.")
+                raise InputError("The prompt can't be read, since standard input is closed.")
             read = sys.stdin.buffer.read(_LARGEST_PROMPT + 1)
             if len(read) > _LARGEST_PROMPT:
                 raise InputError(

@@ -1,4 +1,4 @@
-"""`python -m dbrx_fn.inspect`: says what a checkpoint is, and whether it fits this machine. No tensor is read.
+"""`python -m dbrx_fn.inspect`: describes a checkpoint, and says whether it fits this machine. No tensor is read.
 
 python -m dbrx_fn.inspect databricks/dbrx-instruct --context 8192
 """
@@ -23,7 +23,7 @@ from dbrx_fn.model.config import Config
 from dbrx_fn.runtime.device import Backend
 
 MISFIT = 1
-"""The exit status where tensors don't fit the config: described, but it can't be loaded."""
+"""The exit status if tensors don't fit the config. The checkpoint is described, but can't be loaded."""
 
 _LAYOUTS: dict[Layout, str] = {
     "fused": "Hugging Face's and MegaBlocks': the experts' rows in one matrix",
@@ -42,8 +42,8 @@ _MOST_SHOWN = 12
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status.
 
-    0: described, and the tensors are the config's; 1: described, and some are not; 2: it can't be described, and one
-    sentence on standard error says why; 130 after Ctrl-C.
+    0: described, and its tensors fit the config. 1: described, but some don't. 2: it can't be described, and one
+    sentence on standard error says why. 130: after Ctrl-C.
     """
     return run(_run, parser(), arguments)
 
@@ -52,19 +52,17 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = Parser(
         prog=program("inspect"),
-        description="Say what a DBRX checkpoint of any known layout is, and whether it fits this machine, from its"
-        " headers alone.",
-        epilog="Exit status: 0 if its tensors are the config's; 1 if some are missing, unexpected or misshapen, which"
-        " are listed; 2 if it can't be described.",
+        description="Describe a DBRX checkpoint of any known layout, and say whether it fits this machine. Only headers"
+        " are read.",
+        epilog="Exit status: 0 if its tensors fit the config; 1 if some are missing, unexpected or of a wrong shape"
+        " (they are listed); 2 if it can't be described.",
     )
     add = options.add_argument
-    add(
-        "checkpoint", help="folder, GGUF file, or Hugging Face repository as owner/name, of which only headers are read"
-    )
-    add("--revision", help="of the repository: a branch, tag or commit")
-    add("--context", type=int, metavar="N", help="tokens of each sequence; the model's longest, if not given")
-    add("--batch-size", type=int, default=1, metavar="B", help="sequences at once; %(default)s if not given")
-    add("--json", action="store_true", help="print JSON instead of a table; sizes in bytes")
+    add("checkpoint", help="folder, GGUF file, or Hugging Face repository as owner/name; only headers are fetched")
+    add("--revision", help="branch, tag or commit of the repository")
+    add("--context", type=int, metavar="N", help="tokens per sequence (default: the longest that the model supports)")
+    add("--batch-size", type=int, default=1, metavar="B", help="number of sequences at once (default: %(default)s)")
+    add("--json", action="store_true", help="print JSON instead of a table, with sizes in bytes")
     return options
 
 
@@ -77,7 +75,7 @@ def _run(chosen: argparse.Namespace) -> int:
     if description.cache.context > description.config.max_seq_len:
         found.append(
             f"A context of {description.cache.context:,} tokens is longer than the {description.config.max_seq_len:,}"
-            " that the model was made for."
+            " that the model supports."
         )
     say = (chosen.checkpoint, description, tokenizer, found)
     print_result(json.dumps(as_json(*say), indent=2) if chosen.json else table(*say))
@@ -85,7 +83,7 @@ def _run(chosen: argparse.Namespace) -> int:
 
 
 def as_json(name: str, description: Description, tokenizer: str | None, found: Sequence[str]) -> dict[str, Any]:
-    """All that the table says and more, under keys that stay; sizes in bytes."""
+    """The contents of the table and more, under stable keys. Sizes are in bytes."""
     return {
         "checkpoint": name,
         **asdict(description),
@@ -96,7 +94,7 @@ def as_json(name: str, description: Description, tokenizer: str | None, found: S
 
 
 def table(name: str, description: Description, tokenizer: str | None, found: Sequence[str]) -> str:
-    """For people."""
+    """The description as text for people."""
     config, cache, memory = description.config, description.cache, description.memory
     files = f"{description.files} file{'s' if description.files != 1 else ''}"
     clip = "no clamp" if config.attn.clip_qkv is None else f"clip_qkv {config.attn.clip_qkv:g}"
@@ -164,7 +162,7 @@ def _findings(title: str, texts: Sequence[str]) -> list[str]:
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    """A config's fields, and what follows from them, in one object."""
+    """A config's fields and `head_dim`, in one flat object."""
     fields = asdict(config)
     attn, ffn = fields.pop("attn"), fields.pop("ffn")
     return {**fields, **attn, **ffn, "head_dim": config.head_dim}

@@ -1,7 +1,7 @@
-"""`python -m dbrx_fn.random_checkpoint`: writes a small checkpoint of random weights, to try everything on.
+"""`python -m dbrx_fn.random_checkpoint`: writes a checkpoint of random weights, to try things with.
 
-It is a complete DBRX checkpoint in Hugging Face's layout with a tokenizer whose tokens are bytes. What it says is
-noise; that it says it shows that an installation works, and at any size how fast.
+It is a complete DBRX checkpoint of any size, in Hugging Face's layout, with a tokenizer whose tokens are bytes. Its
+texts are noise, but they show that an installation works, and how fast.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def write_random_checkpoint(folder: Path, config: Config, key: mx.array) -> None
     The folder appears when it is complete, or not at all.
 
     Raises:
-        InputError: if the folder exists or can't be written, or the vocabulary doesn't hold the tokenizer's 260 tokens.
+        InputError: if the folder exists or can't be written, or the vocabulary is smaller than the tokenizer's 260.
     """
     if config.vocab_size < SMALLEST_VOCABULARY:
         raise InputError(
@@ -49,13 +49,11 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = Parser(
         prog=program("random_checkpoint"),
-        description="Write a DBRX checkpoint of random weights and a byte tokenizer, to try everything on.",
+        description="Write a DBRX checkpoint of random weights and a byte tokenizer, to try things with.",
     )
     options.add_argument("folder", type=Path, help="new folder to write")
-    options.add_argument(
-        "--keep", action="store_true", help="if the folder holds a checkpoint already, leave it and succeed"
-    )
-    options.add_argument("--seed", type=int, default=0, help="for drawing the weights")
+    options.add_argument("--keep", action="store_true", help="keep the folder, if it holds a checkpoint already")
+    options.add_argument("--seed", type=int, default=0, help="seed for drawing the weights (default: %(default)s)")
     options.add_argument("--d-model", type=int, default=256)
     options.add_argument("--n-heads", type=int, default=8)
     options.add_argument("--kv-n-heads", type=int, default=2)

@@ -69,27 +69,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options. One that isn't given is absent from what they parse to."""
+    """The command's options. One that isn't given is absent from the parsed namespace."""
     options = Parser(
         prog=program("train"),
-        description="Train a DBRX model on text. With --resume, go on with the run in --out exactly where its last"
-        " checkpoint left it.",
+        description="Train a DBRX model on text. With --resume, continue the run in --out exactly from its last"
+        " checkpoint.",
         argument_default=argparse.SUPPRESS,
     )
     options.add_argument(
         "--out", type=Path, required=True, help="new folder of the run: checkpoints, metrics, pictures, the model"
     )
     options.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out; no other option is taken but --steps"
+        "--resume", action="store_true", help="continue the run in --out; the only other option allowed is --steps"
     )
-    _add_data(options.add_argument_group("what it learns from"))
-    _add_model(options.add_argument_group("where it starts"))
-    _add_recipe(options.add_argument_group("how it learns"))
-    run_options = options.add_argument_group("what it writes")
+    _add_data(options.add_argument_group("data"))
+    _add_model(options.add_argument_group("model"))
+    _add_recipe(options.add_argument_group("training"))
+    run_options = options.add_argument_group("output")
     _add_number(run_options, "--log-every", int, "steps between lines of metrics.jsonl")
     _add_number(run_options, "--eval-every", int, "steps between evaluations of the held-out text")
     _add_number(run_options, "--save-every", int, "steps between checkpoints")
-    _add_number(run_options, "--keep", int, "how many of the last checkpoints to keep")
+    _add_number(run_options, "--keep", int, "number of the last checkpoints to keep")
     return options
 
 
@@ -100,53 +100,57 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         metavar="PATH",
         help="files of text (.txt, .md), of rows (.jsonl, .json: text, prompt and completion, or messages), or folders",
     )
-    group.add_argument("--held-out", nargs="+", metavar="PATH", help="the same, to evaluate on; never trained on")
+    group.add_argument(
+        "--held-out", nargs="+", metavar="PATH", help="files or folders to evaluate on; they are never trained on"
+    )
     group.add_argument(
         "--control-tokens",
         action="store_true",
-        help="let texts spell control tokens, such as <|im_end|>; if not given they are plain text",
+        help="encode control tokens in texts, such as <|im_end|> (default: they are plain text)",
     )
-    _add_number(group, "--held-out-share", float, "share of the documents to hold out where --held-out isn't given")
+    _add_number(group, "--held-out-share", float, "share of the documents to hold out, without --held-out")
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--model", help="checkpoint to start from, a folder or a Hugging Face repository; a fresh model if not given")
-    add("--config", type=Path, help="config.json of a fresh model; the small model's that ships here if not given")
-    add("--tokenizer", help="checkpoint whose tokenizer to take; if not given, --model's, or one trained on the data")
+    add("--model", help="checkpoint to start from, a folder or a Hugging Face repository (default: a fresh model)")
+    add("--config", type=Path, help="config.json of a fresh model (default: that of this package's small model)")
+    add("--tokenizer", help="checkpoint with the tokenizer to use (default: --model's, or one trained on the data)")
 
 
 def _add_recipe(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    _add_number(group, "--steps", int, "updates to make; with --resume, how many in all")
-    _add_number(group, "--batch-size", int, "sequences to an update")
-    _add_number(group, "--micro-batches", int, "parts that a batch is worked on in, one by one, to save memory")
-    _add_number(group, "--sequence-length", int, "tokens of a sequence")
-    _add_number(group, "--learning-rate", float, "at its highest")
-    _add_number(group, "--warmup", int, "steps until it is reached; a twentieth of --steps, at most 100, if not given")
+    _add_number(group, "--steps", int, "number of updates; with --resume, of the whole run")
+    _add_number(group, "--batch-size", int, "sequences per update")
+    _add_number(
+        group, "--micro-batches", int, "number of parts of a batch, computed one after the other to save memory"
+    )
+    _add_number(group, "--sequence-length", int, "tokens per sequence")
+    _add_number(group, "--learning-rate", float, "the highest learning rate")
+    _add_number(group, "--warmup", int, "steps until the highest rate (default: a twentieth of --steps, at most 100)")
     add(
         "--schedule",
         choices=get_args(Schedule),
-        help=f"how it falls from there; {_DEFAULTS['schedule']} if not given",
+        help=f"how the learning rate falls after the warm-up (default: {_DEFAULTS['schedule']})",
     )
-    _add_number(group, "--final-share", float, "what part of it is left at the end")
-    _add_number(group, "--weight-decay", float, "of AdamW")
-    _add_number(group, "--clip-norm", float, "largest norm of the gradients")
+    _add_number(group, "--final-share", float, "learning rate at the last step, as a fraction of the highest")
+    _add_number(group, "--weight-decay", float, "weight decay of AdamW")
+    _add_number(group, "--clip-norm", float, "largest norm of the gradients; larger ones are scaled down")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help=f"to compute in, with float32 master weights; {_DEFAULTS['dtype']} if not given",
+        help=f"dtype to compute in; master weights are float32 (default: {_DEFAULTS['dtype']})",
     )
     add("--recompute", action="store_true", help="save memory: compute activations again in the backward pass")
-    _add_number(group, "--z-loss-weight", float, "of the routers' z-loss")
-    _add_number(group, "--moe-loss-weight", float, "of the load-balancing loss; the config's if not given")
-    _add_number(group, "--moe-jitter-eps", float, "jitter of what the routers read; the config's if not given")
-    _add_number(group, "--seed", int, "for the order of the data, fresh weights and jitter")
+    _add_number(group, "--z-loss-weight", float, "weight of the routers' z-loss")
+    _add_number(group, "--moe-loss-weight", float, "weight of the load-balancing loss (default: the config's)")
+    _add_number(group, "--moe-jitter-eps", float, "jitter of the routers' inputs (default: the config's)")
+    _add_number(group, "--seed", int, "seed for the order of the data, fresh weights and jitter")
 
 
 def _add_number(group: argparse._ArgumentGroup, name: str, kind: type, text: str) -> None:
     default = _DEFAULTS[name.removeprefix("--").replace("-", "_")]
-    group.add_argument(name, type=kind, help=text if default is None else f"{text}; {default} if not given")
+    group.add_argument(name, type=kind, help=text if default is None else f"{text} (default: {default})")
 
 
 def _run(given: dict[str, Any]) -> None:
@@ -156,7 +160,7 @@ def _run(given: dict[str, Any]) -> None:
         return
     options = argparse.Namespace(**{**_DEFAULTS, **given})
     if folder.started:
-        raise InputError(f"{folder.path} holds a run already: go on with it with --resume, or name another --out.")
+        raise InputError(f"{folder.path} holds a run already: continue it with --resume, or name another --out.")
     if not options.data:
         raise InputError("--data is missing: name the text to train on.")
     plan = _plan(options)
@@ -170,7 +174,7 @@ def _resume(folder: RunFolder, given: Mapping[str, Any]) -> None:
     others = sorted(given.keys() - {"out", "resume", "steps"})
     if others:
         option = f"--{others[0].replace('_', '-')}"
-        raise InputError(f"{option} can't be changed on the way: give --resume with --out, and --steps at most.")
+        raise InputError(f"{option} can't be changed in a run: give --resume with --out, and --steps at most.")
     with folder.locked():
         plan = folder.read_plan()
         check_memory(plan.config)
@@ -179,7 +183,7 @@ def _resume(folder: RunFolder, given: Mapping[str, Any]) -> None:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    """What the options ask for, checked as far as can be without the data."""
+    """The plan that the options describe, with all checks that don't need the data."""
     if options.model is not None and options.config is not None:
         raise InputError("--model and --config are both given: a model to start from brings its own config.")
     random_key(options.seed)
@@ -205,12 +209,12 @@ def _plan(options: argparse.Namespace) -> Plan:
     )
     check_memory(plan.config)
     if start is not None and tree_formats(load(start, dtype="float32", lazy=True)[0], config):
-        print_message(f"{options.model} is quantized: the floats that its integers stand for are trained")
+        print_message(f"{options.model} is quantized: its weights are dequantized, and trained as floats")
     return plan
 
 
 def _set_up(folder: RunFolder, plan: Plan, options: argparse.Namespace) -> None:
-    """Reads the data, and leaves in the run's folder what training needs."""
+    """Reads the data, and writes all that training needs into the run's folder."""
     named = plan.model if options.tokenizer is None else checkpoint_folder(options.tokenizer, weights=False)
     chat_format = ChatFormat(default_system=False)
     if named is not None:
@@ -224,7 +228,7 @@ def _set_up(folder: RunFolder, plan: Plan, options: argparse.Namespace) -> None:
         held_out = read_documents(options.held_out, chat_format, control_tokens=options.control_tokens)
         documents, removed = without_held_out(documents, held_out)
         if removed:
-            print_message(f"{removed} documents are held out and left out of training")
+            print_message(f"{removed} documents are held out, and not trained on")
     else:
         documents, held_out = split(documents, options.held_out_share, options.seed)
 
@@ -235,7 +239,7 @@ def _set_up(folder: RunFolder, plan: Plan, options: argparse.Namespace) -> None:
     else:
         copy_tokenizer(Path(named), folder.tokenizer, tokenizer.stop_tokens)
     if chat_format.template is None and any(document.is_chat for document in documents):
-        # Others know no built-in form.
+        # Other programs don't have the built-in format.
         template = chatml_template(default_system=chat_format.default_system)
         write_file(folder.tokenizer / "chat_template.jinja", template.encode())
     train = _tokenize(folder, folder.train_data, documents)
@@ -250,12 +254,12 @@ def _set_up(folder: RunFolder, plan: Plan, options: argparse.Namespace) -> None:
 
 
 def _warn_of_another_tokenizer(model: str, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
-    # A model without a tokenizer of its own has none to differ from.
+    # A model without a tokenizer of its own needs no warning.
     with contextlib.suppress(TokenizerError):
         if read_tokenizer(Path(model)).fingerprint() != tokenizer.fingerprint():
             warnings.warn(
-                f"{options.tokenizer} makes other tokens than {options.model} was trained on, and what they"
-                " mean has to be learned anew: leave --tokenizer out to keep the model's own.",
+                f"{options.tokenizer} makes other tokens than {options.model} was trained on, so the model has to learn"
+                " them from scratch: leave --tokenizer out to keep the model's own.",
                 stacklevel=2,
             )
 

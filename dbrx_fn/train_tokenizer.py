@@ -1,6 +1,6 @@
-"""`python -m dbrx_fn.train_tokenizer`: makes a tokenizer of DBRX's kind from a text, of any size.
+"""`python -m dbrx_fn.train_tokenizer`: trains a tokenizer of DBRX's kind on texts, with a vocabulary of any size.
 
-`dbrx_fn.text.bpe` says what kind that is.
+`dbrx_fn.text.bpe` describes this kind of tokenizer.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         prog=program("train_tokenizer"),
         description="Train a byte-level BPE tokenizer of DBRX's kind on text files, JSONL files or folders of them.",
     )
-    options.add_argument("--data", nargs="+", required=True, metavar="PATH", help="what to learn from")
+    options.add_argument("--data", nargs="+", required=True, metavar="PATH", help="files or folders to train on")
     options.add_argument(
         "--vocab-size", type=int, required=True, help=f"number of tokens, at least {SMALLEST_VOCABULARY}"
     )
@@ -42,7 +42,7 @@ def _run(chosen: argparse.Namespace) -> None:
     with folder_claimed(out, f"{chosen.out} is being written by another process: wait until it ends."):
         if os.path.lexists(out / "tokenizer.json"):
             raise InputError(f"{chosen.out} holds a tokenizer already: name another folder.")
-        # A tokenizer learns from characters only.
+        # A tokenizer is trained on characters, so control tokens need no care.
         documents = read_documents(chosen.data, ChatFormat(default_system=False), control_tokens=True)
         tokenizer = train_bpe((text for document in documents for text, _ in document.spans), chosen.vocab_size)
         save_tokenizer(tokenizer, out)

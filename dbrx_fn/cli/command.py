@@ -1,14 +1,14 @@
-"""How every command starts and ends: options, signals, and an exit status with at most one sentence.
+"""The runner of every command: options, signals, errors as one sentence, and the exit status.
 
 | status | after |
 | --- | --- |
-| 0 | all was done, or the reader of standard output went away |
-| 1 | all was done, and it says that something isn't right (`check`) |
-| 2 | anything that a user can mend, told in one sentence on standard error |
+| 0 | success, or the reader of standard output went away |
+| 1 | success, and the result is that something isn't right (`check`, `inspect`) |
+| 2 | an error that a user can mend, reported in one sentence on standard error |
 | 130, 143 | Ctrl-C, SIGTERM |
 
-Messages never end the work: what standard error doesn't take is dropped. What standard output doesn't take is told at
-the end.
+Messages never end the work: if standard error can't be written to, they are dropped. A failure of standard output is
+reported at the end.
 """
 
 import argparse
@@ -29,26 +29,26 @@ from dbrx_fn.errors import DbrxError, lacks_memory
 
 INTERRUPTED = 130
 TERMINATED = 143
-"""The exit statuses by which shells know that Ctrl-C or SIGTERM ended a command."""
+"""The shells' exit statuses for a command that Ctrl-C or SIGTERM ended."""
 
 _OUTPUT = "standard output"
 SAME_PRESS = 1.0
-"""Seconds. `timeout` and some that start programs send one signal twice."""
+"""Signals within this many seconds count as one, since `timeout` and some other programs send a signal twice."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, where it ends a command as Ctrl-C does but for its status."""
+    """Raised for SIGTERM, which then ends a command like Ctrl-C, with another exit status."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors show the words that it doesn't know `plain`: a shell may have found them in a folder."""
+    """A parser with `plain` error messages, since unknown words may be file names that a shell has expanded."""
 
     def error(self, message: str) -> NoReturn:
         super().error(plain(message))
 
 
 def program(name: str = "") -> str:
-    """What calls a command, for its help: as this process was called; without a name, what calls them all."""
+    """How to call a command, in the form in which this process was called. Without a name: all commands."""
     if BY_SCRIPT:
         return f"{SCRIPT} {name}".strip()
     return f"python -m dbrx_fn.{name}".rstrip(".")
@@ -65,19 +65,19 @@ def run(
 ) -> int:
     """Runs a command and returns its exit status.
 
-    At the first Ctrl-C, `KeyboardInterrupt` is raised in it; another one, a second or more later, ends the process.
+    The first Ctrl-C raises `KeyboardInterrupt` in the command. Another one, a second or more later, ends the process.
 
     Args:
-        command: called with the options; returns the status, `None` for 0.
-        parser: of the options.
+        command: called with the options. It returns the status, or `None` for 0.
+        parser: the parser of the options.
         arguments: the command line's, if not given.
-        kept: what is left after an interruption and how to go on, as a clause without a full stop.
-        smaller: what to do where memory runs out, as a clause without a full stop.
-        takes_sigterm: whether SIGTERM does the same as Ctrl-C, for what is saved or removed then. If not, it ends the
-            process at once, also while that waits for the device, where Python notices no signal.
+        kept: what an interruption leaves and how to continue, as a clause without a full stop.
+        smaller: what to do when memory runs out, as a clause without a full stop.
+        takes_sigterm: whether SIGTERM does the same as Ctrl-C, for commands that then save or remove something. If not,
+            it ends the process at once, even during a wait for the device, when Python sees no signal.
 
     Raises:
-        SystemExit: by the parser, for `--help` and for options that it doesn't know.
+        SystemExit: by the parser, for `--help` and for unknown options.
     """
     options = argparse.Namespace()
     with _standard_streams():
@@ -113,7 +113,7 @@ def _run(
         parser.parse_args(arguments, options)
         status = command(options)
     except SystemExit:
-        # After --help.
+        # --help ends here.
         sys.stdout.flush()
         raise
     with suppress(BrokenPipeError):
@@ -123,12 +123,12 @@ def _run(
 
 @contextmanager
 def _standard_streams() -> Iterator[None]:
-    """Standard output and error that can be written to whatever they are, and that say nothing more when Python ends.
+    """Replaces standard output and error by streams that work even if they are closed, and are silent at Python's end.
 
-    A closed standard output fails when it is written to. Characters that its encoding lacks are replaced.
+    Writing to a closed standard output fails. Characters that its encoding lacks are replaced.
     """
     out, error = cast(TextIO | None, sys.stdout), cast(TextIO | None, sys.stderr)
-    # Open for reading fails as closed does, and no file that is opened later takes the number of a standard one.
+    # A file opened for reading fails like a closed one. It also keeps later files from getting a standard number.
     own_out = out or os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
     own_error = error or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(own_out, io.TextIOWrapper):
@@ -148,7 +148,7 @@ def _standard_streams() -> Iterator[None]:
 
 
 class _Stream:
-    """A stream that fails under its name, at each use from the first failure on; without a name it drops the text."""
+    """A stream whose failures carry its name, and repeat at each later use. A nameless one drops the text instead."""
 
     def __init__(self, stream: TextIO, name: str | None) -> None:
         self._stream, self._name = stream, name
@@ -169,14 +169,14 @@ class _Stream:
             try:
                 action()
             except OSError as error:
-                # By its number, OSError makes a BrokenPipeError where it is one.
+                # OSError makes a BrokenPipeError of that error number.
                 self._failure = OSError(error.errno, error.strerror, self._name)
                 self._discard()
         if self._failure is not None and self._name is not None:
             raise self._failure
 
     def _discard(self) -> None:
-        """Lets the file take everything from now on, so that Python doesn't complain when it flushes at its end."""
+        """Sends all further output to nowhere, so Python's last flush doesn't fail."""
         with suppress(OSError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())
 
@@ -197,7 +197,7 @@ def _signals_raise(numbers: Sequence[signal.Signals]) -> Iterator[None]:
             signal.raise_signal(number)
 
     def again(unraisable: "sys.UnraisableHookArgs") -> None:
-        """Python drops what is raised while it frees an object: the interruption comes once more then."""
+        """Repeats an interruption that Python dropped because it was raised while an object was freed."""
         nonlocal began
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             began = None

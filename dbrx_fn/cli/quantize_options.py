@@ -1,4 +1,4 @@
-"""The options by which commands are told which matrices to quantize, and how."""
+"""The commands' options for quantization: which matrices, and in which format."""
 
 import argparse
 import re
@@ -15,14 +15,14 @@ def add_quantize_options(options: argparse.ArgumentParser) -> None:
     """Adds `--quantize FORMAT`, and one option for each kind of matrix."""
     options.add_argument("--quantize", metavar="FORMAT", help="quantize all matrices but the router's")
     for kind in _KINDS:
-        options.add_argument(f"--{kind}", metavar="FORMAT", help=f"the format of the {kind}, whatever --quantize says")
+        options.add_argument(f"--{kind}", metavar="FORMAT", help=f"format of the {kind}; overrides --quantize")
 
 
 def chosen_quantization(chosen: argparse.Namespace) -> Quantization | None:
-    """What these options ask for; `None` if none was given.
+    """The quantization that these options ask for, or `None` without any of them.
 
     Raises:
-        InputError: if one is no format.
+        InputError: if an option isn't a format.
     """
     named = {kind: getattr(chosen, kind) for kind in _KINDS}
     if chosen.quantize is None and all(text is None for text in named.values()):

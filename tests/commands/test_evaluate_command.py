@@ -305,7 +305,7 @@ def test_checkpoints_that_cannot_be_compared(made: Path, tmp_path: Path, capsys:
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (tmp_path / "words" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert f"{tmp_path / 'words'} makes other tokens of a text than {made / 'dense'}" in refused("words")
+    assert f"{tmp_path / 'words'} has another tokenizer than {made / 'dense'}" in refused("words")
 
     shutil.copytree(made / "dense", tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
@@ -315,7 +315,7 @@ def test_checkpoints_that_cannot_be_compared(made: Path, tmp_path: Path, capsys:
 
 def test_a_picture_needs_something_to_compare(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [*arguments(made, "dense"), "--picture", str(tmp_path / "new.png")]
-    assert "only one is given: name others too" in error_of(given, capsys)
+    assert "only one is given: name at least two" in error_of(given, capsys)
 
 
 def test_a_picture_without_matplotlib(
@@ -332,7 +332,7 @@ def test_weights_that_are_not_finite(made: Path, tmp_path: Path, capsys: pytest.
     norm["weight"] = norm["weight"] * mx.array(float("nan"))
     save(tmp_path / "nan", params, config)
     given = ["perplexity", str(made / "dense"), str(tmp_path / "nan"), *arguments(made)[1:]]
-    assert f"{tmp_path / 'nan'} predicts with numbers that aren't finite" in error_of(given, capsys)
+    assert f"The predictions of {tmp_path / 'nan'} aren't finite" in error_of(given, capsys)
 
 
 def test_models_that_do_not_fit(
@@ -350,7 +350,7 @@ def test_memory_that_ends_on_the_way(
         raise RuntimeError("[malloc] Unable to allocate")
 
     monkeypatch.setattr(dbrx_fn.evaluate, "compare", fail)
-    assert "Unable to allocate), most likely for want of memory" in error_of(arguments(made, "dense", "four"), capsys)
+    assert "Unable to allocate), most likely for lack of memory" in error_of(arguments(made, "dense", "four"), capsys)
 
 
 def test_ctrl_c_ends_it_with_130(

@@ -67,7 +67,7 @@ def test_a_kept_text_that_is_missing_is_named(
     monkeypatch.setattr(recipe, "_plays", lambda: dict.fromkeys({*kept, "Macbeth"}, "To be\n"))
     monkeypatch.setattr(recipe, "_books", dict)
     assert recipe.main(["--out", str(tmp_path), "--only", "texts"]) == 2
-    assert "error: Est, macbeth is to be kept out of training" in capsys.readouterr().err
+    assert "error: Est, macbeth must be kept out of training" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

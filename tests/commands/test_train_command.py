@@ -607,7 +607,7 @@ def test_a_quantized_model_is_trained_as_the_floats_that_it_stands_for(
     save(tmp_path / "dense", dequantize(packed, config), config, tokenizer_files=finished / "model")
     for name in ("packed", "dense"):
         said = trained(arguments(tmp_path / f"{name}-run", None, [text], model=tmp_path / name))
-        assert ("is quantized: the floats that its integers stand for are trained" in said) == (name == "packed")
+        assert ("is quantized: its weights are dequantized, and trained as floats" in said) == (name == "packed")
     assert contents(tmp_path / "packed-run" / "model") == contents(tmp_path / "dense-run" / "model")
     # It begins again from the same floats where there is no checkpoint yet.
     shutil.rmtree(tmp_path / "packed-run" / "checkpoints")

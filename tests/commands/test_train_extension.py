@@ -118,7 +118,7 @@ def test_an_unfinished_run_may_be_given_other_steps(
         (["--steps", 6], "--steps asks for 6 steps where 6 are done"),
         (["--steps", 5], "--steps asks for 5 steps where 6 are done"),
         (["--steps", 0], "steps is 0 where it must be at least 1"),
-        (["--steps", 9, "--seed", 1], "--seed can't be changed on the way"),
+        (["--steps", 9, "--seed", 1], "--seed can't be changed in a run"),
     ],
 )
 def test_steps_that_can_not_be(
