@@ -31,7 +31,8 @@ PUBLIC = {
     *("loss", "score", "LossParts", "Routing", "Recipe", "State", "Measured", "init_state", "train_step"),
     *("save", "quantize", "dequantize", "Quantization", "Format"),
     *("DbrxError", "ConfigError", "CheckpointError", "TokenizerError", "InputError", "CacheError"),
-    *("GenerationError", "TrainingError"),
+    *("GenerationError", "TrainingError", "BusyError", "EngineError"),
+    *("Engine", "Limits", "default_limits", "Request", "PromptRead", "TokenMade", "Failed"),
 }
 MODULES = [name for _, name, package in pkgutil.walk_packages(dbrx_fn.__path__, "dbrx_fn.") if not package]
 
