@@ -334,7 +334,7 @@ class RunFolder:
     def _holds(self, params: Params) -> bool:
         """Whether `model/` is made of these parameters."""
         try:
-            found = dict(leaves(load(self.model, lazy=True)[0]))
+            found = dict(leaves(load(self.model)[0]))
             wanted = dict(leaves(params))
             return found.keys() == wanted.keys() and all(
                 found[path].dtype == array.dtype and bool(mx.array_equal(found[path], array))

@@ -23,6 +23,7 @@ from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import compiles
+from dbrx_fn.runtime.memory import wired
 from dbrx_fn.serving.batch import Batch, arranged, decoded
 from dbrx_fn.serving.limits import FREE_CHUNKS, Limits, default_limits
 from dbrx_fn.serving.prefix_chunks import restored
@@ -218,14 +219,15 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            if compiles():
-                warm_up(self._params, self._config, self.limits)
-            self._ready.set()
-            while self._take_messages():
-                try:
-                    self._turn()
-                except RuntimeError as error:
-                    self._lose_device_state(error)
+            with wired(self._params):
+                if compiles():
+                    warm_up(self._params, self._config, self.limits)
+                self._ready.set()
+                while self._take_messages():
+                    try:
+                        self._turn()
+                    except RuntimeError as error:
+                        self._lose_device_state(error)
         except Exception as error:
             self._failure = EngineError(f"The engine ended by a fault of its own ({type(error).__name__}: {error}).")
         with self._lock:

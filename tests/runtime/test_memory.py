@@ -33,6 +33,9 @@ from dbrx_fn.model.transformer import forward, score
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import Backend, as_if
 from dbrx_fn.runtime.memory import check_buffer, reading_device, room_remedy, wired
+from dbrx_fn.serving.engine import Engine
+from dbrx_fn.serving.limits import Limits
+from dbrx_fn.serving.request import Request
 from dbrx_fn.training.step import train_step
 from tests.support import tiny_runs, trees
 from tests.support.mac import BEFORE, GIB, Mac
@@ -59,7 +62,8 @@ def mac() -> Iterator[Mac]:
 
 def given_back(mac: Mac) -> bool:
     """Whether the limit was raised once, and given back once the device had ended its work."""
-    return mac.calls == [mac.working_set, "synchronize", BEFORE] and mac.limit == BEFORE
+    calls = [call for call in mac.calls if call != "clear_cache"]
+    return calls == [mac.working_set, "synchronize", BEFORE] and mac.limit == BEFORE
 
 
 def tokens(count: int = 8, **options: Any) -> Iterator[int]:
@@ -238,6 +242,13 @@ def test_memory_is_wired_while_a_text_is_scored(mac_of_run: Mac, run: Path) -> N
     mac_of_run.calls.clear()
     compare(Model(params, config), [Model(params, config)], file, batch_size=4, sequence_length=16)
     assert given_back(mac_of_run)
+
+
+def test_memory_is_wired_as_long_as_an_engine_is_open(mac: Mac) -> None:
+    with Engine(PARAMS, CONFIG, Limits(rows=2, positions=4096, capacity=1024)) as engine:
+        assert len(list(engine.answer(Request(tuple(PROMPT), max_tokens=4)))) == 4
+        assert mac.limit == mac.working_set
+    assert given_back(mac)
 
 
 @pytest.mark.parametrize("machine", ["cpu", "cuda"])
