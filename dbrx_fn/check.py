@@ -23,8 +23,8 @@ from dbrx_fn.errors import InputError
 
 WRONG = 1
 """The exit status where a check isn't right."""
-_SECONDS = 100.0
-_FOR_SPEED = 30.0
+_SECONDS = 95.0
+_FOR_SPEED = 25.0
 """Seconds that are kept for measuring speed."""
 
 

@@ -14,7 +14,7 @@ from dbrx_fn.ops.experts import ExpertsParams
 from dbrx_fn.ops.formats import Format
 
 EXPERTS, WIDTH, TOP_K = 4, 128, 2
-_KEPT = 6
+_KEPT = 1200
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Mixture:
     def name(self) -> str:
         """As the reference and the report have it."""
         kind = "dense" if self.form is None else f"{self.form.mode} {self.form.bits} bits"
-        return f"{self.tokens} tokens, {kind} experts"
+        return f"{self.tokens} {'token' if self.tokens == 1 else 'tokens'}, {kind} experts"
 
     @property
-    def kept(self) -> slice:
-        """The tokens whose results are in the reference."""
-        return slice(0, None, -(-self.tokens // _KEPT))
+    def step(self) -> int:
+        """The reference has each so many-th of the results, which lie row by row: some of each token, all columns."""
+        return min(WIDTH - 1, max(1, self.tokens * WIDTH // _KEPT) | 1)
 
     def matrices(self) -> dict[str, dict[str, Array]]:
         """`w1`, `v1`, `w2`, each `[expert width width]`, by their leaves."""

@@ -6,6 +6,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# Before MLX, so that its BLAS is the one that users get.
+import dbrx_fn.runtime.blas  # noqa: F401
+
+# isort: split
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
@@ -29,13 +33,12 @@ def put(value: Any, name: str, *modules: ModuleType) -> Any:
 
 
 def a_wrong_segment() -> None:
-    """The last segment is the first expert's."""
+    """The first segment is the last expert's."""
 
     def wrong(*args: Any, **static: Any) -> Any:
         plan = right(*args, **static)
-        place = mx.arange(plan.segment_experts.size)
-        last = place == plan.segment_experts.size - 1
-        return plan._replace(segment_experts=mx.where(last, 0, plan.segment_experts))
+        first = mx.arange(plan.segment_experts.size) == 0
+        return plan._replace(segment_experts=mx.where(first, static["experts"] - 1, plan.segment_experts))
 
     right = put(wrong, "dispatch", experts)
 

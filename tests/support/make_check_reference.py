@@ -112,10 +112,10 @@ def of_small_model() -> dict[str, NDArray[Any]]:
 
 
 def of_mixture(mixture: Mixture) -> dict[str, NDArray[Any]]:
-    """What the experts say of the kept tokens."""
+    """Some of what the experts say of each token."""
     w1, v1, w2 = (matrix(parts, mixture.form) for parts in mixture.matrices().values())
-    x, expert_weights, experts = (array[mixture.kept] for array in mixture.inputs())
-    return {mixture.name: oracle.moe(x, expert_weights, experts, w1, v1, w2)}
+    x, expert_weights, experts = mixture.inputs()
+    return {mixture.name: oracle.moe(x, expert_weights, experts, w1, v1, w2).reshape(-1)[:: mixture.step]}
 
 
 def of_positions() -> dict[str, NDArray[Any]]:
