@@ -98,7 +98,7 @@ def test_a_fault_is_named_in_its_row_and_the_rest_goes_on(fault: str, wrong: str
     assert verdicts[right] == "right"
     [told, *_] = [line for line in ended.stdout.splitlines() if line.startswith(f"WRONG {wrong}: ")]
     assert {
-        "a_wrong_segment": "tokens, dense experts, float32: error ",
+        "a_wrong_segment": "1 token, dense experts, float32: error ",
         "a_kernel_s_sign": "found ",
         "a_stale_reference": "odd sizes (seed ",
         "a_reference_of_other_models": "reference.npz holds no 'odd sizes/0'",

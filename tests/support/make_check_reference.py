@@ -176,5 +176,5 @@ def reference() -> dict[str, NDArray[Any]]:
 
 
 if __name__ == "__main__":
-    np.savez_compressed(FILE, **reference())
+    np.savez_compressed(FILE, allow_pickle=False, **reference())
     print(f"{FILE}: {FILE.stat().st_size / 1e3:.0f} kB")
