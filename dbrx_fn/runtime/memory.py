@@ -78,7 +78,8 @@ def wired(weights: Any) -> Iterator[None]:
     Args:
         weights: the tree, or a whole training state.
     """
-    limit, nbytes = _metal("max_recommended_working_set_size"), _nbytes(weights)
+    limit = _metal("max_recommended_working_set_size")
+    nbytes = 0 if limit is None else _nbytes(weights)
     # Training replaces its state, and the first one's memory must become free.
     del weights
     if limit is None or nbytes < _LARGE * limit or not _WANTED:
