@@ -32,7 +32,7 @@ class Mixture:
 
     @property
     def step(self) -> int:
-        """The reference has each so many-th of the results, which lie row by row: some of each token, all columns."""
+        """The reference has every `step`-th number of the results, counted row by row: some of each token's."""
         return min(WIDTH - 1, max(1, self.tokens * WIDTH // _KEPT) | 1)
 
     def matrices(self) -> dict[str, dict[str, Array]]:
