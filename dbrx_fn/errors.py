@@ -26,7 +26,7 @@ class CacheError(DbrxError):
 
 
 class GenerationError(DbrxError):
-    """Generation that can't continue: the model's numbers are no longer finite."""
+    """Generation that can't continue: the model's numbers aren't finite any more, or no token fits the structure."""
 
 
 class BusyError(DbrxError):

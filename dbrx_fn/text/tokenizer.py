@@ -100,14 +100,15 @@ class Tokenizer:
         Bytes that are no UTF-8 become U+FFFD. Numbers that stand for no token are left out. Spaces are never cleaned
         up, whatever `clean_up_tokenization_spaces` says, since that changes the text.
         """
-        pieces = [self._token_bytes(token, skip_special_tokens) for token in tokens]
+        pieces = [self.token_bytes(token, skip_special_tokens=skip_special_tokens) for token in tokens]
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """Returns a new stream for the tokens of one text."""
-        return TextStream(lambda token: self._token_bytes(token, skip_special_tokens))
+        return TextStream(lambda token: self.token_bytes(token, skip_special_tokens=skip_special_tokens))
 
-    def _token_bytes(self, token: int, skip_special_tokens: bool) -> bytes:
+    def token_bytes(self, token: int, *, skip_special_tokens: bool = False) -> bytes:
+        """Returns the bytes of a token; none for a number that stands for no token."""
         if token in self._special:
             return b"" if skip_special_tokens else self._special[token]
         return self._ordinary.get(token, b"")

@@ -60,7 +60,7 @@ def test_vocabulary_is_bytes_words_and_special_tokens(tokenizer: Tokenizer) -> N
     assert tokenizer.stop_tokens == {special[0], special[3]}
     assert not tokenizer.chat_format.default_system
     assert len(tokenizer.encode(" question")) == 1
-    assert len({bytes(tokenizer._token_bytes(token, False)) for token in range(SIZE)}) == SIZE
+    assert len({tokenizer.token_bytes(token) for token in range(SIZE)}) == SIZE
 
 
 @given(text=TRICKY | st.text())

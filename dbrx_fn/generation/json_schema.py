@@ -1,0 +1,304 @@
+"""JSON schemas, checked and rewritten so that llguidance enforces every keyword of them or refuses the schema.
+
+llguidance ignores keywords that it doesn't know, and enforces some only in part. So each keyword of a schema is looked
+at here first: llguidance enforces it, or it constrains nothing, or the schema is refused.
+Source of the keywords' meaning: https://json-schema.org/draft/2020-12/json-schema-validation.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from typing import Any, NoReturn
+from urllib.parse import unquote
+
+from dbrx_fn.errors import InputError
+from dbrx_fn.files.json_file import shown
+
+Schema = dict[str, Any]
+Path = tuple[str | int, ...]
+"""The steps from the whole schema to a part of it."""
+
+_LEVELS = 1000
+"""Levels of schemas inside of each other, with those behind each $ref: llguidance overflows a stack from 2,000 on."""
+
+_COSTS = {"schemas": 2000, "patternProperties": 100, "pattern": 10_000, "multipleOf": 10_000}
+"""How many schemas and patterned properties a whole schema may have, of how many characters its patterns may be, and
+how many remainders its divisors may have: with each of them compiling takes a second at most, with more soon minutes.
+"""
+
+_FORMATS = ("date", "date-time", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+_TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
+_OLD_DRAFTS = (
+    "http://json-schema.org/draft-04/schema",
+    "http://json-schema.org/draft-06/schema",
+    "http://json-schema.org/draft-07/schema",
+    "https://json-schema.org/draft/2019-09/schema",
+)
+_DRAFTS = (*_OLD_DRAFTS, "https://json-schema.org/draft/2020-12/schema")
+
+_LEAP_YEAR = r"(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_YEAR = r"(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
+_CALENDAR = rf"^{_YEAR}-(?:0[13-9]|1[0-2]|02-(?:[01][0-9]|2[0-8]))|^{_LEAP_YEAR}-02-29"
+"""How a date begins that exists: llguidance lets every year have a 29 February, and lets there be a year 0."""
+
+_ESCAPED = "\b\t\n\f\r"
+"""The control characters that a text can hold, each as an escape of one letter."""
+
+
+def enforceable(schema: Schema) -> Schema:
+    """The schema to give llguidance for this one.
+
+    Raises:
+        InputError: the schema isn't valid, or holds what can't be enforced; the message names the keyword and where it
+            is.
+    """
+    walk = _Walk(schema)
+    written = walk.rewritten(schema, ())
+    levels = walk.levels[id(schema)]
+    for place, target in walk.references:
+        if id(target) not in walk.levels and not isinstance(target, bool):
+            _refuse(place, "leads to what is no schema")
+        levels += 1 + walk.levels.get(id(target), 0)
+    if levels > _LEVELS:
+        raise InputError(
+            f"The JSON schema has {levels} levels, those behind each $ref counted, where {_LEVELS} are the most: make"
+            " it flatter."
+        )
+    # With an address of its own, references would be looked for elsewhere.
+    return {name: value for name, value in written.items() if name not in _IDS}
+
+
+def keywords(schema: Any, path: Path = ()) -> Iterator[Path]:
+    """Where each constraining keyword of a checked schema is: the innermost first, types last."""
+    if not isinstance(schema, dict):
+        return
+    for keyword, value in schema.items():
+        for steps, inner in _schemas_in(keyword, value):
+            yield from keywords(inner, (*path, keyword, *steps))
+    constraining = [keyword for keyword in schema if keyword in _VALUES and keyword not in _DEFINITIONS]
+    yield from ((*path, keyword) for keyword in sorted(constraining, key=lambda keyword: keyword == "type"))
+
+
+def without(schema: Any, path: Path) -> Any:
+    """The schema without the keyword that is there."""
+    step, *rest = path
+    if isinstance(schema, list):
+        return [without(item, tuple(rest)) if place == step else item for place, item in enumerate(schema)]
+    kept = {name: value for name, value in schema.items() if rest or name != step}
+    return {name: without(value, tuple(rest)) if name == step else value for name, value in kept.items()}
+
+
+def described(path: Path) -> str:
+    """A keyword and its place as a sentence can show them, such as `'format' at #/properties/day/format`."""
+    steps = (str(step).replace("~", "~0").replace("/", "~1") for step in path)
+    return f"{shown(str(path[-1]))} at {shown('/'.join(('#', *steps)), 200)[1:-1]}"
+
+
+class _Walk:
+    """What is met on the way through a schema.
+
+    `levels`: how many levels of schemas are in each, by its id.
+    `references`: where each $ref is and what it leads to, one for each target.
+    `spent`: how much there was of each of `_COSTS`.
+    """
+
+    def __init__(self, root: Schema) -> None:
+        self.root = root
+        self.is_old = str(root.get("$schema")).removesuffix("#") in _OLD_DRAFTS
+        self.levels: dict[int, int] = {}
+        self.references: list[tuple[Path, Any]] = []
+        self.referred: set[str] = set()
+        self.spent: Counter[str] = Counter()
+
+    def rewritten(self, schema: Any, path: Path) -> Any:
+        """The schema that is there as llguidance shall have it."""
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, dict):
+            _refuse(path, f"holds {shown(schema)} where a schema is expected, an object or a boolean")
+        self._check(schema, path)
+        written = {keyword: self._inside(value, (*path, keyword)) for keyword, value in schema.items()}
+        inner = [id(below) for keyword, value in schema.items() for _, below in _schemas_in(keyword, value)]
+        self.levels[id(schema)] = 1 + max((self.levels.get(below, 0) for below in inner), default=0)
+        return self._completed(written)
+
+    def _inside(self, value: Any, path: Path) -> Any:
+        new = {steps: self.rewritten(inner, (*path, *steps)) for steps, inner in _schemas_in(str(path[-1]), value)}
+        if () in new:
+            return new[()]
+        if not new:
+            return value
+        return list(new.values()) if isinstance(value, list) else {steps[0]: inner for steps, inner in new.items()}
+
+    def _check(self, schema: dict[str, Any], path: Path) -> None:
+        for keyword, value in schema.items():
+            place = (*path, keyword)
+            if keyword in _VALUES:
+                expected, fits = _VALUES[keyword]
+                if not fits(value):
+                    _refuse(place, f"is {shown(value)} where {expected} is expected")
+            elif keyword not in _COMMENTS:
+                _refuse(place, "isn't a keyword that can be enforced")
+            if path and keyword in (*_IDS, "$schema"):
+                _refuse(place, "can only stand at the top")
+        self._spend(schema, path)
+        self._check_together(schema, path)
+        if "$ref" in schema and schema["$ref"] not in self.referred:
+            self.referred.add(schema["$ref"])
+            self.references.append(((*path, "$ref"), self._target(schema["$ref"], (*path, "$ref"))))
+
+    def _spend(self, schema: Schema, path: Path) -> None:
+        patterned = schema.get("patternProperties", {})
+        cost = {
+            "patternProperties": len(patterned),
+            "pattern": len(schema.get("pattern", "")) + sum(map(len, patterned)),
+            "multipleOf": _remainders(schema.get("multipleOf", 0)),
+        }
+        for keyword, amount in cost.items():
+            self.spent[keyword] += amount
+            if self.spent[keyword] > _COSTS[keyword]:
+                _refuse((*path, keyword), "makes the schema too costly to compile")
+        self.spent["schemas"] += 1
+        if self.spent["schemas"] > _COSTS["schemas"]:
+            raise InputError(f"The JSON schema has more than {_COSTS['schemas']} schemas inside: make it smaller.")
+
+    def _check_together(self, schema: Schema, path: Path) -> None:
+        draft = schema.get("$schema", _DRAFTS[-1])
+        if str(draft).removesuffix("#") not in _DRAFTS:
+            _refuse((*path, "$schema"), f"is {shown(draft)} where one of {', '.join(_DRAFTS)} is expected")
+        if "prefixItems" in schema and (self.is_old or schema.keys() & {"additionalItems"} or _has_list(schema)):
+            _refuse((*path, "prefixItems"), "belongs to another draft of JSON Schema than the rest")
+        if "additionalItems" in schema and not _has_list(schema):
+            _refuse((*path, "additionalItems"), "means something only beside a list of items")
+        if schema.get("minProperties", 0) > 1 + len(set(schema.get("required", ()))):
+            _refuse(
+                (*path, "minProperties"),
+                "is more than one above the number of required properties, since a text may hold another one twice",
+            )
+
+    def _target(self, reference: str, path: Path) -> Any:
+        if reference != "#" and not reference.startswith("#/"):
+            _refuse(path, f"is {shown(reference)} where a pointer into this schema is expected, such as #/$defs/name")
+        found: Any = self.root
+        for step in reference.split("/")[1:]:
+            name = unquote(step).replace("~1", "/").replace("~0", "~")
+            if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+                found = found[int(name)]
+            elif isinstance(found, dict) and name in found:
+                found = found[name]
+            else:
+                _refuse(path, f"is {shown(reference)}, which isn't there")
+        return found
+
+    def _completed(self, schema: dict[str, Any]) -> dict[str, Any]:
+        if schema.get("format") in ("date", "date-time"):
+            schema["allOf"] = [*schema.get("allOf", ()), {"type": "string", "pattern": _CALENDAR}]
+        if "oneOf" in schema:
+            schema["oneOf"] = [self._resolvable(branch) for branch in schema["oneOf"]]
+        return schema
+
+    def _resolvable(self, branch: Any) -> Any:
+        """A branch of `oneOf` that llguidance looks behind the $ref of, to see that the branches exclude each other.
+
+        It does so only beside another keyword.
+        """
+        if not isinstance(branch, dict) or "$ref" not in branch or "type" in branch:
+            return branch
+        target = self._target(branch["$ref"], ())
+        return {"type": target["type"], **branch} if isinstance(target, dict) and "type" in target else branch
+
+
+def _has_list(schema: dict[str, Any]) -> bool:
+    return isinstance(schema.get("items"), list)
+
+
+def _schemas_in(keyword: str, value: Any) -> Iterator[tuple[Path, Any]]:
+    """The schemas in a keyword's value, and the steps to each."""
+    if keyword in _MAPS:
+        yield from (((name,), inner) for name, inner in value.items())
+    elif isinstance(value, list) and keyword in (*_LISTS, "items"):
+        yield from (((place,), inner) for place, inner in enumerate(value))
+    elif keyword in _SINGLE:
+        yield (), value
+
+
+def _refuse(path: Path, what: str) -> NoReturn:
+    raise InputError(f"The JSON schema's {described(path or ('#',))} {what}: change the schema.")
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a number that float64 holds, as which llguidance reads it."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and float(value) == value
+    except OverflowError:
+        return False
+
+
+def _remainders(divisor: float) -> int:
+    """How many states a lexer needs to tell multiples: the divisor's digits as an integer."""
+    exact = Decimal(str(divisor)).normalize()
+    return int(exact.scaleb(-min(0, int(exact.as_tuple().exponent))))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
+
+
+def _is_types(value: object) -> bool:
+    names = value if isinstance(value, list) else [value]
+    return bool(names) and all(name in _TYPES for name in names)
+
+
+def _is_constant(value: object) -> bool:
+    """Whether a text can hold it exactly."""
+    if isinstance(value, str):
+        return all((character >= " " and character != "\x7f") or character in _ESCAPED for character in value)
+    if isinstance(value, list):
+        return all(map(_is_constant, value))
+    if isinstance(value, dict):
+        return all(map(_is_constant, (*value, *value.values())))
+    return value is None or isinstance(value, bool) or _is_number(value)
+
+
+_IDS = ("$id", "id")
+_COMMENTS = {
+    *(*_IDS, "$schema", "$comment", "title", "description", "default", "examples", "deprecated", "readOnly"),
+    *("writeOnly", "contentMediaType", "contentEncoding"),
+    # OpenAPI's hint of which branch applies; the branches say all that is required.
+    "discriminator",
+}
+"""Keywords that constrain nothing."""
+
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_DEFINITIONS = ("$defs", "definitions")
+_MAPS = ("properties", "patternProperties", *_DEFINITIONS)
+_SINGLE = ("items", "additionalItems", "additionalProperties")
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+
+_CONSTANT = "that a text can hold, with numbers that float64 holds and without control characters"
+_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "type": (f"one or more of {', '.join(_TYPES)}", _is_types),
+    "enum": (
+        f"a list of values {_CONSTANT}",
+        lambda value: isinstance(value, list) and bool(value) and _is_constant(value),
+    ),
+    "const": (f"a value {_CONSTANT}", _is_constant),
+    "required": (
+        "a list of names",
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    ),
+    "pattern": ("a regular expression", lambda value: isinstance(value, str)),
+    "format": (f"one of {', '.join(_FORMATS)}", lambda value: value in _FORMATS),
+    "$ref": ("a text", lambda value: isinstance(value, str)),
+    "multipleOf": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    **dict.fromkeys(("minimum", "maximum"), ("a number that float64 holds", _is_number)),
+    **dict.fromkeys(
+        ("exclusiveMinimum", "exclusiveMaximum"),
+        ("a number that float64 holds", lambda value: isinstance(value, bool) or _is_number(value)),
+    ),
+    **dict.fromkeys(_COUNTS, ("an integer from 0 on", _is_count)),
+    **dict.fromkeys(_LISTS, ("a list of schemas", lambda value: isinstance(value, list) and bool(value))),
+    **dict.fromkeys(_MAPS, ("an object of schemas", lambda value: isinstance(value, dict))),
+    **dict.fromkeys(_SINGLE, ("a schema", lambda value: isinstance(value, bool | dict | list))),
+}
+"""The keywords that are enforced, with what their values must be."""
