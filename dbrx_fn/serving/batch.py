@@ -133,6 +133,11 @@ def arranged(
     return Batch(cache, _rows_from(sources, config.vocab_size)), tuple(whose)
 
 
+def one_row(batch: Batch, row: int, config: Config) -> Batch:
+    """One row of a batch, as a batch of its own."""
+    return Batch(take_rows(batch.cache, [row]), _rows_from([(batch, row)], config.vocab_size))
+
+
 def decoded(
     params: Params, batch: Batch, allowed: NDArray[np.bool_] | None, *, whole_cache: bool
 ) -> tuple[Choice, Batch]:

@@ -10,7 +10,7 @@ import itertools
 import queue
 import threading
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -24,13 +24,14 @@ from dbrx_fn.model.config import Config
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import compiles
 from dbrx_fn.runtime.memory import wired
-from dbrx_fn.serving.batch import Batch, arranged, decoded
+from dbrx_fn.serving.batch import Batch, decoded
+from dbrx_fn.serving.decoding import Decoding, rearranged
 from dbrx_fn.serving.limits import FREE_CHUNKS, Limits, default_limits
 from dbrx_fn.serving.prefix_chunks import restored
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.reading import Reading, in_words
 from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Event, Failed, Receive, Request, TokenMade
-from dbrx_fn.serving.schedule import State, never_fits, plan, row_capacity
+from dbrx_fn.serving.schedule import Group, State, never_fits, plan, row_capacity
 from dbrx_fn.serving.served import Served
 from dbrx_fn.serving.statistics import Statistics
 from dbrx_fn.serving.warm_up import warm_up
@@ -96,8 +97,7 @@ class Engine:
         self._waiting: dict[int, Served] = {}
         self._reading: dict[int, Served] = {}
         self._joining: list[tuple[Served, Batch]] = []
-        self._rows: list[Served | None] = []
-        self._batch: Batch | None = None
+        self._decoding: list[Decoding] = []
         self._launched: list[_Launched] = []
         self._passed_over = 0
         self._counts: Counter[str] = Counter()
@@ -167,14 +167,14 @@ class Engine:
 
     def statistics(self) -> Statistics:
         """A view of the engine, some microseconds old."""
-        batch, counts = self._batch, self._counts
+        caches, counts = [one.batch.cache for one in self._decoding], self._counts
         waiting, reading = len(self._waiting) + len(self._arrived), len(self._reading)
         return Statistics(
             waiting=waiting,
             reading=reading,
             decoding=max(0, len(self._alive) + len(self._arrived) - waiting - reading),
-            rows=0 if batch is None else batch.cache.batch_size,
-            positions=0 if batch is None else batch.cache.batch_size * batch.cache.capacity,
+            rows=sum(cache.batch_size for cache in caches),
+            positions=sum(cache.batch_size * cache.capacity for cache in caches),
             finished=tuple((end, counts[end]) for end in ("cancelled", "failed", "length", "stop") if counts[end]),
             prompt_tokens=counts["prompt tokens"],
             cached_tokens=counts["cached tokens"],
@@ -264,18 +264,17 @@ class Engine:
             self._put_aside(self._alive[number])
         for number in step.admitted:
             self._begin(self._waiting.pop(number))
-        self._arrange(step.rows, step.capacity)
+        self._arrange(step.groups)
         before, self._launched = self._launched, []
-        if self._batch is not None:
-            self._decode(self._batch)
+        for decoding in self._decoding:
+            self._decode(decoding)
         if step.read is not None and step.read in self._reading:
             self._read(self._reading[step.read])
         for launched in before:
             self._hand_out(launched)
 
     def _state(self) -> State:
-        lengths = self._batch.cache.lengths if self._batch is not None else ()
-        decoding = [(served, held) for served, held in zip(self._rows, lengths, strict=True) if served is not None]
+        decoding = [(served, length) for one in self._decoding for served, _, length in one.held()]
         decoding += [(served, batch.cache.lengths[0]) for served, batch in self._joining]
         reading = [(served, served.reading.held) for served in self._reading.values() if served.reading is not None]
         return State(
@@ -297,7 +296,8 @@ class Engine:
             self._remember_decoded([served])
             self._reading.pop(served.number, None)
             self._joining = [(other, batch) for other, batch in self._joining if other is not served]
-            self._rows = [None if other is served else other for other in self._rows]
+            for decoding in self._decoding:
+                decoding.rows = tuple(None if other is served else other for other in decoding.rows)
             served.reading, served.launched = None, len(served.made)
             self._waiting[served.number] = served
 
@@ -314,7 +314,7 @@ class Engine:
         reading = served.reading
         assert reading is not None
         self._passed_over = 0 if served.number == min(self._reading) else self._passed_over + 1
-        free = self._batch is None and not self.limits.exact
+        free = not self._decoding and not self.limits.exact
         reading.read(self._params, self.limits.chunk * (FREE_CHUNKS if free else 1))
         if not reading.is_done:
             return
@@ -328,51 +328,34 @@ class Engine:
         self._launched.append(_Launched(choice, (served,)))
         self._joining.append((served, batch))
 
-    def _arrange(self, rows: int, capacity: int) -> None:
-        """Makes the batch hold those who decode on, and nobody else."""
-        leaving = [served for served in self._rows if served is not None and not served.goes_on]
-        self._remember_decoded(leaving)
-        joining = [(served, batch) for served, batch in self._joining if served.goes_on]
-        kept = [row for row, served in enumerate(self._rows) if served is not None and served.goes_on]
-        self._joining = []
-        batch, self._batch = self._batch, None
-        if not kept and not joining:
-            self._rows = []
-            return
-        owners = [*(self._rows[row] for row in kept), *(served for served, _ in joining)]
-        if batch is not None and not leaving and not joining:
-            shape = batch.cache.batch_size, batch.cache.capacity
-            there = sum(request is not None for request in batch.rows.requests)
-            if shape == (rows, capacity) and there == len(kept):
-                self._batch = batch
-                return
-        self._batch, whose = arranged(batch, kept, [one for _, one in joining], rows, capacity, self._config)
-        self._rows = [None if place is None else owners[place] for place in whose]
+    def _arrange(self, groups: Sequence[Group]) -> None:
+        """Makes the batches hold those who decode on, as they are grouped, and nobody else."""
+        self._remember_decoded([served for one in self._decoding for served, _, _ in one.held() if not served.goes_on])
+        members = [[self._alive[number] for number in group.numbers] for group in groups]
+        old, self._decoding, joining, self._joining = self._decoding, [], dict(self._joining), []
+        self._decoding = rearranged(old, joining, list(zip(groups, members, strict=True)), self._config)
 
     def _remember_decoded(self, leaving: list[Served]) -> None:
         """Keeps the texts of rows that leave, for the next turns of their conversations.
 
         The exact mode doesn't: what decoding computes isn't what reading the same tokens computes, to the bit.
         """
-        if self._batch is not None and not self.limits.exact:
-            for row, served in enumerate(self._rows):
-                if served is not None and served in leaving:
-                    self._remember(served.tokens, self._batch.cache, row)
+        if not self.limits.exact:
+            for one in self._decoding:
+                for served, row, _ in one.held():
+                    if served in leaving:
+                        self._remember(served.tokens, one.batch.cache, row)
 
     def _remember(self, tokens: tuple[int, ...], cache: Cache, row: int) -> None:
         if self.prefixes is not None:
             self.prefixes.put(tokens, cache, row)
 
-    def _decode(self, batch: Batch) -> None:
-        # Nobody else may hold the cache, or writing to it is a copy.
-        self._batch = None
-        choice, batch = decoded(self._params, batch, None, whole_cache=self.limits.exact)
-        self._batch = batch
+    def _decode(self, decoding: Decoding) -> None:
+        choice, decoding.batch = decoded(self._params, decoding.batch, None, whole_cache=self.limits.exact)
         mx.async_eval(choice)
-        for served in self._rows:
-            if served is not None:
-                served.launched += 1
-        self._launched.append(_Launched(choice, tuple(self._rows)))
+        for served, _, _ in decoding.held():
+            served.launched += 1
+        self._launched.append(_Launched(choice, decoding.rows))
 
     def _hand_out(self, launched: _Launched) -> None:
         choice = launched.choice
@@ -395,7 +378,7 @@ class Engine:
         self._forget_device_state()
 
     def _forget_device_state(self) -> None:
-        self._reading, self._rows, self._joining, self._batch, self._launched = {}, [], [], None, []
+        self._reading, self._joining, self._decoding, self._launched = {}, [], [], []
         mx.clear_cache()
 
 

@@ -3,10 +3,14 @@
 Between two decoding steps at most one chunk of one prompt is read, so nobody's stream stops for longer than a step and
 a chunk take. Memory is counted in positions of a cache, and every request asks for what its prompt and the next tokens
 need. What doesn't fit waits; what has no room to grow is put aside, the newest first, and comes back later.
+
+All rows of a batch have the capacity of its longest. So where memory is short, long texts decode in a batch of their
+own, and each turn computes one step of each batch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 
 from dbrx_fn.model.shapes import capacity_bucket
 from dbrx_fn.serving.limits import Limits
@@ -16,6 +20,9 @@ AHEAD = 256
 
 _READERS = 4
 """Prompts that are read side by side, so that a short one needn't wait for the end of a long one."""
+
+_MOST_GROUPS = 4
+"""Batches that decode side by side, at most. Each reads the weights again, so there is one if memory allows."""
 
 _PASSED_OVER = 3
 """How many chunks of shorter prompts are read before the oldest prompt gets one."""
@@ -58,20 +65,33 @@ class State:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Requests that decode together.
+
+    `numbers`: whose rows they are.
+    `rows`: of the batch; some may be idle.
+    `capacity`: positions of each row.
+    """
+
+    numbers: tuple[int, ...]
+    rows: int
+    capacity: int
+
+
+@dataclass(frozen=True)
 class Step:
     """What to do next.
 
     `put_aside`: numbers of requests that lose their caches and wait again.
     `admitted`: numbers of waiting requests whose prompts begin to be read.
     `read`: number of the request whose prompt gets a chunk; `None` if there is none.
-    `rows`, `capacity`: the batch that decodes; no rows if nobody does.
+    `groups`: all others that decode.
     """
 
     put_aside: tuple[int, ...]
     admitted: tuple[int, ...]
     read: int | None
-    rows: int
-    capacity: int
+    groups: tuple[Group, ...]
 
 
 def plan(state: State, limits: Limits) -> Step:
@@ -87,8 +107,7 @@ def plan(state: State, limits: Limits) -> Step:
         put_aside=tuple(work.number for work in aside),
         admitted=tuple(work.number for work in admitted),
         read=_to_read([*reading, *admitted], state.passed_over),
-        rows=batch_rows(len(decoding), limits) if decoding else 0,
-        capacity=_capacity(decoding, limits),
+        groups=_groups(decoding, [*reading, *admitted], limits),
     )
 
 
@@ -107,6 +126,21 @@ def row_capacity(room: int, limits: Limits) -> int:
     return limits.capacity if limits.exact else capacity_bucket(room)
 
 
+def _groups(decoding: Sequence[Work], reading: Sequence[Work], limits: Limits) -> tuple[Group, ...]:
+    if not decoding:
+        return ()
+    left = limits.positions - sum(row_capacity(work.room(), limits) for work in reading)
+    parts = _fitting(decoding, (), left, 1, limits) or [list(decoding)]
+    return tuple(
+        Group(
+            tuple(work.number for work in _sorted(part)),
+            batch_rows(len(part), limits),
+            row_capacity(max(work.room(1) for work in part), limits),
+        )
+        for part in parts
+    )
+
+
 def _with_room(
     decoding: Sequence[Work], reading: Sequence[Work], limits: Limits
 ) -> tuple[list[Work], list[Work], list[Work]]:
@@ -120,26 +154,47 @@ def _with_room(
 
 
 def _fits(decoding: Sequence[Work], reading: Sequence[Work], limits: Limits, *, ahead: int = AHEAD) -> bool:
-    """Whether there is memory for all of them to decode together, beside the caches that prompts are read into."""
+    """Whether there is memory for all of them to decode, beside the caches that prompts are read into."""
     everybody = [*decoding, *reading]
     longest = max((work.room(ahead) for work in everybody), default=0)
     if len(everybody) > limits.rows or longest > limits.capacity:
         return False
     if limits.exact:
         return (limits.rows + len(reading)) * limits.capacity <= limits.positions
-    if not everybody:
-        return True
-    own = [row_capacity(work.room(max(ahead, AHEAD)), limits) for work in reading]
-    if len(everybody) == 1 and own:
-        # Nobody is there to join: the cache that the prompt is read into becomes the batch.
-        return own[0] <= limits.positions
-    return batch_rows(len(everybody), limits) * row_capacity(longest, limits) + sum(own) <= limits.positions
+    return _fitting(everybody, reading, limits.positions, ahead, limits) is not None
 
 
-def _capacity(decoding: Sequence[Work], limits: Limits) -> int:
-    if limits.exact or not decoding:
-        return limits.capacity if limits.exact else 0
-    return capacity_bucket(max(work.held + 1 for work in decoding))
+def _fitting(
+    works: Sequence[Work], reading: Sequence[Work], positions: int, ahead: int, limits: Limits
+) -> list[list[Work]] | None:
+    """The fewest groups of works that fit `positions`, those of like length together; `None` if none do."""
+    by_length = sorted(works, key=lambda work: work.room(ahead))
+    if limits.exact or not works:
+        return [by_length]
+    capacities = [row_capacity(work.room(ahead), limits) for work in by_length]
+    steps = [place for place, (one, next_one) in enumerate(pairwise(capacities), start=1) if one != next_one]
+    for cuts in range(min(_MOST_GROUPS, len(steps) + 1)):
+        best = min(_cut(by_length, steps, cuts), key=lambda groups: _positions(groups, reading, ahead, limits))
+        if _positions(best, reading, ahead, limits) <= positions:
+            return best
+    return None
+
+
+def _cut(works: list[Work], steps: Sequence[int], cuts: int) -> Iterator[list[list[Work]]]:
+    for places in combinations(steps, cuts):
+        yield [works[start:stop] for start, stop in pairwise((0, *places, len(works)))]
+
+
+def _positions(groups: Sequence[Sequence[Work]], reading: Sequence[Work], ahead: int, limits: Limits) -> int:
+    """Positions that these groups take, once all of them decode, and the caches of those who are still reading."""
+    total = 0
+    for group in groups:
+        own = [row_capacity(work.room(max(ahead, AHEAD)), limits) for work in group if work in reading]
+        total += sum(own)
+        # Whoever decodes alone goes on in the cache that the prompt was read into.
+        if len(group) > 1 or not own:
+            total += batch_rows(len(group), limits) * row_capacity(max(work.room(ahead) for work in group), limits)
+    return total
 
 
 def _to_read(reading: Sequence[Work], passed_over: int) -> int | None:

@@ -350,3 +350,20 @@ def test_nothing_is_traced_after_the_warm_up(
                     engine.submit(replace(request, prompt=request.prompt[:600]), events.receiver(number))
                 events.wait(30)
     assert {record.getMessage() for record in caplog.records} <= {"checking pick_last"}
+
+
+def test_long_texts_decode_in_a_batch_of_their_own_where_memory_is_short() -> None:
+    asked = [Request(tokens(number, 40), max_tokens=60) for number in range(3)]
+    asked.append(Request(tokens(9, 1900), max_tokens=60))
+    events = Events(4)
+    shapes = set()
+    with Engine(PARAMS, CONFIG, replace(FAST, positions=4 * 256 + 2048)) as engine:
+        for number, request in enumerate(asked):
+            engine.submit(request, events.receiver(number))
+        while engine.statistics().waiting + engine.statistics().reading + engine.statistics().decoding:
+            shapes.add((engine.statistics().rows, engine.statistics().positions))
+        events.wait(4)
+        assert engine.statistics().put_aside == 0
+    assert (5, 4 * 256 + 2048) in shapes
+    for request, got in zip(asked, events.of, strict=True):
+        assert made(got) == list(stream_tokens(PARAMS, CONFIG, request.prompt, max_tokens=60))

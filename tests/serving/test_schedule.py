@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dbrx_fn.model.shapes import capacity_bucket
 from dbrx_fn.serving.limits import Limits
-from dbrx_fn.serving.schedule import AHEAD, State, Work, batch_rows, never_fits, plan, row_capacity
+from dbrx_fn.serving.schedule import AHEAD, Group, State, Work, batch_rows, never_fits, plan, row_capacity
 
 CHUNK = 512
 FAST = Limits(rows=8, positions=16_384, capacity=8192)
@@ -80,11 +80,11 @@ def test_everybody_is_served_and_memory_is_kept(requests: list[tuple[int, int]],
         readers = [work for work in run.state.reading if work.number not in aside]
         assert len(rows) + len(readers) <= limits.rows
         if exact:
-            assert (step.rows, step.capacity) in ((0, 2048), (4, 2048))
+            assert [(group.rows, group.capacity) for group in step.groups] in ([], [(4, 2048)])
             assert not step.put_aside
         elif len(rows) + len(readers) > 1:
             own = sum(row_capacity(work.room(), limits) for work in readers)
-            assert step.rows * step.capacity + own <= limits.positions
+            assert sum(group.rows * group.capacity for group in step.groups) + own <= limits.positions
     assert sorted(run.finished) == served
 
 
@@ -118,7 +118,7 @@ def test_the_newest_is_put_aside_when_nobody_can_grow() -> None:
     old, new = Work(0, 1023, 900, 4000), Work(1, 1024, 900, 4000)
     step = plan(State(decoding=(old, new)), replace(FAST, positions=2 * 1024))
     assert step.put_aside == (1,)
-    assert (step.rows, step.capacity) == (1, 1024)
+    assert step.groups == (Group((0,), 1, 1024),)
 
 
 def test_what_never_fits_is_known_at_once() -> None:
@@ -138,10 +138,30 @@ def test_there_are_few_batches(count: int) -> None:
 
 def test_an_engine_that_has_nothing_to_do_does_nothing() -> None:
     step = plan(State(), FAST)
-    assert (step.put_aside, step.admitted, step.read, step.rows) == ((), (), None, 0)
+    assert (step.put_aside, step.admitted, step.read, step.groups) == ((), (), None, ())
 
 
 def test_a_batch_has_room_for_the_next_token_of_each_row() -> None:
     step = plan(State(decoding=(Work(0, 256, 10, 999),)), FAST)
-    assert step.capacity == capacity_bucket(257) == 512
+    assert step.groups[0].capacity == capacity_bucket(257) == 512
     assert AHEAD == 256
+
+
+def test_a_long_text_decodes_beside_short_ones_where_one_batch_would_not_fit() -> None:
+    short = tuple(Work(number, 300, 290, 400) for number in range(7))
+    long = Work(7, 5000, 4990, 6000)
+    one_batch, apart = 8 * 8192, 8 * 512 + 8192
+    together = plan(State(decoding=(*short, long)), replace(FAST, positions=one_batch))
+    assert together.groups == (Group(tuple(range(8)), 8, 8192),)
+    step = plan(State(decoding=(*short, long)), replace(FAST, positions=apart))
+    assert step.groups == (Group(tuple(range(7)), 8, 512), Group((7,), 1, 8192))
+    assert plan(State(decoding=(*short, long)), replace(FAST, positions=apart - 1)).put_aside == (7,)
+
+
+def test_a_long_prompt_is_admitted_beside_those_who_decode() -> None:
+    """It decodes in the cache that it is read into, so it needs no second one."""
+    short = tuple(Work(number, 300, 290, 400) for number in range(7))
+    long = Work(7, 0, 5000, 6000)
+    limits = replace(FAST, positions=8 * 512 + 8192)
+    assert plan(State(waiting=(long,), decoding=short), limits).admitted == (7,)
+    assert not plan(State(waiting=(long,), decoding=short), replace(limits, positions=limits.positions - 1)).admitted

@@ -1,0 +1,83 @@
+"""The batches that decode, and how requests move between them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dbrx_fn.model.config import Config
+from dbrx_fn.serving.batch import Batch, arranged, one_row
+from dbrx_fn.serving.schedule import Group
+from dbrx_fn.serving.served import Served
+
+
+@dataclass(eq=False)
+class Decoding:
+    """A batch that decodes, and whose its rows are; `None` for idle ones."""
+
+    batch: Batch
+    rows: tuple[Served | None, ...]
+
+    def held(self) -> list[tuple[Served, int, int]]:
+        """Whose rows they are, their places, and the tokens that the cache holds of them."""
+        lengths = self.batch.cache.lengths
+        return [
+            (served, row, length)
+            for row, (served, length) in enumerate(zip(self.rows, lengths, strict=True))
+            if served is not None
+        ]
+
+
+def rearranged(
+    old: Sequence[Decoding],
+    joining: Mapping[Served, Batch],
+    groups: Sequence[tuple[Group, Sequence[Served]]],
+    config: Config,
+) -> list[Decoding]:
+    """The batches that hold just the members of each group.
+
+    Args:
+        old: the batches before. Each goes on as the one that most of its rows are to be in.
+        joining: batches of one row, of those who weren't in any.
+        groups: shapes, and who is in each.
+        config: the model's.
+    """
+    rows = {served: (one, row) for one in old for served, row, _ in one.held()}
+    bases = _bases(old, [members for _, members in groups])
+    # Rows that move to another batch are taken out before their old one changes.
+    coming = dict(joining)
+    for (_, members), base in zip(groups, bases, strict=True):
+        for served in members:
+            if served in rows and rows[served][0] is not base:
+                one, row = rows[served]
+                coming[served] = one_row(one.batch, row, config)
+    new = []
+    for (group, members), base in zip(groups, bases, strict=True):
+        staying = [served for served in members if served not in coming]
+        others = [served for served in members if served in coming]
+        if base is not None and not others and _is_as_planned(base, staying, group):
+            new.append(base)
+            continue
+        batch = None if base is None else base.batch
+        places = [rows[served][1] for served in staying]
+        made, whose = arranged(batch, places, [coming[served] for served in others], group.rows, group.capacity, config)
+        owners = [*staying, *others]
+        new.append(Decoding(made, tuple(None if place is None else owners[place] for place in whose)))
+    return new
+
+
+def _bases(old: Sequence[Decoding], groups: Sequence[Sequence[Served]]) -> list[Decoding | None]:
+    """For each group the batch that most of it is in already; each batch for one group."""
+    left, bases = list(old), list[Decoding | None]()
+    for group in groups:
+        base = max(left, key=lambda one: sum(served in group for served in one.rows), default=None)
+        if base is not None and any(served in group for served in base.rows):
+            left.remove(base)
+            bases.append(base)
+        else:
+            bases.append(None)
+    return bases
+
+
+def _is_as_planned(decoding: Decoding, staying: Sequence[Served], group: Group) -> bool:
+    cache = decoding.batch.cache
+    there = [served for served in decoding.rows if served is not None]
+    return (cache.batch_size, cache.capacity) == (group.rows, group.capacity) and len(there) == len(staying)
