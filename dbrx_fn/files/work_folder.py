@@ -63,10 +63,10 @@ class WorkFolder:
             content = file.read(LARGEST + 1)
         return content if len(content) <= LARGEST else None
 
-    def create(self, name: str) -> BinaryIO:
-        """A new file to be written, in place of one of this name."""
+    def create(self, name: str, *, private: bool = False) -> BinaryIO:
+        """A new file to be written, in place of one of this name. Only its owner may read a private one."""
         self.remove(name)
-        return open(os.open(name, _NEW_FILE, 0o666, dir_fd=self.descriptor), "wb")
+        return open(os.open(name, _NEW_FILE, 0o600 if private else 0o666, dir_fd=self.descriptor), "wb")
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file whole, in place of one of this name, and waits until its content is on the disk."""

@@ -26,7 +26,7 @@ from dbrx_fn.model.shapes import capacity_bucket
 from dbrx_fn.runtime.memory import reading_device
 
 _VERSION = "1"
-_CODES: Mapping[Dtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DTYPE_CODES: Mapping[Dtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _MOST_PADDING = 256
 """The most positions in memory for each token in a file. In memory a short row takes as much as the longest row, so
 without a limit a small file could take all memory."""
@@ -134,7 +134,7 @@ def _checked_lengths(file: Path, config: Config) -> tuple[int, ...]:
         )
     _check_config(file, header.texts.get("config", ""), config)
     lengths = _lengths(header.texts.get("lengths", ""))
-    dtype, shape = _CODES[config.dtype], (config.attn.kv_n_heads, sum(lengths), config.head_dim)
+    dtype, shape = DTYPE_CODES[config.dtype], (config.attn.kv_n_heads, sum(lengths), config.head_dim)
     expected = {f"{name}.{layer}" for name in ("keys", "values") for layer in range(config.n_layers)}
     if header.tensors.keys() != expected:
         raise ValueError(f"it has other tensors than the keys and values of {config.n_layers} layers")

@@ -241,6 +241,9 @@ class Engine:
 
     def _take_messages(self) -> bool:
         """Waits for something to do; whether to go on."""
+        if self.prefixes is not None:
+            while not (self._alive or self._arrived) and self.prefixes.write_some():
+                pass
         with self._lock:
             while not (self._arrived or self._alive or self._closing or self._failure):
                 self._lock.wait()
@@ -272,6 +275,8 @@ class Engine:
             self._read(self._reading[step.read])
         for launched in before:
             self._hand_out(launched)
+        if self.prefixes is not None:
+            self.prefixes.write_some()
 
     def _state(self) -> State:
         decoding = [(served, length) for one in self._decoding for served, _, length in one.held()]
@@ -376,6 +381,9 @@ class Engine:
         for served in [served for number, served in self._alive.items() if number not in self._waiting]:
             served.fail(EngineError(f"The device couldn't compute this ({error}): {remedy}."))
         self._forget_device_state()
+        if self.prefixes is not None:
+            # What it holds may be lacking too.
+            self.prefixes.forget_memory()
 
     def _forget_device_state(self) -> None:
         self._reading, self._joining, self._decoding, self._launched = {}, [], [], []

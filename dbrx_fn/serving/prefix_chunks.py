@@ -7,6 +7,7 @@ else that keys and values depend on.
 
 import hashlib
 import json
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,13 +75,24 @@ class Form:
         """Of a chunk's keys and values: `[2*layers kv_heads chunk head_dim]`."""
         return 2 * self.config.n_layers, self.config.attn.kv_n_heads, self.size, self.config.head_dim
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of keys and values."""
+        dtype: mx.Dtype = getattr(mx, self.config.dtype)
+        return dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a chunk's keys and values."""
+        return math.prod(self.shape) * self.dtype.size
+
     def chunks(self, tokens: Sequence[int]) -> list[Chunk]:
         """The whole chunks of a text. Tokens behind the last whole one are left out."""
         found, before = list[Chunk](), self.root
         for start in range(0, len(tokens) - self.size + 1, self.size):
-            own = tuple(tokens[start : start + self.size])
-            name = hashlib.sha256(before.encode() + array("q", own).tobytes()).hexdigest()
-            found.append(Chunk(name, before, own))
+            own = array("q", tokens[start : start + self.size])
+            name = hashlib.sha256(before.encode() + own.tobytes()).hexdigest()
+            found.append(Chunk(name, before, tuple(own)))
             before = name
         return found
 

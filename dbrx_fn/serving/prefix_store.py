@@ -5,13 +5,16 @@
     cache = restored(prefix, config, capacity)
     …                                               # forward computes tokens[prefix.length:]
     store.put(tokens, cache)
+    store.close()
 
 Beginnings are kept in whole chunks. Continued from the end of a chunk, `forward` gives the bits that it gives without a
 store, if it is always called with chunks of this size (`docs/exactness.md`).
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -19,6 +22,7 @@ from dbrx_fn.errors import CacheError, InputError
 from dbrx_fn.model.cache import Cache
 from dbrx_fn.model.config import Config
 from dbrx_fn.serving.prefix_chunks import Chunk, Form, KeysAndValues, Prefix, cut
+from dbrx_fn.serving.prefix_folder import PrefixFolder
 from dbrx_fn.serving.recency import Recency
 
 
@@ -28,8 +32,10 @@ class PrefixStatistics:
 
     `hits`, `misses`: lookups that found at least one chunk, and others.
     `tokens`: all that were found.
-    `memory_bytes`: keys and values in memory.
-    `memory_evictions`: chunks that memory gave up for others.
+    `memory_bytes`, `disk_bytes`: of the chunks that are held.
+    `memory_evictions`, `disk_evictions`: chunks that were given up for others.
+    `dropped`: chunks that weren't written, since too much waited or the disk was full.
+    `spoilt`: files that were found to be damaged or missing.
     """
 
     hits: int
@@ -37,15 +43,46 @@ class PrefixStatistics:
     tokens: int
     memory_bytes: int
     memory_evictions: int
+    disk_bytes: int
+    disk_evictions: int
+    dropped: int
+    spoilt: int
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """A search that `PrefixStore.begin` began.
+
+    `chunks`: those that are known.
+    `parts`: their keys and values, or their bits as they are being read from disk.
+    """
+
+    chunks: tuple[Chunk, ...]
+    parts: tuple[KeysAndValues | Future[mx.array | None], ...]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether nothing is being read any more."""
+        return all(part.done() for part in self.parts if isinstance(part, Future))
 
 
 class PrefixStore:
-    """Chunks of prompts' beginnings in memory. What was used the longest ago is given up first.
+    """Chunks of prompts' beginnings in memory, and on disk if there is a folder for them.
 
-    One thread may use it, the one that computes; `statistics` may be called from any.
+    Memory and disk are bounded, and what was used the longest ago is given up first. One thread may use a store, the
+    one that computes; `statistics` may be called from any.
     """
 
-    def __init__(self, config: Config, fingerprint: str, *, chunk: int = 512, memory: int = 2**30) -> None:
+    def __init__(
+        self,
+        config: Config,
+        fingerprint: str,
+        *,
+        chunk: int = 512,
+        memory: int = 2**30,
+        folder: Path | None = None,
+        disk: int = 10 * 2**30,
+    ) -> None:
         """Opens a store.
 
         Args:
@@ -53,28 +90,57 @@ class PrefixStore:
             fingerprint: any text; another text for whatever else changes keys and values (`weights_fingerprint`).
             chunk: tokens in a chunk.
             memory: bytes of keys and values that are kept in memory, at most.
+            folder: where they are kept on disk; one process at a time may use it. Nowhere, if not given.
+            disk: bytes of files in the folder, at most.
 
         Raises:
-            InputError: if a number is out of its range.
+            InputError: if a number is out of its range, or the folder can't be used.
         """
-        for name, value, least in (("chunk", chunk, 1), ("memory", memory, 0)):
+        for name, value, least in (("chunk", chunk, 1), ("memory", memory, 0), ("disk", disk, 0)):
             if value < least:
                 raise InputError(f"{name} is {value} where at least {least} is expected.")
         self._form = Form(config, fingerprint, chunk)
+        self._folder = None if folder is None else PrefixFolder(folder, disk, self._form)
         self._held: dict[str, tuple[Chunk, KeysAndValues]] = {}
         self._recency = Recency(memory)
         self._hits = self._misses = self._tokens = self._evictions = 0
 
     def longest(self, tokens: Sequence[int]) -> Prefix:
-        """The longest beginning of `tokens` that is known: whole chunks, and at least one token less than all."""
+        """The longest beginning of `tokens` that is known: whole chunks, and at least one token less than all.
+
+        Waits for the disk where chunks are only there; `begin` and `finish` are the same without that.
+        """
+        return self.finish(self.begin(tokens))
+
+    def begin(self, tokens: Sequence[int]) -> Lookup:
+        """Begins to read from disk what `longest` would find there. Nothing waits."""
         chunks = self._form.chunks(tokens[:-1])
-        found = list[KeysAndValues]()
+        parts = list[KeysAndValues | Future[mx.array | None]]()
         for chunk in chunks:
-            array = self._in_memory(chunk)
+            part: KeysAndValues | Future[mx.array | None] | None = self._in_memory(chunk)
+            if part is None and self._folder is not None:
+                part = self._folder.read(chunk)
+            if part is None:
+                break
+            parts.append(part)
+        return Lookup(tuple(chunks[: len(parts)]), tuple(parts))
+
+    def finish(self, lookup: Lookup) -> Prefix:
+        """What was found. Waits for the disk if the lookup isn't ready."""
+        found = list[KeysAndValues]()
+        names = [chunk.name for chunk in lookup.chunks]
+        self._recency.use(names)
+        has_room = True
+        for chunk, part in zip(lookup.chunks, lookup.parts, strict=True):
+            array = self._from_disk(part) if isinstance(part, Future) else part
             if array is None:
                 break
             found.append(array)
-        self._recency.use([chunk.name for chunk in chunks[: len(found)]])
+            is_new = self._in_memory(chunk) is None
+            has_room = has_room and (not is_new or self._make_room(names))
+            if is_new and has_room:
+                self._keep(chunk, array)
+        self._use(names[: len(found)])
         prefix = Prefix(len(found) * self._form.size, tuple(found))
         self._hits += bool(found)
         self._misses += not found
@@ -83,6 +149,8 @@ class PrefixStore:
 
     def put(self, tokens: Sequence[int], cache: Cache, row: int = 0) -> None:
         """Keeps the whole chunks among the tokens that a row of a cache holds. Known ones cost nothing.
+
+        Nothing waits for the device. For the disk, chunks wait until `write_some` is called.
 
         Args:
             tokens: the row's. They may go on beyond what the cache holds.
@@ -98,29 +166,56 @@ class PrefixStore:
             raise CacheError(f"row is {row} where a cache of {cache.batch_size} rows has 0 to {cache.batch_size - 1}.")
         chunks = self._form.chunks(tokens[: cache.lengths[row]])
         names = [chunk.name for chunk in chunks]
-        self._recency.use(names)
+        self._use(names)
+        has_room, folder = True, self._folder
         for number, chunk in enumerate(chunks):
-            if self._in_memory(chunk) is None:
+            array = self._in_memory(chunk)
+            has_room = has_room and (array is not None or self._make_room(names))
+            to_keep, to_write = array is None and has_room, folder is not None and not folder.holds(chunk)
+            if array is None and (to_keep or to_write):
                 start = number * self._form.size
                 array = cut(cache, row, start, start + self._form.size)
-                if not self._keep(chunk, array, names):
-                    break
                 # Evaluated, it doesn't keep the cache.
                 mx.async_eval(array)
-        self._recency.use(names)
+            if array is not None and to_keep:
+                self._keep(chunk, array)
+            if array is not None and folder is not None and to_write and not folder.offer(chunk, array, names):
+                folder = None
+        self._use(names)
+
+    def write_some(self) -> bool:
+        """Hands one chunk that waits for the disk to the thread that writes; whether there are more.
+
+        Waits until the device has computed that chunk, so a turn of an engine hands over one, after its other work.
+        """
+        return self._folder is not None and self._folder.hand_over()
 
     def statistics(self) -> PrefixStatistics:
         """What has been done, and what is held."""
+        folder = self._folder
         return PrefixStatistics(
             hits=self._hits,
             misses=self._misses,
             tokens=self._tokens,
             memory_bytes=self._recency.total,
             memory_evictions=self._evictions,
+            disk_bytes=0 if folder is None else folder.nbytes,
+            disk_evictions=0 if folder is None else folder.evicted,
+            dropped=0 if folder is None else folder.dropped,
+            spoilt=0 if folder is None else folder.spoilt,
         )
 
+    def forget_memory(self) -> None:
+        """Gives up all that is in memory or waits to be handed over, as is due when the device failed to compute it."""
+        self._held.clear()
+        self._recency = Recency(self._recency.most)
+        if self._folder is not None:
+            self._folder.withdraw()
+
     def close(self) -> None:
-        """Gives the memory back."""
+        """Gives the memory back, and writes what waits for the disk. Nothing may be called afterwards."""
+        if self._folder is not None:
+            self._folder.close()
         self._held.clear()
         self._recency = Recency(0)
 
@@ -128,14 +223,23 @@ class PrefixStore:
         known, array = self._held.get(chunk.name, (None, None))
         return array if known == chunk else None
 
-    def _keep(self, chunk: Chunk, array: KeysAndValues, chain: Sequence[str]) -> bool:
-        """Keeps a chunk in memory, if there is room beside those of `chain`."""
-        given_up = self._recency.make_room(array.nbytes, keep=frozenset(chain))
-        if given_up is None:
-            return False
-        for name in given_up:
+    def _from_disk(self, part: Future[mx.array | None]) -> KeysAndValues | None:
+        bits = part.result()
+        return None if bits is None else bits.view(self._form.dtype)
+
+    def _use(self, chain: Sequence[str]) -> None:
+        self._recency.use(chain)
+        if self._folder is not None:
+            self._folder.use(chain)
+
+    def _make_room(self, chain: Sequence[str]) -> bool:
+        """Makes room in memory for one chunk more beside those of `chain`; whether there is."""
+        given_up = self._recency.make_room(self._form.nbytes, keep=frozenset(chain))
+        for name in given_up or []:
             del self._held[name]
-        self._evictions += len(given_up)
+        self._evictions += len(given_up or [])
+        return given_up is not None
+
+    def _keep(self, chunk: Chunk, array: KeysAndValues) -> None:
         self._held[chunk.name] = chunk, array
         self._recency.add(chunk.name, array.nbytes)
-        return True

@@ -16,51 +16,15 @@ from dbrx_fn.model.params import init_params
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.serving.prefix_chunks import Prefix, restored
 from dbrx_fn.serving.prefix_store import PrefixStore
-from tests.support.prefixes import CHUNK, CHUNK_BYTES, CONFIG, assert_holds, cache_of
-
-TEXTS = st.lists(st.integers(0, 1), max_size=22).map(lambda bits: [bit for bit in bits for _ in range(2)])
-"""Few enough chunks that beginnings are shared."""
+from tests.support.prefixes import CHUNK, CHUNK_BYTES, CONFIG, TEXTS, Naive, assert_holds, cache_of
 
 
 def opened(**given: Any) -> PrefixStore:
     return PrefixStore(CONFIG, "weights", chunk=CHUNK, **given)
 
 
-class Naive:
-    """The same as sets of tuples: whole texts up to each chunk's end, and when each was last used."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.now, self.used = most, 0, dict[tuple[int, ...], int]()
-
-    def beginnings(self, tokens: list[int]) -> list[tuple[int, ...]]:
-        return [tuple(tokens[:end]) for end in range(CHUNK, len(tokens) + 1, CHUNK)]
-
-    def use(self, tokens: list[int]) -> None:
-        self.now += 1
-        self.used |= {text: self.now for text in self.beginnings(tokens) if text in self.used}
-
-    def longest(self, tokens: list[int]) -> int:
-        found = [text for text in self.beginnings(tokens[:-1]) if text in self.used]
-        self.use(list(found[-1]) if found else [])
-        return len(found) * CHUNK
-
-    def put(self, tokens: list[int]) -> None:
-        self.use(tokens)
-        for text in self.beginnings(tokens):
-            while text not in self.used and len(self.used) >= self.most:
-                last = [
-                    held
-                    for held in self.used
-                    if held != tuple(tokens[: len(held)]) and not any(held == more[:-CHUNK] for more in self.used)
-                ]
-                if not last:
-                    return
-                del self.used[min(last, key=lambda held: self.used[held])]
-            self.used[text] = self.now
-
-
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), TEXTS), max_size=12), st.integers(0, 12))
+@given(steps=st.lists(st.tuples(st.booleans(), TEXTS), max_size=12), most=st.integers(0, 12))
 def test_it_finds_what_a_naive_store_finds_and_never_holds_more_than_it_may(
     steps: list[tuple[bool, list[int]]], most: int
 ) -> None:

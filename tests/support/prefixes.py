@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
+from hypothesis import strategies as st
 
 from dbrx_fn.model.cache import Cache
 from dbrx_fn.model.config import AttnConfig, Config, Dtype, FFNConfig
@@ -22,6 +23,43 @@ CONFIG = Config(
 CHUNK = 4
 CHUNK_BYTES = 4 * 2 * CHUNK * 6 * 4
 """Bytes of a chunk in float32: [2*layers kv_heads chunk head_dim]."""
+
+
+TEXTS = st.lists(st.integers(0, 1), max_size=22).map(lambda bits: [bit for bit in bits for _ in range(2)])
+"""Few enough chunks that beginnings are shared."""
+
+
+class Naive:
+    """The same as sets of tuples: whole texts up to each chunk's end, and when each was last used."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.now, self.used = most, 0, dict[tuple[int, ...], int]()
+
+    def beginnings(self, tokens: list[int]) -> list[tuple[int, ...]]:
+        return [tuple(tokens[:end]) for end in range(CHUNK, len(tokens) + 1, CHUNK)]
+
+    def use(self, tokens: list[int]) -> None:
+        self.now += 1
+        self.used |= {text: self.now for text in self.beginnings(tokens) if text in self.used}
+
+    def longest(self, tokens: list[int]) -> int:
+        found = [text for text in self.beginnings(tokens[:-1]) if text in self.used]
+        self.use(list(found[-1]) if found else [])
+        return len(found) * CHUNK
+
+    def put(self, tokens: list[int]) -> None:
+        self.use(tokens)
+        for text in self.beginnings(tokens):
+            while text not in self.used and len(self.used) >= self.most:
+                last = [
+                    held
+                    for held in self.used
+                    if held != tuple(tokens[: len(held)]) and not any(held == more[:-CHUNK] for more in self.used)
+                ]
+                if not last:
+                    return
+                del self.used[min(last, key=lambda held: self.used[held])]
+            self.used[text] = self.now
 
 
 def content(tokens: Sequence[int]) -> np.ndarray:

@@ -1,0 +1,71 @@
+"""One chunk's keys and values as a file.
+
+The file is safetensors (https://github.com/huggingface/safetensors#format) with one tensor, `keys_and_values`
+`[2*layers kv_heads chunk head_dim]` in the config's dtype. The header's texts are the facts that keys and values depend
+on, the chunk's tokens, the name of the chunk before it, and the SHA-256 sum of the data. Whoever looks for a chunk
+knows all of them but the sum. So a reader parses nothing: the header must be, byte for byte, the one that it would
+write before this data.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import BinaryIO
+
+import mlx.core as mx
+import numpy as np
+
+from dbrx_fn.generation.cache_file import DTYPE_CODES
+from dbrx_fn.serving.prefix_chunks import Chunk, Form, KeysAndValues
+
+# NumPy has no bfloat16, and bits are all that a file needs.
+_BITS: Mapping[int, type[np.unsignedinteger]] = {2: np.uint16, 4: np.uint32}
+_NO_SUM = "0" * 64
+
+
+def size_in_file(form: Form, chunk: Chunk) -> int:
+    """Bytes of a chunk's file."""
+    return len(_header(form, chunk, _NO_SUM)) + form.nbytes
+
+
+def as_bits(array: KeysAndValues) -> mx.array:
+    """Keys and values as unsigned integers of the same bits."""
+    return array.view(mx.uint16 if array.itemsize == 2 else mx.uint32)
+
+
+def write_chunk(file: BinaryIO, form: Form, chunk: Chunk, data: memoryview) -> None:
+    """Writes a chunk's file; `data` are its bits. Nothing of MLX is used, so any thread may do it."""
+    file.write(_header(form, chunk, hashlib.sha256(data).hexdigest()))
+    file.write(data)
+
+
+def read_chunk(file: BinaryIO, form: Form, chunk: Chunk) -> mx.array:
+    """The bits of a chunk's keys and values, as unsigned integers. Any thread may read them, since nothing is computed.
+
+    `array.view(dtype)` makes keys and values of them.
+
+    Raises:
+        ValueError: if the file isn't that chunk's, whole and unchanged.
+        OSError: if it can't be read.
+    """
+    if os.fstat(file.fileno()).st_size != size_in_file(form, chunk):
+        raise ValueError("it has another size")
+    header = file.read(size_in_file(form, chunk) - form.nbytes)
+    data = file.read(form.nbytes)
+    if header != _header(form, chunk, hashlib.sha256(data).hexdigest()):
+        raise ValueError("it has another header or other data")
+    return mx.array(np.frombuffer(data, _BITS[form.dtype.size]).reshape(form.shape))
+
+
+def _header(form: Form, chunk: Chunk, checksum: str) -> bytes:
+    texts = {
+        "dbrx_fn_prefix": form.facts,
+        "before": chunk.before,
+        "tokens": json.dumps(chunk.tokens),
+        "sha256": checksum,
+    }
+    tensor = {"dtype": DTYPE_CODES[form.config.dtype], "shape": form.shape, "data_offsets": [0, form.nbytes]}
+    text = json.dumps({"__metadata__": texts, "keys_and_values": tensor}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
