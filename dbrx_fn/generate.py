@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import os
 import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,21 +15,24 @@ from tqdm import tqdm
 from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, tokenizer_folder
 from dbrx_fn.checkpoints.loader import computing_dtype, load
 from dbrx_fn.cli.command import Parser, program, run
-from dbrx_fn.cli.terminal import byte_progress, print_message, size_text, visible
+from dbrx_fn.cli.generation_options import (
+    MOST_TOKENS,
+    add_generation_options,
+    check_generation_options,
+    chosen_sampling,
+    chosen_stop_tokens,
+)
+from dbrx_fn.cli.terminal import byte_progress, dimmed, print_message, size_text, visible
 from dbrx_fn.errors import InputError
 from dbrx_fn.generation.generation_config import read_generation_config
-from dbrx_fn.generation.sampling import Sampling, random_key
-from dbrx_fn.generation.stream import Piece, check_limits, stream_text, token_budget, warm_up
+from dbrx_fn.generation.sampling import random_key
+from dbrx_fn.generation.stream import Piece, stream_text, token_budget, warm_up
 from dbrx_fn.model.config import Config, Dtype
-from dbrx_fn.model.shapes import CHUNK_SIZE
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import backend
 from dbrx_fn.text.chat import encode_chat
 from dbrx_fn.text.prompt_length import encode_prompt
 from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
-
-_MOST_TOKENS = 100
-"""The number of tokens to generate if neither the options nor the checkpoint give one."""
 
 _PROMPT_SHOWN = 400
 """The most characters of the prompt that a terminal shows before the text, from its end."""
@@ -113,12 +115,6 @@ def parser() -> argparse.ArgumentParser:
         " owner/name (default: the small model of this package)",
     )
     add("--prompt", "-p", required=True, help="text to continue; - reads it from standard input")
-    add(
-        "--max-tokens",
-        "-m",
-        type=int,
-        help=f"the most tokens to generate (default: max_new_tokens of generation_config.json, or {_MOST_TOKENS})",
-    )
     add("--chat", action="store_true", help="send the prompt as a user's message in the model's chat format")
     add(
         "--control-tokens",
@@ -126,34 +122,7 @@ def parser() -> argparse.ArgumentParser:
         help="with --chat, encode control tokens in the prompt, such as <|im_end|> (default: they are plain text)",
     )
     add("--system", "--system-prompt", help="system prompt instead of the model's default; implies --chat")
-    _add_sampling(options)
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end the text before this string; repeatable (default: stop_strings of generation_config.json)",
-    )
-    add(
-        "--extra-eos-token",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="TOKEN",
-        help="additional tokens that end the text",
-    )
-    add("--seed", type=int, help="seed for drawing tokens (default: another one each time)")
-    add(
-        "--prefill-step-size",
-        type=int,
-        default=CHUNK_SIZE,
-        help="number of prompt tokens computed at once, which bounds memory (default: %(default)s)",
-    )
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="dtype to load the parameters in (default: as stored, but float32 on a CPU if memory allows)",
-    )
+    add_generation_options(options)
     add(
         "--json",
         action="store_true",
@@ -162,46 +131,28 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def _add_sampling(options: argparse.ArgumentParser) -> None:
-    sampling = options.add_argument_group(
-        "sampling", "The defaults are those of the checkpoint's generation_config.json, or else the ones below."
-    )
-    add = sampling.add_argument
-    add("--temp", type=float, help="temperature; 0 always takes the most likely token (default: 0)")
-    add("--top-p", type=float, help="draw among the most likely tokens of this total probability (default: 1)")
-    add("--top-k", type=int, help="draw among this many most likely tokens; 0 means all (default: 0)")
-    add("--min-p", type=float, help="draw among tokens with at least this fraction of the highest probability")
-    add("--repetition-penalty", type=float, help="above 1, tokens of the prompt and the text become less likely")
-    add("--presence-penalty", type=float, default=0.0, help="subtract this from the logits of tokens in the text")
-    add("--frequency-penalty", type=float, default=0.0, help="subtract this once for each time a token is in the text")
-    add("--logit-bias", action="append", default=[], metavar="ID:BIAS", help="add to a token's logit; repeatable")
-
-
 def _run(options: argparse.Namespace) -> None:
     report = Report(options.model, secrets.randbits(32) if options.seed is None else options.seed)
-    _sampling(options, Sampling())
+    check_generation_options(options)
     key = random_key(report.seed)
-    check_limits(1 if options.max_tokens is None else options.max_tokens, options.stop)
-    if options.prefill_step_size < 1:
-        raise InputError(f"--prefill-step-size is {options.prefill_step_size} where it must be at least 1.")
     text = _prompt(options.prompt)
 
     start = time.perf_counter()
     path = checkpoint_path(options.model)
     folder = tokenizer_folder(path)
     defaults = read_generation_config(folder)
-    sampling = _sampling(options, defaults.sampling)
+    sampling = chosen_sampling(options, defaults.sampling)
     tokenizer = read_tokenizer(folder)
     params, config = _load(path, options.dtype)
     report.load_time = time.perf_counter() - start
 
     prompt = _encode(tokenizer, text, options, config.max_seq_len)
     report.prompt_tokens = len(prompt)
-    wanted = options.max_tokens or defaults.max_tokens or _MOST_TOKENS
+    wanted = options.max_tokens or defaults.max_tokens or MOST_TOKENS
     budget = token_budget(prompt, config, wanted)
     if budget < wanted:
         print_message(f"warning: the context of {config.max_seq_len} tokens leaves room for {budget} after the prompt.")
-    stop_tokens = tokenizer.stop_tokens | {_one_token(tokenizer, token) for token in options.extra_eos_token}
+    stop_tokens = chosen_stop_tokens(options, tokenizer)
 
     start = time.perf_counter()
     # This is fast once MLX has the kernels. The first time on a machine it takes seconds, or a minute on CUDA.
@@ -260,37 +211,11 @@ def _show_prompt(text: str) -> None:
     """Shows the prompt, dimmed, if standard output is a terminal. A pipe gets only the text."""
     if sys.stdout.isatty():
         shown = visible(text if len(text) <= _PROMPT_SHOWN else f"…{text[-_PROMPT_SHOWN:]}")
-        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-        print(shown if plain else f"\x1b[2m{shown}\x1b[22m", end="", flush=True)
+        print(dimmed(shown, sys.stdout), end="", flush=True)
 
 
 def _chats(options: argparse.Namespace) -> bool:
     return options.chat or options.system is not None
-
-
-def _sampling(options: argparse.Namespace, default: Sampling) -> Sampling:
-    given = {
-        "temperature": options.temp,
-        "top_k": options.top_k,
-        "top_p": options.top_p,
-        "min_p": options.min_p,
-        "repetition_penalty": options.repetition_penalty,
-    }
-    return replace(
-        default,
-        **{name: value for name, value in given.items() if value is not None},
-        presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty,
-        logit_bias=tuple(_bias(entry) for entry in options.logit_bias),
-    )
-
-
-def _bias(entry: str) -> tuple[int, float]:
-    token, _, bias = entry.partition(":")
-    try:
-        return int(token), float(bias)
-    except ValueError:
-        raise InputError(f"--logit-bias is {entry!r} where a token's id, a colon and a number are expected.") from None
 
 
 def _prompt(option: str) -> str:
@@ -331,13 +256,6 @@ def _encode(tokenizer: Tokenizer, text: str, options: argparse.Namespace, most: 
     return encode_chat(
         tokenizer, [message], system=options.system, control_tokens_in_content=options.control_tokens, most=most
     )
-
-
-def _one_token(tokenizer: Tokenizer, text: str) -> int:
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    if len(tokens) != 1:
-        raise InputError(f"--extra-eos-token is {text!r}, which is {len(tokens)} tokens where one is expected.")
-    return tokens[0]
 
 
 def _rate(rate: float | None) -> str:

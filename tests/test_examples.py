@@ -61,7 +61,7 @@ def a_merge_is_better_than_its_parts(said: str) -> None:
 
 def a_loaded_prompt_goes_on(said: str) -> None:
     assert re.search(r"^466 tokens read and saved in .* s: 1,19\d,\d{3} bytes$", said, re.MULTILINE)
-    assert len(set(re.findall(r"^[A-Za-z ]+: '.+'$", said, re.MULTILINE))) == 3
+    assert len(set(re.findall(r"^[A-Za-z ]+: (?:'.+'|\".+\")$", said, re.MULTILINE))) == 3
 
 
 def what_is_used_least_is_missed_least(said: str) -> None:

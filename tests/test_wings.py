@@ -24,7 +24,7 @@ BELOW = {
     "training": "checkpoints data errors files model runtime",
     "evaluation": "checkpoints data drawing errors files model runtime training",
     "benchmarks": "checkpoints data drawing errors files generation model ops runtime training",
-    "cli": "errors files model ops",
+    "cli": "errors files generation model ops text",
     "checking": "benchmarks checkpoints errors files generation model ops runtime training",
     "runs": "checkpoints cli data drawing errors evaluation files generation model runtime training",
 }

@@ -1,10 +1,12 @@
 """Output of the commands: results, messages, warnings, progress."""
 
+import os
 import sys
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -27,6 +29,13 @@ def _steers(character: str) -> bool:
     control = unicodedata.category(character) == "Cc" and character not in "\n\t"
     # The ranges are characters that change the direction of writing.
     return control or "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069"
+
+
+def dimmed(text: str, stream: TextIO) -> str:
+    """The text, dimmed if it goes to a terminal that shows colours."""
+    if not stream.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[2m{text}\x1b[22m"
 
 
 def print_result(text: str) -> None:

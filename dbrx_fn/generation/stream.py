@@ -5,17 +5,17 @@ token that it yields.
 """
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import mlx.core as mx
 
-from dbrx_fn.errors import GenerationError, InputError
+from dbrx_fn.errors import CacheError, GenerationError, InputError
 from dbrx_fn.files.json_file import shown
 from dbrx_fn.generation.sampling import GREEDY, Key, Sampling, init_history, sample
 from dbrx_fn.generation.text_cutter import TextCutter
-from dbrx_fn.model.cache import grow_cache, init_cache
+from dbrx_fn.model.cache import Cache, grow_cache, init_cache
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.shapes import CHUNK_SIZE, capacity_bucket, traced_first
 from dbrx_fn.model.transformer import forward
@@ -26,6 +26,7 @@ from dbrx_fn.text.prompt_length import encode_prompt
 from dbrx_fn.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
+T = TypeVar("T")
 _AHEAD = 256
 """The cache has room for this many new tokens at first, and grows later. Short answers so attend over fewer slots."""
 
@@ -45,6 +46,42 @@ class Piece:
     finish_reason: FinishReason | None
 
 
+@dataclass(eq=False)
+class _Held:
+    """Where a generation keeps its cache, so that nobody else holds one while it is written to."""
+
+    cache: Cache
+
+
+class Stream(Iterator[T], Generic[T]):
+    """Tokens or pieces as they are made. Whoever has enough stops asking.
+
+    stream = stream_tokens(params, config, prompt)
+    text = [*prompt, *stream]
+    cache = stream.cache
+    stream = stream_tokens(params, config, [*text, *more], cache=cache)  # computes `more` and the last of `text`
+    """
+
+    def __init__(self, made: Generator[T], held: _Held) -> None:
+        self._made, self._held = made, held
+
+    def __next__(self) -> T:
+        return next(self._made)
+
+    def close(self) -> None:
+        """Ends it before its end."""
+        self._made.close()
+
+    @property
+    def cache(self) -> Cache:
+        """Keys and values of the text so far: the prompt, then what was made.
+
+        The last token that was made may be missing. While the stream goes on, one may be there that hasn't been yielded
+        yet: `rewind` forgets it.
+        """
+        return self._held.cache
+
+
 @checked
 def stream_tokens(
     params: Params,
@@ -56,8 +93,9 @@ def stream_tokens(
     key: Key | None = None,
     stop_tokens: Iterable[int] = (),
     chunk_size: int = CHUNK_SIZE,
-) -> Iterator[int]:
-    """Yields the tokens that follow `prompt`, including the stop token if one comes.
+    cache: Cache | None = None,
+) -> Stream[int]:
+    """The tokens that follow `prompt`, including the stop token if one comes.
 
     Args:
         params: the tree.
@@ -68,28 +106,49 @@ def stream_tokens(
         key: an `mx.random.key`. Required if `sampling` has a temperature.
         stop_tokens: ids that end the text.
         chunk_size: number of prompt tokens computed at once.
+        cache: keys and values of the prompt's first tokens, which aren't computed again. Nothing is known, if not
+            given.
 
     Raises:
-        InputError: before the first token, if an argument has an impossible value.
-        GenerationError: if the model's logits aren't finite, so no token can be chosen.
+        InputError: if an argument has an impossible value.
+        CacheError: if the cache isn't one row of this model's, or isn't shorter than the prompt.
+        GenerationError: at a token, if the model's logits aren't finite, so none can be chosen.
     """
     _check_drawing(sampling, key)
     prompt = token_ids("The prompt", prompt, config)
     max_tokens = token_budget(prompt, config, max_tokens)
-    stop_tokens = frozenset(token_ids("stop_tokens", stop_tokens, config))
-    cache = init_cache(config, 1, _first_capacity(len(prompt), max_tokens))
-    history = init_history([prompt], config.vocab_size) if sampling.uses_history else None
+    ends = frozenset(token_ids("stop_tokens", stop_tokens, config))
+    capacity = _first_capacity(len(prompt), max_tokens)
+    if cache is None:
+        cache = init_cache(config, 1, capacity)
+    _check_known(cache, prompt, config)
+    held = _Held(grow_cache(cache, capacity))
     key = mx.random.key(0) if key is None else key
+    return Stream(_tokens(params, config, prompt, held, max_tokens, sampling, key, ends, chunk_size), held)
 
+
+def _tokens(
+    params: Params,
+    config: Config,
+    prompt: list[int],
+    held: _Held,
+    max_tokens: int,
+    sampling: Sampling,
+    key: Key,
+    stop_tokens: frozenset[int],
+    chunk_size: int,
+) -> Generator[int]:
+    history = init_history([prompt], config.vocab_size) if sampling.uses_history else None
     with wired(params):
-        logits, cache = forward(params, mx.array([prompt], mx.int32), cache, last_only=True, chunk_size=chunk_size)
+        unread = mx.array([prompt[held.cache.lengths[0] :]], mx.int32)
+        logits, held.cache = forward(params, unread, held.cache, last_only=True, chunk_size=chunk_size)
         token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
         mx.async_eval(token)
         for remaining in reversed(range(max_tokens)):
             current = token
             if remaining:
-                cache = grow_cache(cache, cache.lengths[0] + 1)
-                logits, cache = forward(params, current[:, None], cache)
+                held.cache = grow_cache(held.cache, held.cache.lengths[0] + 1)
+                logits, held.cache = forward(params, current[:, None], held.cache)
                 token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
                 mx.async_eval(token)
             made = cast(int, current.item())
@@ -116,8 +175,9 @@ def stream_text(
     stop_tokens: Iterable[int] | None = None,
     stop_strings: Sequence[str] = (),
     chunk_size: int = CHUNK_SIZE,
-) -> Iterator[Piece]:
-    """Yields the text that follows `prompt`, one piece per token, as `stream_tokens` generates them.
+    cache: Cache | None = None,
+) -> Stream[Piece]:
+    """The text that follows `prompt`, one piece per token, as `stream_tokens` generates them.
 
     No piece ends within a character, and none holds a part of a stop token or stop string.
 
@@ -132,10 +192,11 @@ def stream_text(
         stop_tokens: ids that end the text. `tokenizer.stop_tokens`, if not given.
         stop_strings: strings that end the text.
         chunk_size: number of prompt tokens computed at once.
+        cache: as in `stream_tokens`.
 
     Raises:
         InputError: as in `stream_tokens`, or if a stop string is empty.
-        GenerationError: as in `stream_tokens`.
+        CacheError, GenerationError: as in `stream_tokens`.
     """
     check_limits(max_tokens, stop_strings)
     stop_tokens = tokenizer.stop_tokens if stop_tokens is None else frozenset(stop_tokens)
@@ -154,7 +215,12 @@ def stream_text(
         key=key,
         stop_tokens=stop_tokens,
         chunk_size=chunk_size,
+        cache=cache,
     )
+    return Stream(_pieces(made, cutter, budget), made._held)
+
+
+def _pieces(made: Iterator[int], cutter: TextCutter, budget: int) -> Generator[Piece]:
     for count, token in enumerate(made, start=1):
         last = count == budget
         text, stopped = cutter.push(token, last=last)
@@ -211,6 +277,17 @@ def token_ids(name: str, tokens: Iterable[int] | mx.array, config: Config) -> li
             " to another model."
         )
     return ids
+
+
+def _check_known(cache: Cache, prompt: Sequence[int], config: Config) -> None:
+    """Raises `CacheError` unless `cache` can hold the first tokens of `prompt`."""
+    if cache.config != config or cache.batch_size != 1:
+        raise CacheError("The cache isn't one row of this model's config: make it with init_cache(config, 1, …).")
+    if cache.lengths[0] >= len(prompt):
+        raise CacheError(
+            f"The cache holds {cache.lengths[0]} tokens and the prompt has {len(prompt)}, all of the text from its"
+            " beginning: rewind the cache to fewer than that."
+        )
 
 
 def _check_drawing(sampling: Sampling, key: Key | None) -> None:

@@ -23,13 +23,13 @@ with tempfile.TemporaryDirectory() as folder:
     print(f"{prompt.size} tokens read and saved in {time.perf_counter() - start:.2f} s: {file.stat().st_size:,} bytes")
 
     start = time.perf_counter()
-    cache = dbrx_fn.load_cache(file, config, capacity=prompt.size + LENGTH + 16)
+    cache = dbrx_fn.load_cache(file, config)
     print(f"Loaded in {time.perf_counter() - start:.3f} s")
 
+warm = dbrx_fn.Sampling(temperature=0.7)
 for seed, speaker in enumerate(["MACBETH", "Doctor", "LADY MACBETH"]):
-    tokens, after, text = tokenizer.encode(f"\n\n**{speaker}**  \n"), cache, ""
-    for key in mx.random.split(mx.random.key(seed), LENGTH):
-        logits, after = dbrx_fn.forward(params, mx.array([tokens]), after, last_only=True)
-        tokens = mx.random.categorical(logits[:, 0] / 0.7, key=key).tolist()
-        text += tokenizer.decode(tokens)
+    tokens = prompt[0].tolist() + tokenizer.encode(f"\n\n**{speaker}**  \n")
+    drawn = {"max_tokens": LENGTH, "sampling": warm, "key": mx.random.key(seed)}
+    pieces = dbrx_fn.stream_text(params, config, tokenizer, tokens, cache=cache, **drawn)
+    text = "".join(piece.text for piece in pieces)
     print(f"\n{speaker}: {text!r}")

@@ -19,6 +19,7 @@ PUBLIC = {
     *(
         "stream_text",
         "stream_tokens",
+        "Stream",
         "encode_chat",
         "render_chat",
         "Piece",
