@@ -17,6 +17,9 @@ _WORD = re.compile(r"\w")
 _MOST_ROUNDS = 8
 """A round that finds wrong tokens leaves fewer of them, unless a normalizer takes out what stands for others."""
 
+_LONG = 4096
+"""Characters from which on other threads can go on meanwhile: the library lets them in `encode_batch` alone."""
+
 _Match = tuple[str, int, int]
 """A control token's text, and where it starts and ends."""
 
@@ -123,7 +126,7 @@ class LiteralEncoder:
             control_tokens = self._outside(text, literal)
             if control_tokens != self._find(text):
                 return self._encode_between(text, control_tokens)
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return _ids(self._backend, text)
 
     def _can_match(self, text: str, literal: Ranges) -> bool:
         if self._pattern is None or not literal:
@@ -139,10 +142,10 @@ class LiteralEncoder:
         tokens: list[int] = []
         place = 0
         for content, start, end in control_tokens:
-            tokens += self._plain.encode(text[place:start], add_special_tokens=False).ids
+            tokens += _ids(self._plain, text[place:start])
             tokens.append(self._control[content])
             place = end
-        return tokens + list(self._plain.encode(text[place:], add_special_tokens=False).ids)
+        return tokens + _ids(self._plain, text[place:])
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
@@ -154,7 +157,7 @@ class LiteralEncoder:
 
     def _find(self, text: str) -> list[_Match]:
         """Returns the control tokens of a text, with the white space that they take."""
-        encoding = self._finder.encode(text)
+        encoding = _encoded(self._finder, text)
         named = zip(map(self._finder.id_to_token, encoding.ids), encoding.offsets, strict=True)
         return [(content, *place) for content, place in named if content is not None and content in self._control]
 
@@ -188,6 +191,16 @@ class LiteralEncoder:
         if self._added[content].rstrip:
             end -= len(taken) - len(taken.rstrip())
         return start, max(start, end)
+
+
+def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    return list(_encoded(tokenizer, text).ids)
+
+
+def _encoded(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    if len(text) < _LONG:
+        return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode_batch([text], add_special_tokens=False)[0]
 
 
 def _unused(codes: range, used: Collection[str]) -> str:

@@ -1,0 +1,236 @@
+"""`python -m dbrx_fn.serve`: serves a model to OpenAI's clients, and to people who chat."""
+
+import argparse
+import ipaddress
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import urlsplit
+
+from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, local_path, tokenizer_folder
+from dbrx_fn.checkpoints.loader import computing_dtype, load
+from dbrx_fn.cli.command import Parser, Terminated, program, run
+from dbrx_fn.cli.stop_signals import deferred_stop
+from dbrx_fn.cli.terminal import byte_progress, print_message, print_result, size_text
+from dbrx_fn.errors import InputError
+from dbrx_fn.generation.generation_config import GenerationConfig, read_generation_config
+from dbrx_fn.generation.sampling import Sampling
+from dbrx_fn.model.costs import cache_bytes
+from dbrx_fn.serving.access import KEY_VARIABLE, Access, read_keys
+from dbrx_fn.serving.engine import Engine
+from dbrx_fn.serving.limits import Limits, default_limits
+from dbrx_fn.serving.served_model import ServedModel
+from dbrx_fn.text.tokenizer import read_tokenizer
+
+_MOST_CHOICES = 128
+"""Texts that one request may ask for."""
+
+_MAX_TOKENS = 512
+"""What is made where neither a request, nor the options, nor the checkpoint say."""
+
+_LONGEST_DRAIN = 24 * 3600
+
+_ARRIVING = 64
+"""Requests that may be read beside those that wait or run."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0 after SIGTERM, 2 for anything the user can mend, 130 after
+    Ctrl-C."""
+    return run(
+        _run,
+        parser(),
+        arguments,
+        smaller="serve fewer --decode-concurrency or a smaller --capacity, or quantize the model (python -m"
+        " dbrx_fn.convert)",
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options; those that mlx-lm's server has too are named as there."""
+    options = Parser(
+        prog=program("serve"),
+        description="Serve a DBRX model over HTTP, to OpenAI's clients and to people who chat on its page.",
+        epilog="Exit status: 0 after SIGTERM, once what runs has ended or --drain seconds have passed; 2 after an"
+        " error; 130 after Ctrl-C.",
+    )
+    add = options.add_argument
+    add(
+        "--model",
+        default=str(SMALL),
+        help="folder of a checkpoint, a GGUF file with a tokenizer's files beside it, or a Hugging Face repository as"
+        " owner/name; if not given, the small model that ships with this package",
+    )
+    add("--served-model-name", help="what requests call the model; if not given, its repository's or folder's name")
+    add("--host", default="127.0.0.1", help="address to listen at, %(default)s if not given; 0.0.0.0 for all")
+    add("--port", type=int, default=8080, help="port to listen at, %(default)s if not given; 0 for any free one")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="convert the parameters to this when loading; if not given they stay as they are, and on a CPU become"
+        " float32 where memory allows",
+    )
+    _add_limits(options)
+    _add_access(options)
+    _add_defaults(options)
+    return options
+
+
+def _add_limits(options: argparse.ArgumentParser) -> None:
+    add = options.add_argument_group("limits").add_argument
+    add("--decode-concurrency", type=int, metavar="ROWS", help="texts made at once; 32 if not given, 8 with --exact")
+    add("--capacity", type=int, metavar="TOKENS", help="the longest text; what context and memory allow if not given")
+    add("--exact", action="store_true", help="answers that are the same bits whoever else is served; slower")
+    add("--queue", type=int, default=256, help="texts that may wait, %(default)s if not given; others get status 429")
+    add(
+        "--drain",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long texts may go on after SIGTERM or Ctrl-C, %(default)g if not given",
+    )
+
+
+def _add_access(options: argparse.ArgumentParser) -> None:
+    add = options.add_argument_group("access").add_argument
+    add(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="API keys, one a line; the environment's DBRX_FN_API_KEY is one too. Without any, no key is needed",
+    )
+    add(
+        "--allowed-origins",
+        type=_names,
+        default=(),
+        metavar="ORIGINS",
+        help="other servers' pages whose scripts may ask, as https://a.example,https://b.example, or * for all",
+    )
+    add(
+        "--allowed-hosts",
+        type=_names,
+        default=(),
+        metavar="NAMES",
+        help="names that the server goes by beside localhost and addresses; needed where there is no API key",
+    )
+
+
+def _add_defaults(options: argparse.ArgumentParser) -> None:
+    defaults = options.add_argument_group(
+        "defaults", "What requests leave open. What isn't given is as the checkpoint's generation_config.json says."
+    )
+    add = defaults.add_argument
+    add("--temp", type=float, help="temperature; 0 always takes the likeliest token")
+    add("--top-p", type=float, help="draw among the likeliest tokens of this probability together")
+    add("--top-k", type=int, help="draw among this many likeliest tokens; 0 for all")
+    add("--min-p", type=float, help="draw among tokens at least this fraction as likely as the likeliest")
+    add("--max-tokens", type=int, help="the most tokens of a text; 512 if neither says")
+
+
+def _run(options: argparse.Namespace) -> int | None:
+    server_module = _server_module()
+    for name in ("decode_concurrency", "capacity", "queue", "max_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value} where it must be at least 1.")
+    if not 0 <= options.drain <= _LONGEST_DRAIN:
+        raise InputError(f"--drain is {options.drain:g} where it must be from 0 to {_LONGEST_DRAIN} seconds.")
+    keys = read_keys(options.api_key_file, os.environ.get(KEY_VARIABLE))
+    access = Access(keys, frozenset(options.allowed_origins), frozenset(options.allowed_hosts))
+    _defaults(options, GenerationConfig(Sampling(), None, ()))
+
+    path = checkpoint_path(options.model)
+    folder = tokenizer_folder(path)
+    defaults = _defaults(options, read_generation_config(folder))
+    tokenizer = read_tokenizer(folder)
+    with byte_progress("loading") as progress:
+        params, config = load(path, dtype=options.dtype or computing_dtype(path), progress=progress)
+    limits = default_limits(
+        params, config, rows=options.decode_concurrency, capacity=options.capacity, exact=options.exact
+    )
+    model = ServedModel(
+        name=options.served_model_name or _name(options.model, path),
+        created=int(time.time()),
+        config=config,
+        tokenizer=tokenizer,
+        capacity=min(limits.capacity, limits.positions),
+        defaults=defaults,
+        max_tokens=options.max_tokens or defaults.max_tokens or _MAX_TOKENS,
+        most_choices=min(_MOST_CHOICES, options.queue),
+    )
+    settings = server_module.Settings(
+        host=options.host,
+        port=options.port,
+        access=access,
+        most_open=options.queue + limits.rows + _ARRIVING,
+        drain=options.drain,
+    )
+
+    def ready(url: str) -> None:
+        print_result(url)
+        print_message(_budget(model, limits))
+        if not keys and not _is_own_machine(url):
+            print_message("warning: whoever reaches this address can ask: set API keys with --api-key-file.")
+
+    with Engine(params, config, limits, queue=options.queue) as engine:
+        engine.wait_until_ready()
+        server = server_module.Server(model, engine, settings)
+
+        def tell() -> None:
+            print_message(f"ending: what runs has {options.drain:g} seconds.")
+            server.stop()
+
+        with deferred_stop(tell) as stop:
+            server.run(ready)
+    if stop.requested and not isinstance(stop.error(), Terminated):
+        raise stop.error()
+    return 0
+
+
+def _server_module() -> ModuleType:
+    try:
+        return import_module("dbrx_fn.serving.server")
+    except ImportError as error:
+        if error.name in ("starlette", "uvicorn", "prometheus_client", "h11", "anyio"):
+            raise InputError(
+                f"Serving needs {error.name}, which isn't installed: pip install 'dbrx-fn[serve]'."
+            ) from None
+        raise
+
+
+def _defaults(options: argparse.Namespace, defaults: GenerationConfig) -> GenerationConfig:
+    given = {"temperature": options.temp, "top_p": options.top_p, "top_k": options.top_k, "min_p": options.min_p}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return replace(defaults, sampling=replace(defaults.sampling, **chosen))
+
+
+def _name(model: str, path: Path) -> str:
+    """What requests call a model: as the Hub does, or as its folder or file is called."""
+    return model if local_path(model) is None else path.resolve().stem if path.is_file() else path.resolve().name
+
+
+def _budget(model: ServedModel, limits: Limits) -> str:
+    """What there is room for, in a line."""
+    room = size_text(limits.positions * cache_bytes(model.config, 1))
+    mode = " in the exact mode" if limits.exact else ""
+    return (
+        f"{model.name}: up to {limits.rows} texts at once{mode}, of up to {model.capacity} tokens; memory has {room} for"
+        f" {limits.positions} tokens in all."
+    )
+
+
+def _is_own_machine(url: str) -> bool:
+    return ipaddress.ip_address(urlsplit(url).hostname or "").is_loopback
+
+
+def _names(option: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in option.split(",") if name.strip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

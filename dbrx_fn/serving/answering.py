@@ -1,0 +1,108 @@
+"""An answer on its way: a request's choices in the engine, from their beginning to the end of the last one."""
+
+from collections.abc import AsyncGenerator
+from types import TracebackType
+
+from dbrx_fn.errors import DbrxError
+from dbrx_fn.serving.asked import Asked
+from dbrx_fn.serving.choice import Choice, Delta
+from dbrx_fn.serving.engine import Engine
+from dbrx_fn.serving.metrics import Clock
+from dbrx_fn.serving.openai_objects import Usage
+from dbrx_fn.serving.relay import Inbox, Relay
+from dbrx_fn.serving.request import Failed, PromptRead
+from dbrx_fn.serving.served_model import ServedModel
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Answering:
+    """Submits the choices of a request, and follows them.
+
+    async with Answering(asked, inbox, engine, relay, model, clock) as answering:
+        async for index, delta in answering.deltas():
+            ...
+
+    Whatever ends the block, what still runs is cancelled.
+
+    Raises:
+        DbrxError: on entering, as `Engine.submit`.
+    """
+
+    def __init__(
+        self, asked: Asked, inbox: Inbox, engine: Engine, relay: Relay, model: ServedModel, clock: Clock
+    ) -> None:
+        self._asked, self._inbox, self._engine, self._relay, self._clock = asked, inbox, engine, relay, clock
+        echoes = asked.echoes or (None,) * len(asked.requests)
+        self.choices = [
+            Choice(
+                request,
+                model,
+                asked.stop_strings,
+                echoes[index // asked.n],
+                prompt_only=asked.prompt_only,
+            )
+            for index, request in enumerate(asked.requests)
+        ]
+        self._numbers: list[int] = []
+        self._cached = 0
+
+    async def __aenter__(self) -> "Answering":
+        try:
+            for index, request in enumerate(self._asked.requests):
+                self._numbers.append(self._engine.submit(request, self._relay.receiver(self._inbox, index)))
+        except DbrxError:
+            self._cancel()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cancel()
+
+    async def deltas(self) -> AsyncGenerator[list[tuple[int, Delta]]]:
+        """What the choices get, as much of it at a time as there is; ends when all choices have.
+
+        Raises:
+            DbrxError: what a choice failed with.
+            ClientGone: if the client went away.
+        """
+        while not all(choice.ended for choice in self.choices):
+            events = await self._inbox.take()
+            if self._inbox.gone:
+                raise ClientGone
+            deltas = []
+            for index, event in events:
+                choice = self.choices[index]
+                if choice.ended:
+                    continue
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, PromptRead):
+                    # Choices of one prompt read it as one, as far as anybody is told.
+                    self._cached += event.cached_tokens if index % self._asked.n == 0 else 0
+                    deltas.append((index, choice.begin(event.logprobs)))
+                    continue
+                deltas.append((index, choice.push(event)))
+                self._clock.token(index)
+                if choice.ended and event.finish_reason is None:
+                    self._engine.cancel(self._numbers[index])
+            if deltas:
+                yield deltas
+
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        prompts = self._asked.requests[:: self._asked.n]
+        return Usage(
+            prompt=sum(len(request.prompt) for request in prompts),
+            cached=self._cached,
+            made=sum(choice.made for choice in self.choices),
+        )
+
+    def _cancel(self) -> None:
+        for number, choice in zip(self._numbers, self.choices, strict=False):
+            if not choice.ended:
+                self._engine.cancel(number)

@@ -1,0 +1,102 @@
+"""The endpoint of completions and chats: a request's body in, an answer out, whole or as it is made."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Literal
+
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from dbrx_fn.errors import DbrxError
+from dbrx_fn.serving.answering import Answering
+from dbrx_fn.serving.asked import Asked
+from dbrx_fn.serving.choice import Delta
+from dbrx_fn.serving.event_stream import EventStream
+from dbrx_fn.serving.failures import json_response
+from dbrx_fn.serving.openai_objects import Form, Object, told
+from dbrx_fn.serving.relay import Inbox
+from dbrx_fn.serving.served_model import ServedModel
+from dbrx_fn.serving.service import Service
+
+
+class Answers:
+    """An ASGI application that answers completions or chats.
+
+    Args:
+        service: what serves them.
+        kind: which of the two.
+        read: reads their bodies.
+    """
+
+    def __init__(
+        self, service: Service, kind: Literal["completion", "chat"], read: Callable[[bytes, ServedModel], Asked]
+    ) -> None:
+        self._service, self._kind, self._read = service, kind, read
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request. Its texts are cancelled as soon as the client goes away."""
+        request, service = Request(scope, receive), self._service
+        clock = service.metrics.clock()
+        with service.one_more_open():
+            asked = await service.read(request, self._read)
+            inbox = Inbox()
+            watcher = asyncio.create_task(_leave_when_gone(receive, inbox))
+            try:
+                async with Answering(asked, inbox, service.engine, service.relay, service.model, clock) as answering:
+                    if asked.stream:
+                        await _stream(asked, answering, self._form(), send)
+                    else:
+                        answer = await _whole(asked, answering, self._form())
+                        await json_response(answer)(scope, receive, send)
+            finally:
+                watcher.cancel()
+
+    def _form(self) -> Form:
+        prefix = "cmpl" if self._kind == "completion" else "chatcmpl"
+        return Form(self._kind, f"{prefix}-{secrets.token_hex(12)}", int(time.time()), self._service.model)
+
+
+async def _leave_when_gone(receive: Receive, inbox: Inbox) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    inbox.leave()
+
+
+async def _whole(asked: Asked, answering: Answering, form: Form) -> Object:
+    parts: list[list[Delta]] = [[] for _ in asked.requests]
+    async with aclosing(answering.deltas()) as deltas:
+        async for some in deltas:
+            for index, delta in some:
+                parts[index].append(delta)
+    return form.answer(parts, answering.usage(), logprobs=asked.wants_logprobs)
+
+
+async def _stream(asked: Asked, answering: Answering, form: Form, send: Send) -> None:
+    stream = EventStream(send)
+    begun: set[int] = set()
+
+    def chunks(some: list[tuple[int, Delta]]) -> list[Object]:
+        made = []
+        for index, delta in some:
+            if delta.text or delta.entries or delta.finish_reason or index not in begun:
+                made.append(form.chunk(index, delta, asked, first=index not in begun))
+                begun.add(index)
+        return made
+
+    async with aclosing(answering.deltas()) as deltas:
+        # What fails before the first token has a status of its own.
+        first = await anext(deltas)
+        await stream.begin()
+        await stream.put(chunks(first))
+        try:
+            async for some in deltas:
+                await stream.put(chunks(some))
+        except DbrxError as error:
+            await stream.put([told(error)])
+        else:
+            if asked.include_usage:
+                await stream.put([form.last_chunk(answering.usage())])
+    await stream.end()

@@ -1,0 +1,155 @@
+"""What a request over HTTP asks for, and the fields that completions and chats share."""
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dbrx_fn.generation.sampling import Sampling
+from dbrx_fn.serving.fields import FieldError, Fields, wrong_value
+from dbrx_fn.serving.request import Request
+from dbrx_fn.serving.served_model import ServedModel
+
+_MOST_STOPS, _LONGEST_STOP = 4, 256
+"""Stop strings, as many as OpenAI takes, and characters of one. A stream looks for them at each token."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that has been read.
+
+    `requests`: one for each choice: those of the first prompt, then those of the next.
+    `n`: choices of each prompt.
+    `stop_strings`: they end a text, and aren't part of it.
+    `stream`: whether tokens are sent as they come.
+    `include_usage`: whether a stream tells at its end how many there were.
+    `echoes`: for each prompt what its texts begin with; `None` if with nothing.
+    `prompt_only`: whether the one token that the engine makes isn't wanted.
+    """
+
+    requests: tuple[Request, ...]
+    n: int = 1
+    stop_strings: tuple[str, ...] = ()
+    stream: bool = False
+    include_usage: bool = False
+    echoes: tuple[str, ...] | None = None
+    prompt_only: bool = False
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether log-probabilities are to be told."""
+        return self.requests[0].top_logprobs is not None
+
+
+def read_request(fields: Fields, model: ServedModel, *, top_logprobs: int | None) -> Request:
+    """A request without a prompt, from the fields that completions and chats share."""
+    return Request(
+        prompt=(),
+        max_tokens=model.max_tokens,
+        sampling=_sampling(fields, model.defaults.sampling),
+        seed=_seed(fields),
+        stop_tokens=frozenset() if fields.flag("ignore_eos") else model.tokenizer.stop_tokens,
+        top_logprobs=top_logprobs,
+    )
+
+
+def choices_of(
+    request: Request, prompts: Iterable[Sequence[int]], n: int, max_tokens: int | None, model: ServedModel
+) -> tuple[Request, ...]:
+    """The request for each choice of each prompt. Choices of one prompt have seeds that follow one another."""
+    return tuple(
+        replace(
+            request,
+            prompt=tuple(prompt),
+            # A length that nobody asked for is no reason to refuse a long prompt.
+            max_tokens=max_tokens or max(1, min(model.max_tokens, model.capacity + 1 - len(prompt))),
+            seed=(request.seed + choice) % 2**64,
+        )
+        for prompt in prompts
+        for choice in range(n)
+    )
+
+
+def read_n(fields: Fields, model: ServedModel) -> int:
+    """How many texts are to be made of each prompt."""
+    return fields.whole("n", 1, model.most_choices) or 1
+
+
+def read_stream(fields: Fields) -> tuple[bool, bool]:
+    """Whether to stream, and whether to tell the usage then."""
+    stream = fields.flag("stream")
+    options = fields.inner("stream_options")
+    if options is None:
+        return stream, False
+    if not stream:
+        raise FieldError("stream_options", "stream_options is given without stream: leave it out, or stream.")
+    include_usage = options.flag("include_usage")
+    options.refuse("include_obfuscation", False)
+    options.finish()
+    return stream, include_usage
+
+
+def read_stops(fields: Fields, model: ServedModel) -> tuple[str, ...]:
+    """The stop strings; the checkpoint's own if none are given."""
+    value = fields.take("stop")
+    if value is None:
+        return model.defaults.stop_strings
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > _MOST_STOPS:
+        raise wrong_value("stop", value, f"a text or a list of at most {_MOST_STOPS} texts")
+    for stop in stops:
+        if not isinstance(stop, str) or not 0 < len(stop) <= _LONGEST_STOP:
+            raise wrong_value("stop", stop, f"a text of 1 to {_LONGEST_STOP} characters")
+    return tuple(stops)
+
+
+def structure_of(fields: Fields) -> None:
+    """The form that the answer must have: so far any text."""
+    form = fields.inner("response_format")
+    if form is None:
+        return
+    kind = form.required("type")
+    if kind in ("json_object", "json_schema"):
+        raise FieldError(
+            "response_format",
+            f"response_format {kind!r} is not supported by this server: leave it out.",
+            "unsupported_parameter",
+        )
+    if kind != "text":
+        raise wrong_value("response_format.type", kind, "'text'")
+    form.finish()
+
+
+def _sampling(fields: Fields, defaults: Sampling) -> Sampling:
+    numbers = {
+        "temperature": fields.number("temperature", 0, 2),
+        "top_p": fields.number("top_p", 0, 1),
+        "min_p": fields.number("min_p", 0, 1),
+        "presence_penalty": fields.number("presence_penalty", -2, 2),
+        "frequency_penalty": fields.number("frequency_penalty", -2, 2),
+        "repetition_penalty": fields.number("repetition_penalty", 0, 1e6),
+    }
+    given = {name: value for name, value in numbers.items() if value is not None}
+    top_k = fields.whole("top_k", -1, 2**31 - 1)
+    bias = _logit_bias(fields)
+    # Others write -1 for all.
+    top_k = defaults.top_k if top_k is None else max(top_k, 0)
+    values: dict[str, Any] = {**given, "top_k": top_k, "logit_bias": bias}
+    return replace(defaults, **values)
+
+
+def _logit_bias(fields: Fields) -> tuple[tuple[int, float], ...]:
+    given = fields.inner("logit_bias")
+    if given is None:
+        return ()
+    pairs = []
+    for name in given.names:
+        if not (name.isascii() and name.isdecimal() and len(name) < 10):
+            raise wrong_value("logit_bias", name, "a token's id for a name")
+        pairs.append((int(name), given.number(name, -100, 100) or 0.0))
+    return tuple(pairs)
+
+
+def _seed(fields: Fields) -> int:
+    seed = fields.whole("seed", -(2**63), 2**64 - 1)
+    return secrets.randbits(64) if seed is None else seed % 2**64

@@ -1,0 +1,41 @@
+"""An answer as server-sent events."""
+
+import json
+from collections.abc import Iterable
+
+from starlette.types import Send
+
+from dbrx_fn.serving.openai_objects import Object
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    # nginx would collect the events otherwise.
+    (b"x-accel-buffering", b"no"),
+    (b"x-content-type-options", b"nosniff"),
+]
+
+
+class EventStream:
+    """Sends events over one HTTP response.
+
+    Args:
+        send: of ASGI. It waits for a client that reads slowly.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+
+    async def begin(self) -> None:
+        """Sends the response's head."""
+        await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+
+    async def put(self, objects: Iterable[Object]) -> None:
+        """Sends an event for each object, all at once."""
+        body = b"".join(b"data: " + json.dumps(one, separators=(",", ":")).encode() + b"\n\n" for one in objects)
+        if body:
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self) -> None:
+        """Tells that nothing follows."""
+        await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})

@@ -1,0 +1,202 @@
+"""OpenAI's objects: answers, their parts, lists of models, errors.
+
+https://platform.openai.com/docs/api-reference
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dbrx_fn.errors import BusyError, DbrxError, EngineError, GenerationError
+from dbrx_fn.serving.asked import Asked
+from dbrx_fn.serving.choice import Delta, Entry
+from dbrx_fn.serving.fields import FieldError
+from dbrx_fn.serving.served_model import ServedModel
+
+Object = dict[str, Any]
+
+_LEAST_LOGPROB = -9999.0
+"""What OpenAI tells for tokens that can't come. JSON has no infinity."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request: its prompts', those of them that were known from earlier ones, and those made."""
+
+    prompt: int
+    cached: int
+    made: int
+
+    def as_object(self) -> Object:
+        """As OpenAI tells it."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.made,
+            "total_tokens": self.prompt + self.made,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+@dataclass(frozen=True)
+class Form:
+    """One of the two forms of answers.
+
+    `id`: this answer's.
+    `created`: in seconds since 1970.
+    """
+
+    kind: Literal["completion", "chat"]
+    id: str
+    created: int
+    model: ServedModel
+
+    def answer(self, choices: Iterable[Sequence[Delta]], usage: Usage, *, logprobs: bool) -> Object:
+        """A whole answer, of all parts of each choice."""
+        whole = []
+        for index, deltas in enumerate(choices):
+            joined = Delta(
+                "".join(delta.text for delta in deltas),
+                tuple(entry for delta in deltas for entry in delta.entries),
+                deltas[-1].finish_reason,
+            )
+            content = (
+                {"text": joined.text}
+                if self.kind == "completion"
+                else {"message": {"role": "assistant", "content": joined.text, "refusal": None}}
+            )
+            whole.append({"index": index, **content, **self._rest(joined, logprobs=logprobs)})
+        return {**self._head(whole=True), "choices": whole, "usage": usage.as_object()}
+
+    def chunk(self, index: int, delta: Delta, asked: Asked, *, first: bool) -> Object:
+        """A part of a choice in a stream, the choice's first or not."""
+        content: Object = {"text": delta.text}
+        if self.kind == "chat":
+            said = {"content": delta.text} if delta.text or first or not delta.finish_reason else {}
+            content = {"delta": {**({"role": "assistant"} if first else {}), **said}}
+        choice = {"index": index, **content, **self._rest(delta, logprobs=asked.wants_logprobs)}
+        usage = {"usage": None} if asked.include_usage else {}
+        return {**self._head(whole=False), "choices": [choice], **usage}
+
+    def last_chunk(self, usage: Usage) -> Object:
+        """The part that tells the usage."""
+        return {**self._head(whole=False), "choices": [], "usage": usage.as_object()}
+
+    def _head(self, *, whole: bool) -> Object:
+        chat = "chat.completion" if whole else "chat.completion.chunk"
+        return {
+            "id": self.id,
+            "object": "text_completion" if self.kind == "completion" else chat,
+            "created": self.created,
+            "model": self.model.name,
+        }
+
+    def _rest(self, delta: Delta, *, logprobs: bool) -> Object:
+        told: Object | None = None
+        if logprobs:
+            of_entries = _older_logprobs if self.kind == "completion" else _chat_logprobs
+            told = of_entries(delta.entries, self.model)
+        return {"logprobs": told, "finish_reason": delta.finish_reason}
+
+
+def models(model: ServedModel) -> Object:
+    """The list of models, which has one."""
+    return {"object": "list", "data": [one_model(model)]}
+
+
+def one_model(model: ServedModel) -> Object:
+    """The model; `max_model_len` is vLLM's name for the longest text."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "dbrx_fn",
+        "max_model_len": model.capacity,
+    }
+
+
+def error_object(message: str, kind: str, field: str | None = None, code: str | None = None) -> Object:
+    """An error as clients expect it."""
+    return {"error": {"message": message, "type": kind, "param": field, "code": code}}
+
+
+class HttpError(DbrxError):
+    """What HTTP has a status of its own for.
+
+    `status`: that.
+    `code`: a word for programs.
+    `headers`: to send along.
+    """
+
+    def __init__(self, status: int, sentence: str, code: str | None = None, headers: Mapping[str, str] = {}) -> None:
+        super().__init__(sentence)
+        self.status, self.code, self.headers = status, code, dict(headers)
+
+
+def status_of(error: DbrxError) -> int:
+    """The HTTP status for an error."""
+    match error:
+        case HttpError():
+            return error.status
+        case BusyError():
+            return 429
+        case EngineError():
+            return 503
+        case GenerationError():
+            return 500
+        case FieldError() if error.code == "model_not_found":
+            return 404
+    return 400
+
+
+def told(error: DbrxError) -> Object:
+    """An error's object."""
+    status = status_of(error)
+    kind = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
+    field = error.field if isinstance(error, FieldError) else None
+    code = error.code if isinstance(error, FieldError | HttpError) else None
+    return error_object(str(error), kind, field, code)
+
+
+def _older_logprobs(entries: Sequence[Entry], model: ServedModel) -> Object:
+    """`logprobs` of a completion. The token itself is always among the likeliest that are told."""
+    tops: list[Mapping[str, float] | None] = []
+    for entry in entries:
+        if entry.logprobs is None:
+            tops.append(None)
+        else:
+            pairs = [*entry.logprobs.top, (entry.token, entry.logprobs.chosen)]
+            tops.append({token_text(model.piece(token)): _finite(logprob) for token, logprob in pairs})
+    return {
+        "tokens": [token_text(model.piece(entry.token)) for entry in entries],
+        "token_logprobs": [None if e.logprobs is None else _finite(e.logprobs.chosen) for e in entries],
+        "top_logprobs": tops,
+        "text_offset": [entry.offset for entry in entries],
+    }
+
+
+def _chat_logprobs(entries: Sequence[Entry], model: ServedModel) -> Object:
+    def one(token: int, logprob: float) -> Object:
+        piece = model.piece(token)
+        return {"token": token_text(piece), "logprob": _finite(logprob), "bytes": list(piece)}
+
+    content = [
+        {
+            **one(entry.token, entry.logprobs.chosen),
+            "top_logprobs": [one(token, logprob) for token, logprob in entry.logprobs.top],
+        }
+        for entry in entries
+        if entry.logprobs is not None
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob > _LEAST_LOGPROB else _LEAST_LOGPROB
+
+
+def token_text(piece: bytes) -> str:
+    """A token's text. A part of a character is told as OpenAI does, so that two such tokens don't look alike."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)

@@ -1,0 +1,167 @@
+"""The server from its first to its last moment: an address, connections, and an orderly end."""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import uvicorn
+
+from dbrx_fn.errors import InputError
+from dbrx_fn.serving.access import Access
+from dbrx_fn.serving.api import make_app
+from dbrx_fn.serving.connection import Connection, ServerConfig
+from dbrx_fn.serving.engine import Engine
+from dbrx_fn.serving.served_model import ServedModel
+from dbrx_fn.serving.service import Service
+
+_KEEP_ALIVE = 30
+"""Seconds that a connection may be silent between two requests."""
+
+_LARGEST_HEAD = 32 * 2**10
+"""Bytes of a request's head."""
+
+_MOST_CONNECTIONS = 4096
+_OTHER_FILES = 64
+"""Files that a process needs beside its connections."""
+
+_LAST_WORDS = 2
+"""Seconds in which connections take what was written last."""
+
+_GLANCE = 0.1
+"""Seconds between two looks at whether to go on."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to serve.
+
+    `host`, `port`: the address; port 0 takes any free one.
+    `access`: who may ask.
+    `most_open`: requests that may be open at once.
+    `drain`: seconds that requests get to end when the server does.
+    """
+
+    host: str
+    port: int
+    access: Access
+    most_open: int
+    drain: float = 30.0
+
+
+class Server:
+    """Serves a model over HTTP. One thread runs it, and any may stop it.
+
+    Args:
+        model: what is served.
+        engine: what serves it; closed at the end.
+        settings: how.
+    """
+
+    def __init__(self, model: ServedModel, engine: Engine, settings: Settings) -> None:
+        self._model, self._engine, self._settings = model, engine, settings
+        self._stopping = False
+
+    def run(self, ready: Callable[[str], None]) -> None:
+        """Serves until it is stopped or the engine fails.
+
+        Args:
+            ready: called with the server's URL once it can be asked.
+
+        Raises:
+            InputError: if the address can't be used.
+            EngineError: if the engine has failed.
+        """
+        try:
+            listener = _listener(self._settings.host, self._settings.port)
+            asyncio.run(self._serve(listener, ready))
+        finally:
+            self._engine.close()
+
+    def stop(self) -> None:
+        """Ends the server: open requests get their time to end, and new ones are refused. Any thread may call it."""
+        self._stopping = True
+
+    async def _serve(self, listener: socket.socket, ready: Callable[[str], None]) -> None:
+        service = Service(self._model, self._engine, most_open=self._settings.most_open)
+        server = _Uvicorn(_config(service, self._settings.access))
+        serving = asyncio.create_task(server.serve([listener]))
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        ready(_url(listener))
+        while not (self._stopping or self._engine.failure or serving.done()):
+            await asyncio.sleep(_GLANCE)
+        service.draining = True
+        ends = time.monotonic() + self._settings.drain
+        while service.open and time.monotonic() < ends and self._engine.failure is None:
+            await asyncio.sleep(_GLANCE)
+        failure = self._engine.failure
+        # Texts that are left get an error at their end.
+        await asyncio.to_thread(self._engine.close)
+        server.should_exit = True
+        await serving
+        service.close()
+        if failure is not None:
+            raise failure
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handlers."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _config(service: Service, access: Access) -> ServerConfig:
+    # Clients can cause warnings at will. What is left are faults of the server's own.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    config = ServerConfig(
+        make_app(service, access),
+        http=Connection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=_LAST_WORDS,
+        h11_max_incomplete_event_size=_LARGEST_HEAD,
+    )
+    config.most_connections = min(_MOST_CONNECTIONS, _raised_file_limit() - _OTHER_FILES)
+    return config
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server((str(address[0]), int(address[1])), family=family, backlog=2048)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(
+            f"The address {host[:80]!r}, port {port}, can't be used ({reason or error}): take others with --host and"
+            " --port."
+        ) from None
+
+
+def _url(listener: socket.socket) -> str:
+    host, port, *_ = listener.getsockname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _raised_file_limit() -> int:
+    """Files that this process may open, after asking for as many as connections need."""
+    try:
+        import resource
+    except ImportError:
+        return _MOST_CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_CONNECTIONS + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return most
+    return wanted

@@ -1,0 +1,76 @@
+"""What the API's endpoints share: the model, its engine, and the requests that are open."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from dbrx_fn.errors import BusyError
+from dbrx_fn.serving.bodies import Bodies
+from dbrx_fn.serving.engine import Engine
+from dbrx_fn.serving.metrics import Metrics
+from dbrx_fn.serving.relay import Relay
+from dbrx_fn.serving.served_model import ServedModel
+
+_ENCODERS = 2
+"""Threads that read bodies and encode prompts, so that a long one doesn't hold up others' streams."""
+
+Read = TypeVar("Read")
+
+
+class Service:
+    """One model, served. It belongs to the event loop that is running when it is made.
+
+    `open`: requests that are being read or answered.
+    `draining`: whether the server is ending and takes no more.
+
+    Args:
+        model: what is served.
+        engine: what serves it.
+        most_open: requests that may be open at once.
+    """
+
+    def __init__(self, model: ServedModel, engine: Engine, *, most_open: int) -> None:
+        self.model, self.engine, self._most_open = model, engine, most_open
+        self.metrics = Metrics(engine.statistics)
+        self.relay = Relay()
+        self.open = 0
+        self.draining = False
+        self._bodies = Bodies()
+        self._encoders = ThreadPoolExecutor(_ENCODERS, "dbrx_fn encoder")
+
+    @property
+    def is_well(self) -> bool:
+        """Whether requests are taken."""
+        return not self.draining and self.engine.failure is None
+
+    @contextmanager
+    def one_more_open(self) -> Iterator[None]:
+        """Counts a request.
+
+        Raises:
+            BusyError: if as many are open as may be.
+        """
+        if self.open >= self._most_open:
+            raise BusyError(f"{self.open} requests are open, as many as may be: try again later.")
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
+
+    async def read(self, request: Request, reader: Callable[[bytes, ServedModel], Read]) -> Read:
+        """Reads a request's body with a function that may take long.
+
+        Raises:
+            DbrxError: as of `Bodies.read`, and what the function raises.
+        """
+        body = await self._bodies.read(request)
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, reader, body, self.model)
+
+    def close(self) -> None:
+        """Ends the threads, which have nothing to do by then."""
+        self._encoders.shutdown(wait=False, cancel_futures=True)
