@@ -219,8 +219,8 @@ def _budget(model: ServedModel, limits: Limits) -> str:
     room = size_text(limits.positions * cache_bytes(model.config, 1))
     mode = " in the exact mode" if limits.exact else ""
     return (
-        f"{model.name}: up to {limits.rows} texts at once{mode}, of up to {model.capacity} tokens; memory has {room} for"
-        f" {limits.positions} tokens in all."
+        f"{model.name}: up to {limits.rows} texts at once{mode}, of up to {model.capacity} tokens; memory has"
+        f" {room} for {limits.positions} tokens in all."
     )
 
 
