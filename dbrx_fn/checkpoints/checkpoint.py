@@ -1,7 +1,7 @@
-"""A checkpoint as its headers describe it: config, layout, which tensors make which leaf, and what doesn't fit.
+"""A checkpoint as its headers describe it: config, layout, the tensors of each leaf, and everything that doesn't fit.
 
-Everything that can be wrong is found here, from the files' headers, before any tensor is read. Loading, converting and
-inspecting begin with `open_checkpoint`; a `LeafReader` then reads the tree's leaves one by one.
+All errors are found from the headers, before any tensor is read. Loading, converting and inspecting begin with
+`open_checkpoint`. A `LeafReader` then reads the tree's leaves one by one.
 """
 
 from collections import Counter
@@ -38,15 +38,15 @@ FLOATS: tuple[Dtype, ...] = get_args(Dtype)
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a checkpoint's headers say.
+    """A checkpoint's headers.
 
     `path`: its folder, or its GGUF file.
-    `config`: the model's; its `dtype` is the one that most of the float tensors have.
-    `tensors`: by name, as in the files.
-    `sources`: of each leaf of the tree, by its path, the tensors that it is made of, their names without `prefix`.
-    `formats`: of the quantized matrices, by their paths.
-    `problems`: every tensor that is missing, unexpected, misshapen or of a dtype that can't be used.
-    `mixed`: every tensor whose float dtype isn't the config's.
+    `config`: the model's. Its `dtype` is that of most float tensors.
+    `tensors`: all tensors by name, as in the files.
+    `sources`: for each leaf's path, the tensors that make it up. Their names lack `prefix`.
+    `formats`: the formats of the quantized matrices, by their paths.
+    `problems`: every tensor that is missing, unexpected, of a wrong shape, or of an unusable dtype.
+    `mixed`: every tensor with another float dtype than the config's.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class Checkpoint:
     mixed: tuple[str, ...]
 
     def nbytes(self, dtype: Dtype | None = None) -> int:
-        """Bytes of the tree in `dtype`, or as it is stored; quantized matrices' integers are what they are."""
+        """Size of the tree in `dtype`, or as stored, in bytes. Quantized integers keep their size."""
         return sum(source.leaf.nbytes(dtype or self.config.dtype) for source in self.sources.values())
 
 
@@ -69,11 +69,11 @@ def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) ->
 
     Args:
         path_or_repo: a folder, a GGUF file, or a Hugging Face repository as owner/name.
-        revision: of the repository: a branch, tag or commit.
+        revision: branch, tag or commit of the repository.
 
     Raises:
-        ConfigError: if `config.json` is missing or no DBRX model's.
-        CheckpointError: if there is no such checkpoint, files are missing or damaged, or the layout isn't known.
+        ConfigError: if `config.json` is missing or isn't DBRX's.
+        CheckpointError: if the checkpoint doesn't exist, files are missing or damaged, or the layout is unknown.
     """
     path = checkpoint_path(path_or_repo, revision=revision)
     if path.is_file():
@@ -84,7 +84,7 @@ def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) ->
     prefix = prefix_of(tensors)
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     layout = layout_of(named)
-    # Tables have names for each layer, and perhaps expert, so a config that lies about them would make millions.
+    # Tables have names for each layer, and perhaps for each expert. A false config could make millions of them.
     experts = config.ffn.moe_num_experts
     if config.n_layers * (experts if has_tensor_per_expert(layout) else 1) > len(tensors):
         raise CheckpointError(
@@ -105,9 +105,9 @@ def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) ->
 
 
 def require_fit(checkpoint: Checkpoint, *, one_dtype: bool) -> None:
-    """Raises `CheckpointError` naming all that doesn't fit the config; with `one_dtype`, also floats of others.
+    """Raises `CheckpointError` with every tensor that doesn't fit the config; with `one_dtype`, also other dtypes.
 
-    GGUF's norms and routers are float32 whatever the rest is.
+    GGUF is an exception to `one_dtype`: its norms and routers are always float32.
     """
     problems = [*checkpoint.problems, *(checkpoint.mixed if one_dtype and checkpoint.layout != "gguf" else ())]
     if problems:
@@ -117,26 +117,26 @@ def require_fit(checkpoint: Checkpoint, *, one_dtype: bool) -> None:
 
 
 class LeafReader:
-    """Reads a checkpoint's leaves one by one; what was read belongs to the caller and isn't kept."""
+    """Reads a checkpoint's leaves one by one, and keeps none of them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        # What is read lies here until it is asked for; of a GGUF file each tensor is read when it is.
+        # Lazy arrays, each removed when it is asked for. Of a GGUF file, each tensor is read at that time.
         self._arrays = open_gguf(checkpoint.path) if checkpoint.layout == "gguf" else _lazy_arrays(checkpoint)
         self._uses = Counter(name for source in checkpoint.sources.values() for name in source.names)
 
     def read(self, path: str) -> mx.array:
-        """The leaf of this path, as it is stored and lazy. Each can be read once."""
+        """The leaf of this path, lazy and in its stored dtype. Each can be read once."""
         source = self._checkpoint.sources[path]
         return source.join([self._take(name) for name in source.names])
 
     def matrices(self, path: str, dtype: Dtype) -> Iterator[Raw]:
-        """The bits of a leaf's matrices, one by one, floats in `dtype`. Each can be read once."""
+        """Yields the bits of a leaf's matrices, with floats in `dtype`. Each leaf can be read once."""
         source = self._checkpoint.sources[path]
         wanted = source.leaf.stored_as(dtype)
         tensors = [self._checkpoint.tensors[self._checkpoint.prefix + name] for name in source.names]
         kinds = {getattr(mx, tensor.dtype) for tensor in tensors}
-        # Where all are of one dtype, a matrix is converted at a time.
+        # If all tensors have one dtype, matrices are converted one at a time.
         kind = kinds.pop() if len(kinds) == 1 else wanted
         for matrix in source.matrices(lambda name: self._bits(name, kind)):
             yield matrix if kind == wanted else raw(of_raw(matrix, kind).astype(wanted))
@@ -164,7 +164,7 @@ def _refuse_gguf_inside(folder: Path) -> None:
 
 
 def _lazy_arrays(checkpoint: Checkpoint) -> Mapping[str, mx.array]:
-    """All tensors of a checkpoint's safetensors files; MLX reads each when it is evaluated."""
+    """All tensors of a checkpoint's safetensors files. MLX reads each when it is evaluated."""
     arrays: dict[str, mx.array] = {}
     for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
         arrays |= cast(dict[str, mx.array], mx.load(str(file)))

@@ -1,8 +1,8 @@
-"""config.json to a `Config` and back.
+"""Reads and writes config.json.
 
 The file has had several forms since the release: the original (https://huggingface.co/databricks/dbrx-instruct), files
 saved again by newer transformers (nested configs full of generation settings, a top-level `rope_parameters`), and
-mlx-lm's conversions. Defaults of absent fields are the reference's
+mlx-lm's conversions. All are read. Absent fields have the reference's defaults
 (https://github.com/huggingface/transformers/blob/main/src/transformers/models/dbrx/configuration_dbrx.py).
 """
 
@@ -23,7 +23,7 @@ def read_config(folder: Path) -> Config:
     """Reads `config.json` of a checkpoint folder.
 
     Raises:
-        ConfigError: if the file is missing, isn't JSON, isn't DBRX's, or describes a model that can't exist.
+        ConfigError: if the file is missing, isn't JSON, isn't DBRX's, or describes an impossible model.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -32,7 +32,7 @@ def read_config(folder: Path) -> Config:
 
 
 def read_config_file(path: Path) -> Config:
-    """Reads a file with the content of a `config.json`; errors are those of `read_config`."""
+    """Reads a file with the content of a `config.json`. Errors are those of `read_config`."""
     try:
         raw = parse_json(read_bounded(path))
     except FileNotFoundError:
@@ -45,13 +45,13 @@ def read_config_file(path: Path) -> Config:
 
 
 def config_from_dict(raw: Mapping[str, Any], *, source: str = "config.json") -> Config:
-    """Makes a `Config` of a `config.json`'s content.
+    """Makes a `Config` from a `config.json`'s content.
 
-    Keys that don't change the numbers are ignored. `attn_config.rope_theta` wins over `rope_parameters.rope_theta`,
-    with a warning where they differ: transformers 5 writes 10000 there whatever the model was trained with.
+    Keys that don't affect results are ignored. `attn_config.rope_theta` wins over `rope_parameters.rope_theta`, with a
+    warning if they differ: transformers 5 always writes 10000 there.
 
     Raises:
-        ConfigError: as `read_config`; `source` names the file in the sentence.
+        ConfigError: as in `read_config`. The error names the file as `source`.
     """
     model_type = raw.get("model_type")
     if model_type != "dbrx" and raw.get("architectures") != ["DbrxForCausalLM"]:
@@ -65,10 +65,10 @@ def config_from_dict(raw: Mapping[str, Any], *, source: str = "config.json") -> 
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """A `config.json`'s content for `config`, under the released file's names; `config_from_dict` is its inverse.
+    """The content of `config.json` for a config, under the released file's names. `config_from_dict` is its inverse.
 
-    The base of the rotary embedding is there twice: mlx-lm reads `attn_config.rope_theta`, as the released code does,
-    and transformers 5 `rope_parameters` alone, without which it takes 10000.
+    The base of the rotary embedding is written twice. mlx-lm and the released code read `attn_config.rope_theta`.
+    transformers 5 reads only `rope_parameters`, and without it uses 10000.
     """
     return {
         "architectures": ["DbrxForCausalLM"],
@@ -122,7 +122,7 @@ def _config(raw: Mapping[str, Any], source: str) -> Config:
 
 
 def _refuse_other_models(raw: Mapping[str, Any], ffn: "_Section") -> None:
-    """Refuses settings under which the reference computes something that is not built here."""
+    """Refuses settings whose computation in the reference isn't implemented here."""
     require(not raw.get("tie_word_embeddings"), "tie_word_embeddings", True, "false, since DBRX's head is its own")
     for name in ("rope_parameters", "rope_scaling"):
         scaling = raw.get(name) or {}
@@ -160,7 +160,7 @@ def _dtype(raw: Mapping[str, Any]) -> Dtype:
 
 @dataclass(frozen=True)
 class _Section:
-    """One JSON object of a config file, read with types checked."""
+    """One JSON object of a config file. Its methods check types."""
 
     raw: Mapping[str, Any]
     prefix: str
@@ -174,7 +174,7 @@ class _Section:
     def number(self, name: str, default: float | None) -> float:
         value = self.raw.get(name, default)
         value = default if value is None else value
-        # Neither NaN nor an integer past float's range passes the comparison.
+        # NaN and integers beyond float's range fail the comparison.
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
             raise ConfigError(f"{self.prefix}{name} is {shown(value)} where it must be a number.")
         return float(value)

@@ -1,8 +1,8 @@
-"""A checkpoint to another: of another layout, other dtypes or other formats, one matrix at a time.
+"""Converts a checkpoint to another layout, dtype or quantized format, one matrix at a time.
 
-A conversion works in a hidden folder beside its place (`conversion_work`). Interrupted, the same conversion
-goes on after the shards that are finished and whole; what it makes is byte for byte the same. The checkpoint's folder
-appears under its name when all of it is on the disk.
+A conversion works in a hidden folder beside its target (`conversion_work`). After an interruption, the same conversion
+continues after the finished shards, and its result is byte for byte the same. The checkpoint's folder appears under its
+name when all of it is on the disk.
 """
 
 import contextlib
@@ -43,15 +43,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted of a conversion.
+    """The options of a conversion.
 
-    `layout`: of what is written.
-    `quantization`: formats of the kinds of matrices; `None` leaves all as they are.
+    `layout`: the new layout.
+    `quantization`: formats of the kinds of matrices. `None` leaves all unchanged.
     `dequantize`: turn quantized matrices into floats first.
-    `dtype`: of all floats; as they are, if `None`, and then all must be of one.
-    `shard_bytes`: how large a file's tensors become at most, unless a linear alone is larger.
+    `dtype`: dtype of all floats. `None` leaves it unchanged; then all must have one dtype.
+    `shard_bytes`: the largest size of a file's tensors. Only a single linear may be larger.
     `check`: refuse weights that are NaN or infinite.
-    `tokenizer`: folder whose tokenizer files are copied; the source's own, if `None`.
+    `tokenizer`: folder with the tokenizer files to copy. The source's own, if `None`.
     """
 
     layout: Written = "split"
@@ -65,7 +65,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
-    """A conversion that can be done: what is read, what is written, and how it lies in files."""
+    """A checked conversion: its source, the tensors to write, and their places in files."""
 
     source: Checkpoint
     request: Request
@@ -81,15 +81,14 @@ class Conversion:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of what is written, over all parameters."""
+        """Written bits per parameter."""
         return 8 * sum(shard.nbytes - len(shard.header) for shard in self.shards) / param_count(self.config)
 
     @property
     def peak_memory(self) -> int:
-        """About how many bytes of memory converting takes: the largest tensor, and what is made of its largest matrix.
+        """An estimate of the memory that converting needs: the largest tensor, and the results of the largest matrix.
 
-        Measured for 8 GB with tensors of 1.07 GB, embedding 0.82: 1.2 GB as they are, 1.95 GB to 4 bits. Most of it is
-        the source's pages, which the system takes back where it needs them.
+        Most of it is pages of the source, which the system can take back (docs/checkpoints.md).
         """
         source = self.source
         largest = matrix = 0
@@ -102,11 +101,11 @@ class Conversion:
 
 
 class _NotFiniteError(CheckpointError):
-    """Found by `check`."""
+    """Raised for the weights that `check` finds."""
 
 
 def plan_conversion(source: Checkpoint, request: Request) -> Conversion:
-    """Finds out what a conversion would write, and that it can be done; nothing is read but headers.
+    """Plans a conversion and checks that it is possible. Only headers are read.
 
     Raises:
         InputError: if the layout can't hold the formats, a format doesn't fit a matrix, or a matrix that is quantized
@@ -120,8 +119,8 @@ def plan_conversion(source: Checkpoint, request: Request) -> Conversion:
         for path, form in wanted_formats(config, request.quantization).items():
             if formats.get(path, form) != form:
                 raise InputError(
-                    f"{path} is quantized already, otherwise than asked for: take --dequantize to quantize it anew, or"
-                    " leave matrices of that kind."
+                    f"{path} is quantized already in another format: take --dequantize to quantize it again, or leave"
+                    " matrices of that kind."
                 )
             formats[path] = form
     check_layout(request.layout, formats)
@@ -143,18 +142,18 @@ def convert(
     progress: Progress | None = None,
     resumed: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes the new checkpoint's folder, or goes on where the same conversion was interrupted.
+    """Writes the new checkpoint's folder, or continues an interrupted conversion.
 
     Args:
         conversion: from `plan_conversion`.
-        folder: to be made; its parents too, where they are missing.
+        folder: the new folder. Missing parents are made too.
         progress: called as matrices are written.
-        resumed: called with how many shards were finished before, if any were, when they have been compared with what
-            was written. One that differs is made anew, with a warning.
+        resumed: called with the number of shards that were finished before, if any, after a comparison with their
+            checksums. A shard that differs is written again, with a warning.
 
     Raises:
-        InputError: if the folder exists, can't be written, another process is converting into it, or something is in
-            its work folder that no conversion made.
+        InputError: if the folder exists or can't be written, if another process is converting into it, or if its work
+            folder holds files that no conversion made.
         CheckpointError: if a tensor can't be read, or with `check` isn't finite.
     """
     require_free(folder)
@@ -174,7 +173,7 @@ def convert(
             try:
                 _write(conversion, work, checkpoint, finished, progress)
             except BaseException as error:
-                # Nothing is worth keeping without a finished shard, nor if the source can't stay as it is.
+                # Without a finished shard nothing is worth keeping. A source with NaN has to change, so neither.
                 if isinstance(error, _NotFiniteError) or not finished:
                     with contextlib.suppress(OSError):
                         work.clear()
@@ -185,7 +184,7 @@ def convert(
 
 
 def require_free(folder: Path) -> None:
-    """Raises `InputError` if something else than an interrupted conversion is where `folder` is to be made."""
+    """Raises `InputError` if `folder` exists, unless it is an interrupted conversion's."""
     with _writing(folder):
         converting = is_converting(folder)
         if os.path.lexists(folder) and not converting:
@@ -217,7 +216,7 @@ def _write(
     finished: list[Shard],
     progress: Progress | None,
 ) -> None:
-    """Writes all that isn't finished; shards are added to those that are."""
+    """Writes all unfinished shards, adds them to `finished`, and then writes the other files."""
     missing = [shard for shard in conversion.shards if shard not in finished]
     _check_space(sum(shard.nbytes for shard in missing), checkpoint.path)
     reader = LeafReader(conversion.source)
@@ -251,14 +250,14 @@ def _write(
 def _write_shard(
     out: BinaryIO, shard: Shard, conversion: Conversion, reader: LeafReader, advance: Callable[[int], None]
 ) -> str:
-    """Writes one file; returns the sum of what it was to hold."""
+    """Writes one file. Returns the checksum of its intended content."""
     found = ShardSum(shard)
     with ThreadPoolExecutor(1) as summing:
         last: Future[None] | None = None
 
         def written(name: str, matrix: Raw) -> None:
             nonlocal last
-            # While the next matrix is read and written, but no further behind, for the memory's sake.
+            # Summing runs while the next matrix is read and written. At most one is pending, to save memory.
             if last is not None:
                 last.result()
             last = summing.submit(found.add, name, matrix)
@@ -271,7 +270,7 @@ def _write_shard(
 
 
 def _tokenizer(conversion: Conversion) -> Path | None:
-    """The folder whose tokenizer files go along."""
+    """The folder whose tokenizer files are copied, if there is one."""
     if conversion.request.tokenizer is not None:
         return Path(conversion.request.tokenizer)
     path = conversion.source.path
@@ -279,7 +278,7 @@ def _tokenizer(conversion: Conversion) -> Path | None:
 
 
 def _matrices(conversion: Conversion, reader: LeafReader, linear: str) -> Iterator[dict[str, Raw]]:
-    """Each matrix of a linear as it is to be written, by its leaves' paths."""
+    """Yields each matrix of a linear as it is written, by its leaves' paths."""
     source, dtype = conversion.source, getattr(mx, conversion.config.dtype)
     weight = f"{linear}.weight"
     before, after = source.formats.get(weight), conversion.formats.get(weight)
@@ -305,7 +304,7 @@ def _matrices(conversion: Conversion, reader: LeafReader, linear: str) -> Iterat
 
 
 def _check_space(needed: int, folder: Path) -> None:
-    """Raises `InputError` if a folder's disk has no room for the shards that aren't there yet."""
+    """Raises `InputError` if a folder's disk has no room for the missing shards."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
@@ -315,7 +314,7 @@ def _check_space(needed: int, folder: Path) -> None:
 
 
 def _plan(conversion: Conversion) -> bytes:
-    """All that decides what is written, as JSON."""
+    """Everything that determines the written bytes, as JSON."""
     files = sorted({tensor.file for tensor in conversion.source.tensors.values()})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     shards = hashlib.sha256(b"".join(shard.header for shard in conversion.shards)).hexdigest()

@@ -1,11 +1,11 @@
-"""What a conversion keeps in its work folder, `.NAME.converting` beside its place.
+"""A conversion's work folder, `.NAME.converting` beside its target.
 
-    plan.json          all that decides what is written; another conversion's starts anew
-    finished.json      the sums of finished shards, and in the end which folder the checkpoint is
-    checkpoint/        what becomes the checkpoint's folder when all of it is on the disk
+    plan.json          everything that determines the result; a conversion with another plan starts again
+    finished.json      the checksums of finished shards, and at the end the identity of the checkpoint's folder
+    checkpoint/        becomes the checkpoint's folder when all of it is on the disk
 
-A shard's sum is noted before the shard gets its name, so that a shard without one, or with another, is not what was
-written there: it is made anew.
+A shard's checksum is noted before the shard gets its name. So a shard without a checksum, or with another one, is
+damaged, and is written again.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from dbrx_fn.files.json_file import parse_json, shown_path
 from dbrx_fn.files.work_folder import WorkFolder, hidden, work_folder
 
 PLAN_KEYS = ("computed_by", "source", "files", "request", "headers")
-"""What a plan says."""
+"""The keys of a plan."""
 
 _PLAN, _FINISHED, _CHECKPOINT = "plan.json", "finished.json", "checkpoint"
 # Of an earlier version.
@@ -35,7 +35,7 @@ _NOTED = {"shards", "folder"}
 
 
 class ConversionWork:
-    """An open work folder, of this process alone and with no files but its own."""
+    """An open work folder, locked by this process and free of foreign files."""
 
     def __init__(self, work: WorkFolder, plan: bytes) -> None:
         self._work = work
@@ -47,7 +47,7 @@ class ConversionWork:
         self._folder = noted.get("folder")
 
     def has_ended(self) -> bool:
-        """Whether a conversion, this or another, has made its folder and was killed before it had cleaned up."""
+        """Whether a conversion, this one or another, finished its folder and was killed before it cleaned up."""
         return _CHECKPOINT not in self._work.names()
 
     def has_made(self, folder: Path, shards: Sequence[Shard]) -> bool:
@@ -58,7 +58,7 @@ class ConversionWork:
         return sizes == {shard.file: shard.nbytes for shard in shards}
 
     def start(self) -> None:
-        """Makes ready for this conversion: what another one left is removed."""
+        """Prepares for this conversion, and removes what another one left."""
         if not self._is_same:
             if _CHECKPOINT in self._work.names():
                 with self.checkpoint() as checkpoint:
@@ -69,12 +69,12 @@ class ConversionWork:
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[WorkFolder]:
-        """The folder that becomes the checkpoint's, made if it isn't there."""
+        """The folder that becomes the checkpoint's. It is made if it is missing."""
         with self._work.folder(_CHECKPOINT) as folder:
             yield folder
 
     def finished(self, shards: Sequence[Shard], checkpoint: WorkFolder) -> list[Shard]:
-        """The shards that are as they were finished; all other files are removed, of shards with a warning."""
+        """The finished shards whose checksums match. All other files are removed; damaged shards give a warning."""
         kept: list[Shard] = []
         for shard in shards:
             file = checkpoint.open(shard.file)
@@ -91,7 +91,7 @@ class ConversionWork:
         return kept
 
     def note(self, shard: Shard, found: str) -> None:
-        """Notes the sum of a shard that is on the disk, before it gets its name."""
+        """Notes the checksum of a shard that is on the disk, before it gets its name."""
         self._sums[shard.file] = found
         self._write()
 
@@ -111,7 +111,7 @@ class ConversionWork:
             with self.checkpoint() as checkpoint:
                 checkpoint.remove_own(CHECKPOINT_FILES)
             self._work.remove_folder(_CHECKPOINT)
-        # While the plan is there, so is what the same conversion, killed meanwhile, knows by that it has ended.
+        # The plan goes before the note that the conversion has ended. If it is killed in between, it still knows that.
         for name in (*map(hidden, _OWN), _LOCK, _PLAN, _FINISHED):
             self._work.remove(name)
 
@@ -122,10 +122,10 @@ class ConversionWork:
 
 @contextlib.contextmanager
 def conversion_work(folder: Path, plan: bytes) -> Iterator[ConversionWork]:
-    """Opens the work folder of a conversion into `folder`, made if it isn't there; an empty one is removed at the end.
+    """Opens the work folder of a conversion into `folder`. It is made if missing, and removed at the end if empty.
 
     Raises:
-        InputError: if another process converts into `folder`, or anything is there that no conversion made.
+        InputError: if another process converts into `folder`, or the work folder holds foreign files.
     """
     taken = f"{folder} is being written by another conversion: wait until it ends."
     with work_folder(_place(folder), taken, folder) as work:
@@ -134,10 +134,10 @@ def conversion_work(folder: Path, plan: bytes) -> Iterator[ConversionWork]:
 
 
 def is_converting(folder: Path) -> bool:
-    """Whether there is a work folder of a conversion into `folder`.
+    """Whether a conversion into `folder` has left a work folder.
 
     Raises:
-        InputError: if there is something else in its place.
+        InputError: if its place is taken by something else.
     """
     try:
         mode = _place(folder).lstat().st_mode
@@ -161,7 +161,7 @@ def _refuse_foreign(work: WorkFolder) -> None:
     if _CHECKPOINT in names:
         with work.folder(_CHECKPOINT) as checkpoint:
             checkpoint.refuse_foreign(CHECKPOINT_FILES)
-    # Whatever a conversion leaves, its plan was there first.
+    # A conversion writes its plan first.
     others = [name for name in names if name not in (_LOCK, hidden(_PLAN))]
     planned = _parsed(work.read(_PLAN)).keys() == set(PLAN_KEYS)
     ended = others == [_FINISHED] and _parsed(work.read(_FINISHED)).keys() == _NOTED
@@ -170,7 +170,7 @@ def _refuse_foreign(work: WorkFolder) -> None:
 
 
 def _parsed(content: bytes | None) -> dict[str, Any]:
-    """A file's object; an empty one, if there is no file or it doesn't hold one."""
+    """The JSON object in a file's content, or an empty one if there is none."""
     try:
         value = parse_json(content or b"", unique=True)
     except ValueError:

@@ -1,7 +1,7 @@
-"""What a checkpoint is, in numbers: sizes, bits, and the memory that it takes; from its headers alone.
+"""A checkpoint's figures from its headers: sizes, bits per weight, and the memory that it needs.
 
-Figures by part are of the tree as it loads: floats in the dtype that most of them have, quantized matrices as they are.
-Where tensors don't fit the config, they are the config's.
+Figures by part describe the loaded tree: floats in the dtype that most of them have, quantized matrices as stored. For
+tensors that don't fit the config they follow the config.
 """
 
 import math
@@ -36,8 +36,8 @@ _MARKS: dict[str, PartName] = {
 class Part:
     """All matrices, or norms, of one kind.
 
-    `bits_per_weight`: over those whose tensors are there; `None` if none is.
-    `formats`: how many of the tree's arrays are stored in each, by `format_text` or the float dtype.
+    `bits_per_weight`: over the matrices whose tensors exist; `None` if there are none.
+    `formats`: the number of the tree's arrays stored in each format, by `format_text` or the float dtype.
     """
 
     parameters: int
@@ -50,7 +50,7 @@ class Part:
 class CacheSize:
     """Keys and values of `batch_size` sequences of `context` tokens each.
 
-    `capacity`: positions that generation makes room for in each sequence; `bytes` is of these.
+    `capacity`: the cache's positions for each sequence. `bytes` counts all of them.
     """
 
     bytes_per_token: int
@@ -62,10 +62,10 @@ class CacheSize:
 
 @dataclass(frozen=True)
 class Memory:
-    """Whether weights and cache fit this machine; what a pass through the layers takes comes on top of `needed`.
+    """Whether weights and cache fit this machine. A pass through the layers takes memory beyond `needed`.
 
-    `bytes`: what the default device has in all.
-    `left`: of it after `needed`; negative by what is lacking.
+    `bytes`: the default device's memory.
+    `left`: `bytes` minus `needed`, negative if memory is lacking.
     """
 
     backend: Backend
@@ -77,13 +77,13 @@ class Memory:
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint's headers tell; sizes in bytes.
+    """A checkpoint's figures. Sizes are in bytes.
 
-    `files`, `file_bytes`: of the weights, on the disk.
-    `weight_bytes`: of the tree as it loads.
-    `bytes_per_token`: weights that decoding one token reads: the experts it goes to, one row of the embedding, and all
-        of the rest.
-    `problems`, `mixed`: as `Checkpoint` has them.
+    `files`, `file_bytes`: number and size of the weights' files.
+    `weight_bytes`: size of the loaded tree.
+    `bytes_per_token`: size of the weights that decoding one token reads: its experts, one row of the embedding, and all
+        other weights.
+    `problems`, `mixed`: as in `Checkpoint`.
     """
 
     layout: Layout
@@ -103,15 +103,15 @@ class Description:
 
 
 def describe(checkpoint: Checkpoint, *, context: int | None = None, batch_size: int = 1) -> Description:
-    """Computes what a checkpoint takes.
+    """Computes a checkpoint's figures.
 
     Args:
         checkpoint: from `open_checkpoint`.
-        context: tokens of each sequence; the model's longest, if not given.
-        batch_size: sequences at once.
+        context: tokens per sequence. The longest that the model supports, if not given.
+        batch_size: number of sequences at once.
 
     Raises:
-        InputError: if there are no tokens or sequences, or there are absurdly many.
+        InputError: if a number is below 1 or absurdly large.
     """
     config = checkpoint.config
     context = config.max_seq_len if context is None else context
@@ -147,7 +147,7 @@ def part_of(path: str) -> PartName:
 
 
 def format_text(form: Format) -> str:
-    """A format in one word or two: `affine 4:64` is 4 bits in groups of 64."""
+    """A format as text, such as `affine 4:64` for 4 bits in groups of 64."""
     return f"{form.mode} {form.bits}:{form.group_size}"
 
 
@@ -160,7 +160,7 @@ def _parts(checkpoint: Checkpoint) -> dict[PartName, Part]:
 
 
 def _part(checkpoint: Checkpoint, sizes: Mapping[str, int], paths: Sequence[str]) -> Part:
-    """A part from its weights' paths, and the bytes of their linears and norms."""
+    """A part, from its weights' paths and the sizes of their linears and norms."""
     spec = param_spec(checkpoint.config)
     parameters = {path: math.prod(spec[path].shape) for path in paths}
     nbytes = {path: sizes[path.rpartition(".")[0]] for path in paths}
@@ -172,12 +172,12 @@ def _part(checkpoint: Checkpoint, sizes: Mapping[str, int], paths: Sequence[str]
 
 
 def _bits_per_weight(nbytes: int, parameters: int) -> float | None:
-    """`None` of nothing."""
+    """Bits per parameter, or `None` without parameters."""
     return 8 * nbytes / parameters if parameters else None
 
 
 def _formats(checkpoint: Checkpoint, path: str) -> Iterator[str]:
-    """The format of one of the tree's arrays; of a dense one, each dtype that its tensors have."""
+    """The format of one of the tree's arrays. A dense one yields each dtype of its tensors."""
     if path in checkpoint.formats:
         yield format_text(checkpoint.formats[path])
         return

@@ -1,12 +1,12 @@
-"""GGUF files of DBRX: the config in their metadata, and their tensors as arrays of the tree's formats.
+"""GGUF files of DBRX: config from their metadata, and tensors as arrays in the tree's formats.
 
 llama.cpp's converter writes DBRX under the names of
 https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py (`MODEL_ARCH.DBRX`).
 
-Tensors become bit for bit what MLX's own reader makes of them, one by one
-(https://github.com/ml-explore/mlx/blob/main/mlx/io/gguf_quants.cpp). That reader isn't used (MLX 0.32.4): it takes all
-at once and twice a file's size of memory, opens the file for writing, and makes float16 of bfloat16, which hasn't its
-range.
+Tensors are read one by one, and become bit for bit what MLX's own reader makes of them
+(https://github.com/ml-explore/mlx/blob/main/mlx/io/gguf_quants.cpp). That reader isn't used (MLX 0.32.4): it reads all
+tensors at once into twice the file's size of memory, opens the file for writing, and converts bfloat16 to float16,
+which has a smaller range.
 """
 
 import math
@@ -30,13 +30,13 @@ _LAYER_NORM_EPSILON = 1e-5
 
 
 def gguf_headers(file: Path) -> dict[str, Tensor]:
-    """Name, shape and dtype of every array that `read_gguf` returns, without reading any.
+    """Name, shape and dtype of every array that `read_gguf` returns. Only the header is read.
 
-    A quantized tensor X.weight is three: `X.weight` uint32 [... inner * bits / 32], and `X.scales` and `X.biases`
-    float16 [... inner / 32], MLX's affine mode in groups of 32.
+    A quantized tensor X.weight becomes three arrays of MLX's affine mode in groups of 32: `X.weight` uint32
+    [... inner * bits / 32], and `X.scales` and `X.biases` float16 [... inner / 32].
 
     Raises:
-        CheckpointError: if the file is missing, damaged, or holds what can't be read; it names the tensor.
+        CheckpointError: if the file is missing or damaged, or holds a tensor that can't be read. It names the tensor.
     """
     return {name: tensor for entry in _read(file).entries for name, tensor in _arrays(file, entry).items()}
 
@@ -44,12 +44,12 @@ def gguf_headers(file: Path) -> dict[str, Tensor]:
 def gguf_config(file: Path) -> Config:
     """The config in a file's metadata.
 
-    GGUF doesn't say how the chosen experts' weights are normalized or what the activation is: llama.cpp's DBRX divides
-    by their sum and takes silu, and so does this config. `clamp_kqv` 0 means no clamp, as there. `dtype` is that of
-    most tensors, and a quantized one counts as float16, which its scales are.
+    GGUF doesn't give the normalization of the chosen experts' weights or the activation. This config divides by their
+    sum and uses silu, as llama.cpp's DBRX does. `clamp_kqv` 0 means no clamp, as in llama.cpp. `dtype` is that of most
+    tensors. A quantized tensor counts as float16, the dtype of its scales.
 
     Raises:
-        CheckpointError: as `gguf_headers`; or if the metadata isn't DBRX's, lacks a key, or describes another model.
+        CheckpointError: as in `gguf_headers`; or if the metadata isn't DBRX's, lacks a key, or describes another model.
     """
     contents = _read(file)
     metadata = contents.metadata
@@ -79,19 +79,19 @@ def gguf_config(file: Path) -> Config:
 
 
 def open_gguf(file: Path) -> Mapping[str, mx.array]:
-    """Every array of a file, named and shaped as `gguf_headers` says; each is read when it is asked for, and not kept.
+    """Every array of a file, as `gguf_headers` describes them. Each is read when it is asked for, and not kept.
 
     Raises:
-        CheckpointError: as `gguf_headers`.
+        CheckpointError: as in `gguf_headers`.
     """
     return _Arrays(file, _read(file).entries)
 
 
 def read_gguf(file: Path) -> dict[str, mx.array]:
-    """All of `open_gguf`'s arrays: memory of the file's size.
+    """All arrays of `open_gguf`. They take memory of the file's size.
 
     Raises:
-        CheckpointError: as `gguf_headers`.
+        CheckpointError: as in `gguf_headers`.
     """
     return dict(open_gguf(file))
 
@@ -123,8 +123,9 @@ class _Arrays(Mapping[str, mx.array]):
 def _quantized(blocks: NDArray[np.uint8], kind: BlockType, leaf: str) -> NDArray[np.uint32] | NDArray[np.float16]:
     """A leaf of MLX's affine format, `scale * q + bias`, from blocks `[block byte]`.
 
-    A block is a float16 scale, in Q4_1 a float16 bias, and its entries: bytes around 0 in Q8_0; otherwise half bytes,
-    the first sixteen in the lower halves and the others in the upper, and in Q4_0 around 8.
+    A block is a float16 scale, in Q4_1 a float16 bias, and then its entries. In Q8_0 these are signed bytes. In the
+    other types they are half bytes, the first sixteen in the lower halves and the others in the upper; in Q4_0 they
+    have an offset of 8.
     """
     scales: NDArray[np.float16] = blocks[:, :2].copy().view(np.float16)
     if leaf == "scales":
@@ -141,7 +142,7 @@ def _quantized(blocks: NDArray[np.uint8], kind: BlockType, leaf: str) -> NDArray
     return (entries[:, ::2] | entries[:, 1::2] << 4).view(np.uint32)
 
 
-# Metadata under `dbrx.`, as `DbrxModel` of llama.cpp's converter writes it and its loader needs it.
+# Metadata under `dbrx.` that `DbrxModel` of llama.cpp's converter writes and llama.cpp's loader needs.
 _KEYS = (
     "block_count",
     "embedding_length",
@@ -193,7 +194,7 @@ def _config(values: Mapping[str, float], contents: Contents, vocab_size: int) ->
 
 
 def _refuse_other_models(config: Config, metadata: Mapping[str, float | str | None]) -> None:
-    """Refuses what a converter may write of any model, and llama.cpp would honour, but no DBRX was made with."""
+    """Refuses settings that llama.cpp would apply, but that no DBRX model has."""
     for key, only in {
         "rope.scaling.type": "none",
         "rope.dimension_count": config.head_dim,
@@ -210,7 +211,7 @@ def _dtype(entries: tuple[Entry, ...]) -> Dtype:
 
 
 def _read(file: Path) -> Contents:
-    """What a file holds, if each of the arrays that its tensors become has a name of its own."""
+    """A file's contents. Raises `CheckpointError` if two of the resulting arrays would have one name."""
     contents = read_contents(file)
     counts = Counter(chain.from_iterable(_arrays(file, entry) for entry in contents.entries))
     twice = [f"{name!r} is there {count} times" for name, count in counts.items() if count > 1]

@@ -1,4 +1,4 @@
-"""Finds a checkpoint: a local folder or GGUF file, or a Hugging Face repository's folder, downloaded and cached."""
+"""Finds checkpoints: local folders, GGUF files, and Hugging Face repositories, which are downloaded and cached."""
 
 import re
 from pathlib import Path
@@ -8,23 +8,24 @@ from dbrx_fn.errors import CheckpointError, TokenizerError
 from dbrx_fn.files.json_file import shown, shown_path
 
 SMALL = Path(__file__).parents[1] / "small"
-"""The checkpoint of the small model that ships with the package."""
+"""The folder of the small model that is part of this package."""
 
 _TEXT_FILES = ["*.json", "*.jinja", "*.txt"]
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def checkpoint_path(path_or_repo: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint, or the GGUF file that was named.
+    """The local folder of a checkpoint, or its GGUF file.
 
     Args:
-        path_or_repo: a folder, a GGUF file, or a repository of the Hugging Face Hub such as `databricks/dbrx-instruct`,
-            which is downloaded into the Hub's own cache (resumed if it was interrupted, reused offline).
+        path_or_repo: a folder, a GGUF file, or a repository of the Hugging Face Hub such as `databricks/dbrx-instruct`.
+            A repository is downloaded into the Hub's own cache. An interrupted download is resumed, a finished one
+            works offline.
         weights: whether the weights are needed too, or only config and tokenizer.
-        revision: of the repository: a branch, tag or commit; its main branch, if not given.
+        revision: branch, tag or commit of the repository. The main branch, if not given.
 
     Raises:
-        CheckpointError: if there is neither such a checkpoint nor such a repository, or it can't be downloaded.
+        CheckpointError: if neither a checkpoint nor a repository of this name exists, or the download fails.
     """
     found = local_path(path_or_repo)
     if found is not None:
@@ -41,10 +42,10 @@ def checkpoint_path(path_or_repo: str | Path, *, weights: bool = True, revision:
 
 
 def checkpoint_folder(path_or_repo: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
-    """`checkpoint_path` of what must be a folder.
+    """`checkpoint_path` for a checkpoint that must be a folder.
 
     Raises:
-        CheckpointError: as `checkpoint_path`, or if it is a GGUF file.
+        CheckpointError: as in `checkpoint_path`, or if it is a GGUF file.
     """
     path = checkpoint_path(path_or_repo, weights=weights, revision=revision)
     if not path.is_dir():
@@ -55,10 +56,10 @@ def checkpoint_folder(path_or_repo: str | Path, *, weights: bool = True, revisio
 
 
 def tokenizer_folder(path: Path) -> Path:
-    """The folder with a checkpoint's tokenizer: its own, or the one where a GGUF file lies, whose own isn't read.
+    """The folder with a checkpoint's tokenizer files. For a GGUF file it is the file's folder.
 
     Args:
-        path: what `checkpoint_path` returned.
+        path: from `checkpoint_path`.
 
     Raises:
         TokenizerError: if no tokenizer lies beside a GGUF file.
@@ -75,19 +76,19 @@ def tokenizer_folder(path: Path) -> Path:
 
 
 def has_tokenizer_beside(file: Path) -> bool:
-    """Whether a tokenizer's files lie in the folder of a GGUF file."""
+    """Whether the folder of a GGUF file holds a tokenizer's files."""
     return any((file.parent / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def local_path(path_or_repo: str | Path) -> Path | None:
-    """The file or folder of this name, if there is one.
+    """The file or folder of this name, or `None` if there is none.
 
     Raises:
-        CheckpointError: if it can't be a name.
+        CheckpointError: if the name is impossible.
     """
     try:
         path = Path(path_or_repo).expanduser()
-        # MLX takes UTF-8 names only.
+        # MLX accepts only UTF-8 names.
         str(path).encode()
         if not str(path_or_repo):
             raise ValueError("it is empty")
@@ -101,7 +102,7 @@ def local_path(path_or_repo: str | Path) -> Path | None:
 
 
 def refusal(repository: str, revision: str | None, error: Exception) -> CheckpointError:
-    """What the Hugging Face Hub's library raised, as one short sentence."""
+    """The error for an exception of the Hugging Face Hub's library, as one short sentence."""
     from huggingface_hub import errors
 
     text = shorten(str(error.__cause__ or error), 100, placeholder="…")
@@ -124,11 +125,11 @@ def refusal(repository: str, revision: str | None, error: Exception) -> Checkpoi
 
 
 def _download(repository: str, patterns: list[str], revision: str | None) -> Path:
-    # Imported here because it takes as long as all the rest, and local folders don't need it.
+    # Imported here, since the import is slow and local folders don't need it.
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    # Besides the Hub's own errors, a connection that breaks raises those of an HTTP library or of hf-xet.
+    # A broken connection raises errors of an HTTP library or of hf-xet.
     except Exception as error:
         raise refusal(repository, revision, error) from None

@@ -1,6 +1,7 @@
-"""A Hugging Face repository's checkpoint without its weights: small files as they are, and headers in front of holes.
+"""A Hugging Face repository's checkpoint without its weights: small files are complete, weights' files sparse.
 
-Whoever reads no tensor can't tell it from the checkpoint. Of the released model that is a few MB in place of 264 GB.
+The sparse files have true headers and holes in place of tensors. For the released model that is a few MB instead of
+264 GB.
 """
 
 import contextlib
@@ -20,13 +21,13 @@ from dbrx_fn.files.json_file import is_plain_name
 
 @contextlib.contextmanager
 def headers_of(path_or_repo: str | Path, *, revision: str | None = None) -> Iterator[Path]:
-    """A folder or GGUF file whose headers are the checkpoint's, for `open_checkpoint`; no weights are downloaded.
+    """Yields a folder or GGUF file with the checkpoint's headers, for `open_checkpoint`. No weights are downloaded.
 
-    A local checkpoint is that itself, and so is a repository whose weights are all in the Hub's cache. Of any other, it
-    is a temporary folder that is gone afterwards; errors that name it name the repository instead.
+    For a local checkpoint, or a repository whose weights are all in the Hub's cache, it is the checkpoint itself. For
+    another repository it is a temporary folder, and errors name the repository instead of the folder.
 
     Raises:
-        CheckpointError: if there is no such checkpoint, or the repository's headers can't be had.
+        CheckpointError: if the checkpoint doesn't exist, or the repository's headers can't be fetched.
     """
     if local_path(path_or_repo) is not None or isinstance(path_or_repo, Path):
         yield checkpoint_path(path_or_repo, revision=revision)
@@ -41,7 +42,7 @@ def headers_of(path_or_repo: str | Path, *, revision: str | None = None) -> Iter
             for file in small.iterdir():
                 if file.is_file():
                     (folder / file.name).symlink_to(file.resolve())
-            # The snapshot's folder is called after its commit.
+            # The snapshot's folder has the name of its commit.
             _write_headers(folder, path_or_repo, small.name)
             yield folder
         except DbrxError as error:
@@ -56,12 +57,12 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _write_headers(folder: Path, repository: str, commit: str) -> None:
-    # Imported here because it takes as long as all the rest, and local folders don't need it.
+    # Imported here, since the import is slow and local folders don't need it.
     from huggingface_hub import HfApi
 
     try:
         found = HfApi().get_safetensors_metadata(repository, revision=commit)
-    # Besides the Hub's own errors, a connection that breaks raises those of an HTTP library.
+    # A broken connection raises errors of an HTTP library.
     except Exception as error:
         reason = shorten(str(error), 200, placeholder="…")
         raise CheckpointError(
@@ -77,7 +78,7 @@ def _write_headers(folder: Path, repository: str, commit: str) -> None:
         }
         content = json.dumps({"__metadata__": file.metadata or {}} | tensors, separators=(",", ":"))
         header = content.encode()
-        # Our own, since the safetensors library writes no header without its tensors. It pads them like this.
+        # The safetensors library can't write a header without tensors. The padding is the library's.
         header += b" " * (-len(header) % 8)
         end = max((info.data_offsets[1] for info in file.tensors.values()), default=0)
         (folder / name).write_bytes(struct.pack("<Q", len(header)) + header)

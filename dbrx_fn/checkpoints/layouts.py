@@ -1,8 +1,8 @@
-"""How each known checkpoint layout names and shapes the tensors that become the tree's leaves.
+"""The known checkpoint layouts: how each names and shapes the tensors that become the tree's leaves.
 
-Layouts agree on most of DBRX and differ in its experts, and some in their queries, keys and values. Each is a table of
-rules: which tensors a linear's leaves are made of, and how they lie in them. What a table doesn't mention is called as
-in the tree. Reading, writing, converting and inspecting use these tables and nothing else.
+Layouts differ in the experts, and some in queries, keys and values. Each layout is a table of rules, which say which
+tensors make up a linear's leaves, and how. A linear without a rule has the tree's own name. Reading, writing,
+converting and inspecting all use these tables.
 
 | layout | written by | experts (E of them, F wide, on D) |
 | --- | --- | --- |
@@ -15,14 +15,15 @@ in the tree. Reading, writing, converting and inspecting use these tables and no
 | `nxd_inference` | AWS, for inference | `expert_mlps.mlp_op.gate_up_proj.weight` [E D 2F], the gate first |
 | `gguf` | llama.cpp | `blk.{n}.ffn_gate_exps.weight` [E F D], `ffn_down_exps` [E D F]; quantized too |
 
-Queries, keys and values are apart in `nxd`, and can be in `converted` and `mlp_experts`. The last two rename all.
+Queries, keys and values are separate tensors in `nxd`, and may be in `converted` and `mlp_experts`. `nxd_inference` and
+`gguf` rename all tensors.
 
 Sources: the released checkpoint and mlx-lm's models/dbrx.py; MegaBlocks' layers/mlp.py and glu.py; GPTQModel's
 dbrx_converted; neuronx-distributed-training's CheckpointConverterDbrx and neuronx-distributed-inference's
 modeling_dbrx.py; gguf-py's tensor_mapping.py.
 
-A quantized matrix has `scales`, and mostly `biases`, under its own name beside its `weight`. Groups lie along a
-linear's input, so experts can't be quantized where their matrices are stored transposed.
+A quantized matrix has `scales`, and in most formats `biases`, beside its `weight`. Groups lie along a linear's input
+axis, so experts can't be quantized in layouts that store them transposed.
 """
 
 import functools
@@ -49,13 +50,13 @@ WRITTEN: tuple[Written, ...] = get_args(Written)
 
 @dataclass(frozen=True)
 class Rule:
-    """Where the leaves of one of the tree's linears, or a part of them, lie in a layout.
+    """The tensor in a layout that holds a linear's leaf, or a part of it.
 
-    `tensor`: its name there, with `{n}` for the block, `{e}` if each expert has its own, `{leaf}` for `weight`,
-        `scales` or `biases`; without that it can't be quantized.
-    `rows`: in a tensor of all experts, whether their rows follow each other in one matrix (else they are stacked).
-    `transposed`: whether each matrix is stored transposed; `None`: as its shape says.
-    `part`: the rows of Wqkv that are here; or which half of the matrix that is stored.
+    `tensor`: its name, with `{n}` for the block, `{e}` if each expert has its own tensor, and `{leaf}` for `weight`,
+        `scales` or `biases`. Without `{leaf}` it can't be quantized.
+    `rows`: whether a tensor of all experts stacks their rows in one matrix, instead of along an expert axis.
+    `transposed`: whether each matrix is stored transposed. `None` means that its shape tells.
+    `part`: which rows of Wqkv it holds; or which half of the stored matrix is the linear's.
     """
 
     tensor: str
@@ -67,7 +68,7 @@ class Rule:
 Array = TypeVar("Array", mx.array, NDArray[Any])
 
 Rules = Mapping[str, Sequence[Sequence[Rule]]]
-"""By the tree's linear: alternatives, each of one rule or of those for its parts."""
+"""For each linear of the tree its alternatives. Each is one rule, or one for each part."""
 
 _BLOCK = "transformer.blocks.{n}"
 _ATTN = f"{_BLOCK}.norm_attn_norm.attn"
@@ -177,9 +178,9 @@ class Stored:
 
 @dataclass(frozen=True)
 class Source:
-    """The tensors that one leaf is made of: one, or one for each expert, or those of its parts in order.
+    """The tensors that make up one leaf: a single one, one for each expert, or one for each part in order.
 
-    `leaf`: what they become.
+    `leaf`: the leaf that they become.
     """
 
     stored: tuple[Stored, ...]
@@ -187,20 +188,20 @@ class Source:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tensors."""
+        """The tensors' names."""
         return tuple(stored.name for stored in self.stored)
 
     def join(self, tensors: Sequence[mx.array]) -> mx.array:
-        """The tensors, in the order of `names`, to the leaf; lazy."""
+        """Makes the leaf of the tensors, given in the order of `names`. The result is lazy."""
         parts = [self._matrices(stored, tensor) for stored, tensor in zip(self.stored, tensors, strict=True)]
         if self._one_by_one:
             return mx.stack(parts)
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
     def matrices(self, tensor: Callable[[str], NDArray[Any]]) -> Iterator[NDArray[Any]]:
-        """The leaf's matrices one by one (a leaf that has no experts is one), of tensors that are asked for by name.
+        """Yields the leaf's matrices one by one: one for each expert, or the only one.
 
-        `join` in pieces: what is asked for isn't kept, and one tensor of all experts is asked for once.
+        `tensor` returns a tensor by its name. It is called once for each, and the results aren't kept.
         """
         if self._one_by_one:
             for stored in self.stored:
@@ -211,9 +212,9 @@ class Source:
         yield from whole if self.leaf.is_expert else [whole]
 
     def place(self, expert: int) -> tuple[Stored, int]:
-        """Where a matrix of the leaf goes: the tensor, and how many matrices come before it in there.
+        """Where to write an expert's matrix: its tensor, and the number of matrices before it in that tensor.
 
-        For layouts that are written: a matrix is stored whole.
+        This holds for the written layouts, which store each matrix whole.
         """
         return (self.stored[expert], 0) if self._one_by_one else (self.stored[0], expert)
 
@@ -223,7 +224,7 @@ class Source:
         return "{e}" in self.stored[0].rule.tensor
 
     def _matrices(self, stored: Stored, tensor: Array) -> Array:
-        """A stored tensor's part of the leaf, upright; of one expert, or of all."""
+        """A stored tensor's part of the leaf, in the tree's orientation, for one expert or for all."""
         rule = stored.rule
         if rule.rows:
             tensor = tensor.reshape(self.leaf.shape[0], -1, tensor.shape[-1])
@@ -239,7 +240,7 @@ def layout_of(names: Iterable[str]) -> Layout:
     """Recognizes a layout from its tensors' names.
 
     Raises:
-        CheckpointError: if the experts' names are of no known layout, or of two.
+        CheckpointError: if the experts' names fit no known layout, or two.
     """
     names = sorted(names)
     found = {layout: [name for name in names if _mark(layout).fullmatch(name)] for layout in LAYOUTS}
@@ -258,12 +259,12 @@ def layout_of(names: Iterable[str]) -> Layout:
 
 
 def prefix_of(names: Iterable[str]) -> str:
-    """What all tensors' names begin with before the checkpoint's own: Composer's `model.`, or nothing."""
+    """The common prefix of all tensors' names: Composer's `model.`, or nothing."""
     return "model." if all(name.startswith("model.") for name in names) else ""
 
 
 def is_extra(layout: Layout, name: str) -> bool:
-    """Whether a tensor of this name is no parameter, and nothing is lost without it."""
+    """Whether a tensor of this name is no parameter, and can be ignored."""
     return layout == "nxd_inference" and name.endswith(".self_attn.rank_util.rank")
 
 
@@ -273,13 +274,13 @@ def sources(
     formats: Mapping[str, Format] | None = None,
     found: Mapping[str, Described] | None = None,
 ) -> Mapping[str, Source]:
-    """For each leaf's path, where it lies in a checkpoint of this layout.
+    """For each leaf's path, the tensors that hold it in this layout.
 
     Args:
         config: the model's.
         layout: the checkpoint's.
-        formats: of the matrices that are quantized, by their paths.
-        found: the tensors that there are, by name, which decide where a layout leaves a choice.
+        formats: the formats of the quantized matrices, by their paths.
+        found: the checkpoint's tensors, by name. They decide between a layout's alternatives.
     """
     spec = quantized_spec(param_spec(config), formats or {})
     return {path: _source(path, leaf, config, _RULES[layout], found or {}) for path, leaf in spec.items()}

@@ -1,7 +1,6 @@
-"""Reads a checkpoint into the parameter tree.
+"""Loads a checkpoint into the parameter tree.
 
-The tensors are lazy: MLX reads each from its file when it is first used. A loader never computes a layer, and no layer
-reads a file.
+The tensors are lazy: MLX reads each from its file when it is first used.
 """
 
 from collections.abc import Callable
@@ -38,27 +37,27 @@ def load(
     lazy: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Params, Config]:
-    """Loads a DBRX checkpoint of any known layout (`layouts`), in one file or sharded with an index.
+    """Loads a DBRX checkpoint of any known layout (`layouts`), from one file or from shards with an index.
 
-    Quantized matrices stay quantized. Which ones are, and how, is read from the tensors, each for itself: what
-    config.json says of that isn't needed, and older files of mlx-lm's don't say all of it.
+    Quantized matrices stay quantized. Each matrix's format is read from its tensors. config.json isn't needed for that:
+    older files of mlx-lm's are incomplete there.
 
     Args:
         path_or_repo: a folder, a GGUF file, or a Hugging Face repository as owner/name.
-        revision: of the repository: a branch, tag or commit.
-        dtype: what to convert all parameters to; as they are stored, if not given. Of a quantized matrix, that is its
-            scales and biases.
+        revision: branch, tag or commit of the repository.
+        dtype: dtype to convert all parameters to. As stored, if not given. Of a quantized matrix, scales and biases are
+            converted.
         lazy: leave each tensor in its file until it is first used.
         progress: called as parameters are read.
 
     Returns:
         params: the tree that `dbrx_fn.model.params.param_spec` describes.
-        config: the model's, its `dtype` that of the parameters.
+        config: the model's, with the parameters' `dtype`.
 
     Raises:
-        ConfigError: if `config.json` is missing or no DBRX model's.
-        CheckpointError: if files are missing or damaged, or their tensors aren't exactly the config's: every missing,
-            unexpected, duplicate, misshapen or wrongly typed one is named. Also if they won't fit in memory.
+        ConfigError: if `config.json` is missing or isn't DBRX's.
+        CheckpointError: if files are missing or damaged, if the parameters won't fit in memory, or if tensors are
+            missing, unexpected, duplicate, or of a wrong shape or dtype. It names every such tensor.
     """
     checkpoint = open_checkpoint(path_or_repo, revision=revision)
     require_fit(checkpoint, one_dtype=dtype is None)
@@ -80,28 +79,28 @@ def load(
 
 
 def computing_dtype(path_or_repo: str | Path) -> Dtype | None:
-    """What to `load` a checkpoint's parameters as, so that computing with them is fast; `None`: as they are stored.
+    """The dtype to `load` a checkpoint in for fast computation. `None` means as stored.
 
-    A CPU multiplies float32 only, and turns anything else into that at every product: a bfloat16 model of 40 million
-    parameters makes 20 tokens a second on 2 cores, and 72 as float32.
+    On a CPU that is float32, if it fits in memory: MLX multiplies only float32 there, and would convert other dtypes at
+    every product (docs/performance.md).
 
     Raises:
-        ConfigError, CheckpointError: as `load`.
+        ConfigError, CheckpointError: as in `load`.
     """
     if backend() != "cpu":
         return None
     checkpoint = open_checkpoint(path_or_repo)
-    # One of several dtypes is refused on every machine, unless somebody asks for it to be converted.
+    # A checkpoint of mixed dtypes is refused on every machine, unless the user asks for a conversion.
     fits = not checkpoint.mixed and checkpoint.nbytes("float32") <= memory_size()
     return "float32" if fits else None
 
 
 @checked
 def load_tokenizer(path_or_repo: str | Path) -> Tokenizer:
-    """Loads the tokenizer of a checkpoint: a folder, a GGUF file beside which it lies, or a repository as owner/name.
+    """Loads the tokenizer of a checkpoint: a folder, a repository as owner/name, or a GGUF file with it beside.
 
     Raises:
-        CheckpointError: if there is no such checkpoint.
+        CheckpointError: if the checkpoint doesn't exist.
         TokenizerError: if its tokenizer files are missing, unreadable or contradictory.
     """
     return read_tokenizer(tokenizer_folder(checkpoint_path(path_or_repo, weights=False)))

@@ -1,4 +1,4 @@
-"""What tensors lie in a checkpoint's safetensors files: their names, shapes and dtypes, and no tensor is read."""
+"""The tensors in a checkpoint's safetensors files: names, shapes and dtypes, from headers only."""
 
 import os
 from collections import Counter
@@ -13,16 +13,16 @@ from dbrx_fn.model.params import listed
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U32": "uint32", "U8": "uint8"}
-"""MLX's names of safetensors' dtypes, of those that a model's tensors can have."""
+"""MLX's names of the safetensors dtypes that a model's tensors can have."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a file's header says of one tensor; `dtype` is MLX's name, or the file's for what isn't used here.
+    """One tensor in a file's header. `dtype` is MLX's name, or the file's for a dtype that isn't used here.
 
-    `start`: where its bytes begin in the file, if they are what MLX would read.
+    `start`: the offset of its bytes in the file, if MLX would read the same bytes.
     """
 
     file: Path
@@ -32,10 +32,10 @@ class Tensor:
 
 
 def read_headers(folder: Path) -> dict[str, Tensor]:
-    """Name, file, shape and dtype of every tensor in a folder's safetensors files, without reading any.
+    """Name, file, shape and dtype of every tensor in a folder's safetensors files. Only headers are read.
 
     Raises:
-        CheckpointError: if there are no weights, a shard is missing or damaged, or a tensor is there twice.
+        CheckpointError: if there are no weights, if a shard is missing or damaged, or if a tensor occurs twice.
     """
     files, indexed = _files(folder)
     tensors: dict[str, Tensor] = {}
@@ -58,9 +58,9 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
 
 
 def _files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
-    """The safetensors files to read, and what the index, if there is one, says of each tensor's file."""
+    """The safetensors files to read, and each tensor's file by the index, if there is one."""
     index = folder / INDEX
-    # A link to nothing, as an interrupted download leaves, would otherwise be no index.
+    # A broken link, which an interrupted download leaves, counts as an index.
     if not os.path.lexists(index):
         files = sorted(file for file in folder.glob("*.safetensors") if not is_hidden(file))
         if not files:
@@ -78,7 +78,7 @@ def _files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
 
 
 def is_hidden(file: Path) -> bool:
-    """Whether a file's name begins with a dot, as of those that macOS puts beside others on foreign disks."""
+    """Whether a file's name begins with a dot, as do files that macOS puts beside others on foreign disks."""
     return file.name.startswith(".")
 
 
@@ -87,17 +87,17 @@ def _no_weights(folder: Path) -> CheckpointError:
     if pickles:
         return CheckpointError(
             f"{folder} holds no safetensors file but {listed(pickles, most=3)}, and a pickle can run code when it is"
-            " read: safetensors and GGUF files are, and nothing else is read; if you trust its source, load it with"
-            " transformers and write it with save_pretrained, which makes safetensors."
+            " read, so only safetensors and GGUF files are read: if you trust its source, load it with transformers and"
+            " write it with save_pretrained, which makes safetensors."
         )
     return CheckpointError(
-        f"{folder} holds no safetensors file: a checkpoint's weights lie in model.safetensors or in shards"
-        f" with a {INDEX}, and nothing else is read."
+        f"{folder} holds no safetensors file: give a folder whose weights are in model.safetensors, or in shards with"
+        f" a {INDEX}."
     )
 
 
 def _weight_map(index: object) -> dict[str, str]:
-    """The file of each tensor. Raises ValueError if that isn't what the index says."""
+    """The file of each tensor. Raises ValueError if the index is malformed."""
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError("weight_map must give a file for each tensor")
@@ -115,7 +115,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
     """Name, shape and dtype of every tensor in one safetensors file.
 
     Raises:
-        CheckpointError: if it is no such file, or a damaged one.
+        CheckpointError: if it isn't such a file, or is damaged.
     """
     try:
         size = file.stat().st_size

@@ -1,6 +1,6 @@
-"""Writes a parameter tree as a checkpoint folder: config, tensors, tokenizer; the loader's inverse.
+"""Saves a parameter tree as a checkpoint folder with config, tensors and tokenizer: the loader's inverse.
 
-What is written is read by mlx-lm too, and by transformers if it is dense and in the fused layout.
+mlx-lm can read the result too, and so can transformers if it is dense and in the fused layout.
 """
 
 import json
@@ -36,13 +36,13 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "generation_config.json",
-    # The code of the released model's own tokenizer, which transformers and mlx-lm run.
+    # The released model's own tokenizer code, which transformers and mlx-lm run.
     "tiktoken.py",
 )
 
 
 CHECKPOINT_FILES = (*TOKENIZER_FILES, "config.json", INDEX, "model.safetensors", "model-*-of-*.safetensors")
-"""Patterns of the names of all files that a checkpoint is written in."""
+"""Patterns of the names of all files of a written checkpoint."""
 
 
 @checked
@@ -58,21 +58,21 @@ def save(
 ) -> None:
     """Writes a new checkpoint folder, which appears when it is complete, or not at all.
 
-    What a killed process left hidden while it wrote this folder is removed first.
+    Hidden leftovers of a process that was killed while writing this folder are removed first.
 
     Args:
-        folder: to be made; its parents too, where they are missing.
+        folder: the new folder. Missing parents are made too.
         params: the tree, dense or quantized.
         config: the model's.
-        layout: of the tensors; `fused`, or `split` if experts are quantized, if not given.
-        tokenizer_files: a checkpoint's folder whose tokenizer is copied, with the stop tokens that belong to it.
-        metadata: texts for the headers of the tensors' files, beside their `format`.
-        shard_bytes: how large a file's tensors become at most, unless a linear alone is larger.
+        layout: the tensors' layout. If not given, `fused`, or `split` for quantized experts.
+        tokenizer_files: a checkpoint's folder whose tokenizer and stop tokens are copied.
+        metadata: texts for the headers of the tensors' files, beside `format`.
+        shard_bytes: the largest size of a file's tensors. Only a single linear may be larger.
 
     Raises:
-        InputError: if the folder exists or can't be written, `tokenizer_files` is no folder, the layout can't hold
-            the tree, or an argument is of another kind.
-        CheckpointError: if the tree doesn't fit the config, or was left in files that can't be read any more.
+        InputError: if the folder exists or can't be written, if `tokenizer_files` isn't a folder, if the layout can't
+            hold the tree, or if an argument has another type.
+        CheckpointError: if the tree doesn't fit the config, or its lazy tensors can't be read any more.
     """
     if shard_bytes < 1:
         raise InputError(f"shard_bytes is {shard_bytes} where it must be at least 1.")
@@ -100,7 +100,7 @@ def write_checkpoint(
     metadata: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a checkpoint's files into a folder that nobody reads yet; arguments and errors are those of `save`."""
+    """Writes a checkpoint's files into a folder that nobody reads yet. Arguments and errors are those of `save`."""
     check_params(params, config)
     formats = tree_formats(params, config)
     if layout is None:
@@ -132,7 +132,7 @@ def write_checkpoint(
 
 
 def check_layout(layout: Written, formats: Mapping[str, Format]) -> None:
-    """Raises `InputError` if a layout can't hold matrices that are quantized like this."""
+    """Raises `InputError` if a layout can't hold matrices of these formats."""
     for path in formats:
         if not holds_quantized(layout, path):
             raise InputError(
@@ -148,34 +148,33 @@ def small_files(
     shards: Sequence[Shard],
     tokenizer_files: Path | None,
 ) -> dict[str, bytes]:
-    """The content of all files of a checkpoint but its shards, by their names.
+    """The contents of all files of a checkpoint except its shards, by their names.
 
     Raises:
-        TokenizerError: as `copy_tokenizer`.
+        TokenizerError: as in `copy_tokenizer`.
     """
     contents = {} if tokenizer_files is None else tokenizer_contents(tokenizer_files)
     index = index_content(shards)
     if index is not None:
         contents[INDEX] = index
-    # With what mlx-lm must be told of a quantized model.
+    # mlx-lm needs the quantization settings of a quantized model.
     settings = config_to_dict(config) | _quantization_settings(config, layout, formats)
     contents["config.json"] = _text(settings)
     return contents
 
 
 def header_texts(layout: Written) -> dict[str, str]:
-    """What a safetensors header says of itself: transformers refuses a file that doesn't say whose it is."""
+    """The metadata of a safetensors header. transformers refuses a file without `format`."""
     return {"format": "pt" if layout == "fused" else "mlx"}
 
 
 def copy_tokenizer(source: Path, folder: Path, stop_tokens: Collection[int] = ()) -> None:
-    """Copies a checkpoint's tokenizer, chat template and stop tokens; the folder is made if it isn't there.
+    """Copies a checkpoint's tokenizer, chat template and stop tokens. A missing folder is made.
 
-    Stop tokens that generation_config.json doesn't name are written into it: those of config.json, else `stop_tokens`.
+    If generation_config.json names no stop tokens, those of config.json, or else `stop_tokens`, are written into it.
 
     Raises:
-        TokenizerError: if a file can't be read, or is far larger than any tokenizer's, which may be one without an end
-            or of holes.
+        TokenizerError: if a file can't be read, or is far larger than any tokenizer's.
     """
     contents = tokenizer_contents(source, stop_tokens)
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +183,7 @@ def copy_tokenizer(source: Path, folder: Path, stop_tokens: Collection[int] = ()
 
 
 def tokenizer_contents(source: Path, stop_tokens: Collection[int] = ()) -> dict[str, bytes]:
-    """What `copy_tokenizer` writes, by the files' names; errors are its own."""
+    """The contents of the files that `copy_tokenizer` writes, by their names. Errors are its own."""
     contents: dict[str, bytes] = {}
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
@@ -207,7 +206,7 @@ def tokenizer_contents(source: Path, stop_tokens: Collection[int] = ()) -> dict[
 def write_tensors(file: Path, tensors: dict[str, mx.array], metadata: dict[str, str]) -> None:
     """Writes a new safetensors file, into a folder that nobody reads yet.
 
-    MLX writes it, since the safetensors library makes files that only their owner can read, and its errors have no
+    MLX writes the file. The safetensors library would make it readable for its owner only, and its errors have no
     `errno`.
 
     Raises:
@@ -220,7 +219,7 @@ def write_tensors(file: Path, tensors: dict[str, mx.array], metadata: dict[str, 
         raise CheckpointError(
             f"The parameters can't be read or computed ({error}): check the files that they come from, and the memory."
         ) from None
-    # Given a name in place of an open file, MLX wouldn't say why it couldn't write.
+    # MLX gets an open file, since with a name its errors don't say why writing failed.
     with file.open("xb") as out:
         mx.save_safetensors(out, tensors, metadata)
 
@@ -230,7 +229,7 @@ def _text(settings: Mapping[str, Any]) -> bytes:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """A JSON file's fields; none, if there is no such file."""
+    """A JSON file's fields. A missing file has none."""
     try:
         content = parse_json(read_bounded(file))
     except (OSError, ValueError):
@@ -239,9 +238,9 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def _quantization_settings(config: Config, layout: Written, formats: Mapping[str, Format]) -> dict[str, Any]:
-    """What mlx-lm writes into config.json of a quantized model: one format, and by their paths the linears of others.
+    """mlx-lm's settings in config.json for a quantized model: one format, and by path the linears with another.
 
-    A linear that has no `scales` among the tensors isn't quantized, whatever is said here (`mlx_lm.utils.load_model`).
+    A linear without `scales` isn't quantized, regardless of these settings (`mlx_lm.utils.load_model`).
     """
     if not formats:
         return {}

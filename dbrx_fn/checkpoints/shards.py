@@ -1,8 +1,8 @@
-"""Writes safetensors shards of a checkpoint matrix by matrix, so that memory holds one at a time.
+"""Writes a checkpoint's safetensors shards matrix by matrix, with one matrix in memory at a time.
 
-Sizes and places of all tensors are known before the first is made: the header is written first, and each matrix goes
-to its place whenever it comes. The safetensors library can't do that, since it takes all tensors of a file at once.
-Format: https://github.com/huggingface/safetensors#format.
+All sizes and offsets are known in advance. So the header is written first, and then each matrix at its place, in any
+order. The safetensors library can't do that, since it takes all tensors of a file at once. Format:
+https://github.com/huggingface/safetensors#format.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ from dbrx_fn.errors import CheckpointError
 from dbrx_fn.model.config import Dtype
 
 SHARD_BYTES = 5 * 10**9
-"""How large a shard becomes at most, unless a linear alone is larger; the Hugging Face Hub's own advice."""
+"""The largest size of a shard, as the Hugging Face Hub advises. Only a single linear may be larger."""
 
 Matrices = Callable[[str], Iterator[Mapping[str, Raw]]]
-"""Of a linear, one after the other, the matrices of each expert (or the only one), by their leaves' paths."""
+"""Yields a linear's matrices (one for each expert, or the only one), by their leaves' paths."""
 
 _AT_ONCE = 2**20
 _CODES = {getattr(mx, dtype): code for code, dtype in DTYPES.items()}
@@ -45,12 +45,12 @@ class Shard:
 def plan_shards(
     table: Mapping[str, Source], dtype: Dtype, *, shard_bytes: int, metadata: Mapping[str, str]
 ) -> tuple[Shard, ...]:
-    """Spreads tensors over files; all that belong to a linear, its experts and scales, stay together.
+    """Distributes tensors over files. All tensors of a linear stay together, including its experts and scales.
 
     Args:
-        table: of every leaf, the tensors to write (`layouts.sources`, of a layout that can be written).
-        dtype: of the floats.
-        shard_bytes: how large a file's tensors become at most, unless a linear alone is larger.
+        table: the tensors to write for each leaf (`layouts.sources`, for a layout that can be written).
+        dtype: dtype of the floats.
+        shard_bytes: the largest size of a file's tensors. Only a single linear may be larger.
         metadata: texts for every header.
     """
     linears: dict[str, list[str]] = {}
@@ -81,10 +81,10 @@ def write_shard(
 
     Args:
         out: a new file.
-        shard: what goes into it.
-        table: as `plan_shards` had it.
-        matrices: makes them.
-        written: called with each matrix's tensor and bits, as they are in the file; those of a tensor in their order.
+        shard: the file's plan.
+        table: as in `plan_shards`.
+        matrices: makes a linear's matrices.
+        written: called with each matrix's tensor and bits as written, in order within a tensor.
 
     Raises:
         CheckpointError: if a matrix can't be read or computed.
@@ -92,14 +92,14 @@ def write_shard(
     """
     out.write(shard.header)
     for linear in shard.linears:
-        # A function of its own, so that nothing of a linear is left when the next is read.
+        # A function of its own, which frees a linear's memory before the next is read.
         _write_linear(out, shard, table, matrices(linear), written)
     out.flush()
     os.fsync(out.fileno())
 
 
 def index_content(shards: Sequence[Shard]) -> bytes | None:
-    """What the index says: in which shard each tensor is; `None`, if there is one alone."""
+    """The content of the index, which gives each tensor's shard. `None` for a single shard."""
     if len(shards) == 1:
         return None
     weight_map = {name: shard.file for shard in shards for name in shard.starts}
@@ -109,24 +109,24 @@ def index_content(shards: Sequence[Shard]) -> bytes | None:
 
 
 class ShardSum:
-    """A shard's SHA-256 sum, made of its header and of the sums of its tensors, which are written in turns."""
+    """A shard's SHA-256 sum, made of its header and its tensors' sums, since tensors are written in turns."""
 
     def __init__(self, shard: Shard) -> None:
         self._header = shard.header
         self._tensors = {name: hashlib.sha256() for name in shard.starts}
 
     def add(self, name: str, matrix: Raw | bytes) -> None:
-        """More of a tensor, in the order of its bytes."""
+        """Adds more of a tensor, in the order of its bytes."""
         self._tensors[name].update(matrix if isinstance(matrix, bytes) else matrix.data.cast("B"))
 
     def hexdigest(self) -> str:
-        """The sum, in hexadecimal, when all has been added."""
+        """The sum in hexadecimal, after everything was added."""
         parts = [self._header, *(tensor.digest() for tensor in self._tensors.values())]
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def sum_in(file: BinaryIO, shard: Shard) -> str | None:
-    """The `ShardSum` of what a file holds; `None` if its size or header isn't the shard's."""
+    """The `ShardSum` of a file's content, or `None` if its size or header isn't the shard's."""
     if os.fstat(file.fileno()).st_size != shard.nbytes or file.read(len(shard.header)) != shard.header:
         return None
     found, ends = ShardSum(shard), [*shard.starts.values(), shard.nbytes][1:]
@@ -156,7 +156,7 @@ def _write_linear(
 
 
 def _computed(made: Iterator[Mapping[str, Raw]]) -> Iterator[Mapping[str, Raw]]:
-    """What a generator of matrices yields; MLX's errors while they are made become the user's."""
+    """Passes on a generator's matrices, and turns MLX's errors in it into `CheckpointError`."""
     while True:
         try:
             leaves = next(made)
@@ -178,7 +178,7 @@ def _shard(
     dtype: Dtype,
     metadata: Mapping[str, str],
 ) -> Shard:
-    # Wide entries first, so that each tensor starts at a multiple of its entries' size.
+    # Wide entries come first, so each tensor starts at a multiple of its entries' size.
     ordered = sorted(paths, key=lambda path: -table[path].leaf.stored_as(dtype).size)
     fields: dict[str, Any] = {"__metadata__": dict(metadata)}
     starts: dict[str, int] = {}

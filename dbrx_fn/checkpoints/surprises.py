@@ -1,4 +1,4 @@
-"""What may surprise in a checkpoint that loads: files that contradict its tensors, or that others will miss."""
+"""Surprising properties of a checkpoint that loads: files that contradict its tensors, and missing files."""
 
 import math
 from collections import Counter
@@ -17,7 +17,7 @@ _TIKTOKEN_CLASS = "TiktokenTokenizerWrapper"
 
 
 def tokenizer_text(path: Path) -> str | None:
-    """Where a checkpoint's text becomes tokens, in words; `None` if `generate` will find no tokenizer."""
+    """A description of a checkpoint's tokenizer, or `None` if `generate` won't find one."""
     folder = path if path.is_dir() else path.parent
     if (folder / "tokenizer.json").is_file():
         return "tokenizer.json" if folder == path else "tokenizer.json, which lies beside it"
@@ -28,7 +28,7 @@ def tokenizer_text(path: Path) -> str | None:
 
 
 def surprises(checkpoint: Checkpoint, description: Description) -> list[str]:
-    """A sentence for each, without an order of weight."""
+    """One sentence for each surprise, in no particular order."""
     found = [*_of_formats(checkpoint, description.parts), *_of_orientation(checkpoint)]
     if checkpoint.path.is_file():
         if tokenizer_text(checkpoint.path) is None:
@@ -54,7 +54,7 @@ def _of_formats(checkpoint: Checkpoint, parts: Mapping[PartName, Part]) -> Itera
 def _of_orientation(checkpoint: Checkpoint) -> Iterator[str]:
     config = checkpoint.config
     if checkpoint.layout in ("converted", "mlp_experts") and config.d_model == config.ffn.ffn_hidden_size:
-        yield "w2 is square, so its shape doesn't say which way round it lies: it is taken for a linear's."
+        yield "w2 is square, so its shape doesn't show whether it is transposed: it is read as not transposed."
 
 
 def _of_config(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[str]:
@@ -67,15 +67,15 @@ def _of_config(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[st
     settings = first if first is not None else second
     if not settings:
         if checkpoint.formats:
-            yield "config.json doesn't say that matrices are quantized, which mlx-lm needs to be told."
+            yield "config.json doesn't say that matrices are quantized, which mlx-lm needs."
         return
     if not isinstance(settings, dict):
         yield f"config.json's quantization is {shown(settings)} where an object is expected: the tensors count."
         return
     if "quant_method" in settings:
         yield (
-            f"config.json names the quantization {shown(settings['quant_method'])}, of which nothing is read here:"
-            " the tensors count."
+            f"config.json names the quantization {shown(settings['quant_method'])}, which is ignored here: the tensors"
+            " count."
         )
     if not checkpoint.formats:
         yield "config.json says that matrices are quantized, and none is: the tensors count."
@@ -85,10 +85,10 @@ def _of_config(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[st
 
 
 def _contradictions(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Iterator[str]:
-    """Matrices that are quantized in another format than config.json gives them.
+    """Sentences on matrices whose format differs from config.json's.
 
-    As mlx-lm reads it (`mlx_lm.utils.load_model`): one format, and by their paths those of other linears. A linear
-    without scales isn't quantized, whatever is said.
+    config.json is read as in mlx-lm (`mlx_lm.utils.load_model`): one format, and by path the linears with another. A
+    linear without scales isn't quantized, regardless of config.json.
     """
     examples: dict[str, str] = {}
     counts: Counter[str] = Counter()
@@ -111,7 +111,7 @@ def _said(settings: Mapping[str, Any]) -> str:
 
 
 def _of_stop_tokens(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[str]:
-    """Those of generation_config.json, or else of config.json, as transformers, mlx-lm and `generate` find them."""
+    """Sentences on the stop tokens of generation_config.json, or else of config.json."""
     generation = _fields(checkpoint.path / "generation_config.json")
     file = "config.json" if generation.get("eos_token_id") is None else "generation_config.json"
     said = (config if file == "config.json" else generation).get("eos_token_id")
@@ -135,7 +135,7 @@ def _of_files(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _fields(file: Path) -> Mapping[str, Any]:
-    """A JSON file's fields; none, if there is no such file or it holds no object."""
+    """A JSON file's fields. A missing file has none, nor has one that isn't an object."""
     try:
         content = parse_json(read_bounded(file))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Cuts a stream of tokens into batches: which tokens are in a batch depends on the seed and its number only."""
+"""Cuts a stream of tokens into batches. A batch's tokens depend only on the seed and the batch's number."""
 
 import functools
 from collections.abc import Iterator
@@ -17,18 +17,17 @@ Lengths = Int32[np.ndarray, "batch"]
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """The batches of training, without end: `batches[step]` is always the same, so a run resumes at any step.
+    """An endless sequence of training batches. `batches[step]` is always the same, so a run can resume at any step.
 
-    An epoch goes through the stream once, in windows of `sequence_length` tokens to predict, each with the token
-    before them. Every token but the first is predicted exactly once: the stream is taken as a ring, which its equal
-    ends (both end-of-text) allow, and the one window that would begin a second round has its rest masked out. A batch
-    may hold windows of two epochs.
+    An epoch goes through the stream once, in windows of `sequence_length` tokens to predict and the token before them.
+    Every token but the first is predicted exactly once. The stream is treated as a ring, since both of its ends are
+    end-of-text. The window that reaches a second round has the rest masked out. A batch may hold windows of two epochs.
 
     Args:
         token_file: the tokens.
-        batch_size: windows to a batch.
-        sequence_length: tokens to predict in a window.
-        seed: not negative; it decides the order.
+        batch_size: number of windows per batch.
+        sequence_length: number of tokens to predict per window.
+        seed: determines the order. It must not be negative.
 
     Raises:
         InputError: if a size isn't positive, the seed is negative, or the text is shorter than one window.
@@ -52,20 +51,20 @@ class Batches:
 
     @property
     def windows(self) -> int:
-        """How many windows an epoch has."""
+        """Number of windows per epoch."""
         return -(-(len(self.token_file) - 1) // self.sequence_length)
 
     def epochs(self, step: int) -> float:
-        """How many epochs lie before batch `step`."""
+        """Number of epochs before batch `step`."""
         return step * self.batch_size / self.windows
 
     def __getitem__(self, step: int) -> tuple[Tokens, Mask]:
         """Batch number `step`, from 0.
 
         Returns:
-            tokens: each row is input and targets in one: `[:, :-1]` predict `[:, 1:]`.
-            mask: which tokens are to be predicted; the first of a row never is. It may be none in a whole row, where a
-                prompt is longer than the window.
+            tokens: input and targets in one array: `[:, :-1]` predict `[:, 1:]`.
+            mask: true for tokens to predict. The first of a row never is. A row may have none at all, if a prompt is
+                longer than the window.
         """
         if step < 0:
             raise IndexError(f"step is {step} where 0 or more is expected")
@@ -78,10 +77,10 @@ class Batches:
             shift, order = _order(self.seed, epoch, self.windows, width)
             starts[row], windows[row] = shift, order[place]
         offsets = np.arange(width + 1)
-        # How far from the epoch's first window each token is; a whole round and more is what was there already.
+        # Each token's distance from the epoch's first window. A distance of a full round or more is a repetition.
         along = windows[:, None] * width + offsets
         places = (starts[:, None] + along) % ring
-        # The ring's first token is predicted as the stream's last one.
+        # The ring's first token is the stream's last one, and is predicted there.
         places[places == 0] = ring
         mask = (offsets > 0) & (along <= ring)
         if self.token_file.targets is not None:
@@ -92,20 +91,19 @@ class Batches:
 def eval_windows(
     token_file: TokenFile, batch_size: int, sequence_length: int
 ) -> Iterator[tuple[Tokens, Mask, Lengths]]:
-    """Goes through the stream once, in order, with every token but the first as a target once.
+    """Goes through the stream once, in order. Every token but the first is a target once.
 
-    All batches have the same shape, whatever the text: missing tokens and rows at the end are end-of-text tokens that
-    are masked out.
+    All batches have the same shape. Missing tokens and rows at the end are masked end-of-text tokens.
 
     Args:
         token_file: the tokens.
-        batch_size: windows to a batch.
-        sequence_length: tokens to predict in a window.
+        batch_size: number of windows per batch.
+        sequence_length: number of tokens to predict per window.
 
     Returns:
-        tokens: as of `Batches`.
-        mask: as of `Batches`; False for padding.
-        lengths: how many of a row's inputs `[:, :-1]` are real, 0 for a row of padding; `forward` takes them.
+        tokens: as in `Batches`.
+        mask: as in `Batches`; false for padding.
+        lengths: the number of real inputs `[:, :-1]` in each row, as `forward` takes them. 0 for a row of padding.
 
     Raises:
         InputError: if a size isn't positive.
@@ -133,12 +131,12 @@ def _eval_batch(token_file: TokenFile, starts: Int64[np.ndarray, "batch"], width
 
 @functools.lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, windows: int, width: int) -> tuple[int, Int64[np.ndarray, "windows"]]:
-    """Where an epoch's first window starts, and the order of its windows.
+    """The start of an epoch's first window, and the order of its windows.
 
-    Each epoch starts elsewhere, so that the cuts fall elsewhere: a token right after a cut is predicted from nothing
-    but one token before it, and would be in every epoch.
+    Each epoch starts at another place, so its cuts fall at other places. Otherwise the same tokens, right after a cut,
+    would have only one token of context in every epoch.
     """
-    # NumPy promises the same bits of PCG64 in every version, but not the same permutations made of them.
+    # NumPy guarantees the bits of PCG64 in every version, but not the permutations that it makes of them.
     bits = np.random.PCG64([seed, epoch]).random_raw(windows + 1)
     order = np.argsort(bits[1:], kind="stable")
     order.flags.writeable = False

@@ -1,4 +1,4 @@
-"""Reads the documents that a model is trained on, and keeps some of them out of training."""
+"""Reads the documents to train on, and splits off held-out ones."""
 
 import hashlib
 import itertools
@@ -24,12 +24,12 @@ class Document:
     """One text to learn from.
 
     Attributes:
-        source: the file that it comes from and, in a file of rows, the row: what a message names.
-        spans: its parts in order, as (text, is_target): whether the part is to be predicted or only to be read, as a
-            prompt is. Each part is made into tokens by itself, so no token belongs to two of them.
-        literal: ranges of characters of all parts together, in order, that are to make no control token, as
-            `Tokenizer.encode` takes them.
-        is_chat: whether it is a conversation, written down as the chat format has it.
+        source: its file and, in a file of rows, its row, for messages.
+        spans: its parts in order, as (text, is_target). A part is either predicted or, like a prompt, only read. Each
+            part is tokenized separately, so no token belongs to two parts.
+        literal: ranges of characters, in order and across all parts, that must not become control tokens
+            (`Tokenizer.encode`).
+        is_chat: whether it is a conversation, rendered in the chat format.
     """
 
     source: str
@@ -39,7 +39,7 @@ class Document:
 
     @property
     def text(self) -> str:
-        """All parts together."""
+        """All parts joined."""
         return "".join(text for text, _ in self.spans)
 
 
@@ -49,27 +49,26 @@ def read_documents(
     """Reads text files, files of rows, and folders of both.
 
     - A text file is one document: .txt, .text, .md, .markdown, .rst, .tex, or a name without an ending.
-    - A row of a .jsonl, .ndjson or .json file is one: its `prompt` (only read) and `completion` (to be predicted) as
-      they stand, or its `messages` with its `tools`, of which each turn of the assistant is to be predicted with what
-      ends it (`dbrx_fn.text.chat_turns`), or its `text`. A row with several of these keys counts as the first of them,
-      in mlx-lm's order. Where the template writes earlier turns in another way later on, a conversation becomes
-      several documents.
-    - `"weight": 0` or `"train": false` keeps a row out, or a message of the assistant from being predicted.
-    - A folder stands for the files of these kinds in it (`dbrx_fn.data.data_files.find_files`).
+    - A row of a .jsonl, .ndjson or .json file is one document. It has `prompt` (only read) and `completion`
+      (predicted); or `messages`, perhaps with `tools`, where each turn of the assistant is predicted together with its
+      end (`dbrx_fn.text.chat_turns`); or `text`. Of several of these keys the first counts, in mlx-lm's order. If the
+      template renders earlier turns differently later on, a conversation becomes several documents.
+    - `"weight": 0` or `"train": false` leaves out a row, or keeps a message of the assistant from being predicted.
+    - A folder stands for its files of these kinds (`dbrx_fn.data.data_files.find_files`).
 
-    Documents of nothing but white space are passed over. Line ends stay as they are; a byte order mark goes. What isn't
-    used is told in warnings: keys of rows and messages, files of other kinds, rows that are kept out.
+    Documents of white space only are skipped. Line ends are kept, and a byte order mark is removed. Warnings name
+    everything that isn't used: keys of rows and messages, files of other kinds, left-out rows.
 
     Args:
         paths: the files and folders.
-        chat_format: how `messages` are written down, such as `Tokenizer.chat_format`.
-        control_tokens: whether a text that spells a control token, such as `<|im_end|>`, becomes it. Otherwise it is
-            learned as the characters that it is made of, with a warning.
+        chat_format: the format of `messages`, such as `Tokenizer.chat_format`.
+        control_tokens: whether control tokens that a text spells, such as `<|im_end|>`, become tokens. Otherwise they
+            are learned as plain characters, with a warning.
 
     Raises:
-        InputError: a path that is missing or can't be read, a file that isn't UTF-8 or of another kind, a row that is
-            none of the above, or nothing to learn from in all of it.
-        TokenizerError: the checkpoint's chat template can't be rendered or learned from.
+        InputError: if a path is missing or can't be read, a file isn't UTF-8 or has another kind, a row is none of the
+            above, or there is nothing to learn from.
+        TokenizerError: if the checkpoint's chat template can't be rendered or learned from.
     """
     given = [Path(path) for path in paths]
     reader = _Reader(chat_format, control_tokens)
@@ -83,19 +82,20 @@ def read_documents(
 
 
 def split(documents: Sequence[Document], share: float, seed: int) -> tuple[list[Document], list[Document]]:
-    """Splits documents into those to train on and those held out.
+    """Splits documents into those to train on and those to hold out.
 
-    The side is decided by a hash of the seed and the text, in which all white space counts as one space, so copies of
-    a text are always on one side, and a document stays on its side when others join it. Where that leaves a side
-    empty, the document nearest to it changes sides, with its copies. Where all are one text, its end is held out.
+    A hash of the seed and the text decides, where all white space counts as one space. So copies of a text are always
+    on one side, and a document stays on its side when others are added. If one side would be empty, the document
+    nearest to it changes sides, with its copies. If all documents are one text, its end is held out.
 
     Args:
         documents: at least one.
-        share: how much to hold out, from 0 to less than 1; of the documents, not of their text.
-        seed: chooses which.
+        share: the fraction of documents to hold out, from 0 to less than 1.
+        seed: chooses the documents.
 
     Raises:
-        InputError: if the share can't be, or the only text is one conversation or completion, which can't be cut.
+        InputError: if the share is out of range, or the only text is one conversation or completion, which can't be
+            cut.
     """
     if not 0 <= share < 1:
         raise InputError(f"The share to hold out is {share} where a number from 0 to less than 1 is expected.")
@@ -114,11 +114,11 @@ def split(documents: Sequence[Document], share: float, seed: int) -> tuple[list[
 
 
 def without_held_out(train: Sequence[Document], held_out: Sequence[Document]) -> tuple[list[Document], int]:
-    """Leaves out what is held out too, up to white space.
+    """Removes training documents that are held out too. White space doesn't count.
 
     Returns:
         kept: the documents that aren't held out.
-        removed: how many were left out.
+        removed: the number of removed documents.
 
     Raises:
         InputError: if nothing is kept.
@@ -133,13 +133,13 @@ def without_held_out(train: Sequence[Document], held_out: Sequence[Document]) ->
 
 
 class _Reader:
-    """Makes documents of files, and notes what isn't used of them."""
+    """Makes documents from files, and notes what isn't used."""
 
     def __init__(self, chat_format: ChatFormat, control_tokens: bool) -> None:
         self._chat_format = chat_format
         self._control_tokens = control_tokens
         self._pattern = None if control_tokens else any_of(chat_format.control_tokens)
-        # A template that shows the time shows the same in all documents.
+        # A template that shows the time shows the same time in all documents.
         self._now = datetime.now()
         self._unused: Counter[str] = Counter()
         self._spelled: list[str] = []
@@ -157,7 +157,7 @@ class _Reader:
                 raise type(error)(f"{source}: {error}") from None
 
     def warn(self) -> None:
-        """Says what wasn't used."""
+        """Warns of everything that wasn't used."""
         if self._unused:
             names = ", ".join(f"{name} ({count})" for name, count in self._unused.most_common(8))
             warnings.warn(f"Not used of the data: {names}.", stacklevel=3)
@@ -226,7 +226,7 @@ class _Reader:
             for start, end in taught.turns:
                 spans += [(text[place:start], False), (text[start:end], True)]
                 place = end
-            # The last part is only read, even where it is empty: generation has ended before it.
+            # The last part is only read, even if it is empty, since generation ends before it.
             spans = [span for span in spans if span[0]] + [(text[place:], False)]
             documents.append(Document(source, tuple(spans), taught.chat.literal, is_chat=True))
             if taught.chat.literal:
@@ -235,7 +235,7 @@ class _Reader:
 
 
 def _is_taught(row: object, message: int | None = None) -> bool:
-    """Whether a row, or the message of this number, is to be predicted."""
+    """Whether a row, or the message with this number, is to be predicted."""
     where = "" if message is None else f"Message {message}: "
     if not isinstance(row, dict):
         return True
@@ -276,7 +276,7 @@ def _place(document: Document, seed: int) -> int:
 
 
 def _cut(document: Document, share: float) -> tuple[Document, Document]:
-    """The document without its end, and its end: cut at a paragraph, else a line, else a word near to the share."""
+    """The document without its end, and its end, cut near the share at a paragraph, else a line, else a word."""
     text = document.text
     first, last = len(text) - len(text.lstrip()), len(text.rstrip()) - 1
     if len(document.spans) > 1 or last <= first:

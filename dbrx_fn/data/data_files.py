@@ -1,4 +1,4 @@
-"""Finds and reads the files that hold data: texts whole, and rows of JSON one by one."""
+"""Finds and reads data files: texts as a whole, JSON rows one by one."""
 
 import io
 import os
@@ -16,24 +16,24 @@ LINE_FILES = (".jsonl", ".ndjson")
 ROW_FILES = (*LINE_FILES, ".json")
 
 LARGEST_FILE = 2**34
-"""Bytes of a text or of lines."""
+"""The most bytes of a file of text or lines."""
 
 LARGEST_ROW = 2**26
-"""Bytes of a line, or of a .json file. Parsed, JSON takes up to twenty times its size."""
+"""The most bytes of a line, or of a .json file. Parsed, JSON takes up to twenty times its size."""
 
 _CHUNK = 2**20
 
 
 def find_files(path: Path) -> list[Path]:
-    """A file, or those of a folder: texts and rows at any depth, in sorted order.
+    """The path itself if it is a file, or a folder's files of texts and rows, at any depth, in sorted order.
 
-    Hidden files and folders are passed over. Links are followed. A file or folder that several names lead to is taken
-    once, so links that lead back end. Files of other kinds are passed over with a warning.
+    Hidden files and folders are skipped. Links are followed, and a file or folder with several names is taken once, so
+    cycles end. Files of other kinds are skipped with a warning.
 
     Raises:
-        InputError: a folder that can't be read, or holds no such file.
+        InputError: if a folder can't be read, or holds no such file.
     """
-    # Not Path.is_dir, which raises where a name is too long.
+    # Path.is_dir would raise if a name is too long.
     if not os.path.isdir(path):
         return [path]
 
@@ -47,7 +47,7 @@ def find_files(path: Path) -> list[Path]:
     seen: set[tuple[int, int]] = set()
     for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
         visible = [name for name in folders if not name.startswith(".")]
-        # A folder's own name comes before the links to it.
+        # A folder's own name comes before links to it.
         folders[:] = sorted(visible, key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         if _seen_before(folder, seen):
             folders.clear()
@@ -71,10 +71,10 @@ def find_files(path: Path) -> list[Path]:
 
 
 def holds_rows(path: Path) -> bool:
-    """Whether a file holds rows; otherwise it is a text.
+    """Whether a file holds rows, by its name's ending. Otherwise it is a text.
 
     Raises:
-        InputError: its name has an ending that is neither's.
+        InputError: if the ending belongs to neither.
     """
     suffix = path.suffix.lower()
     if suffix and suffix not in (*TEXT_FILES, *ROW_FILES):
@@ -89,7 +89,7 @@ def read_text(path: Path) -> str:
     """A text file's content, without a byte order mark.
 
     Raises:
-        InputError: a file that is missing, no regular one, too large, or no text in UTF-8.
+        InputError: if the file is missing, isn't a regular file, is too large, or isn't UTF-8 text.
     """
     content = bytearray()
     with _open(path) as file:
@@ -112,12 +112,12 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
-    """The rows of a file of JSON, each with what a message calls it.
+    """The rows of a JSON file, each with its name for messages.
 
-    A .json file is a list of rows, or one row; in others each line is one, but for blank ones.
+    A .json file is a list of rows, or one row. In other files each line that isn't blank is a row.
 
     Raises:
-        InputError: as of `read_text`, or a row that is no JSON object.
+        InputError: as in `read_text`, or if a row isn't a JSON object.
     """
     if path.suffix.lower() in LINE_FILES:
         yield from _read_lines(path)
@@ -172,7 +172,7 @@ def _open(path: Path) -> io.BufferedReader:
         file = open_regular(path)
     except FileNotFoundError:
         raise _missing(path) from None
-    # A name with a zero byte is a ValueError, too.
+    # A name with a zero byte raises ValueError.
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
     size = os.fstat(file.fileno()).st_size
@@ -194,11 +194,11 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 
 def _seen_before(path: str, seen: set[tuple[int, int]]) -> bool:
-    """Whether another name has led to this file or folder."""
+    """Whether this file or folder was seen under another name."""
     try:
         status = os.stat(path)
     except OSError:
-        # Reading it says why.
+        # The reader reports this error.
         return False
     place = (status.st_dev, status.st_ino)
     before = place in seen

@@ -1,4 +1,4 @@
-"""Turns documents into tokens once, in files that training maps into memory."""
+"""Token files: documents are tokenized once, into files that training maps into memory."""
 
 import functools
 import hashlib
@@ -25,13 +25,13 @@ from dbrx_fn.text.text_pieces import text_pieces
 from dbrx_fn.text.tokenizer import Tokenizer
 
 _FORM = 3
-"""Changes with what the files hold for the same documents, so that older ones are made anew."""
+"""The version of the files' content. Files of an older version are made again."""
 
 _OLD_KINDS = {"tokens": int, "target_count": int, "bytes": int, "documents": int, "masked": bool, "fingerprint": str}
 _KINDS = {**_OLD_KINDS, "files": dict, SEAL: str}
-"""What `meta.json` holds; earlier versions wrote no sums."""
+"""The keys of `meta.json`. Earlier versions have no checksums."""
 
-# The header of a one-dimensional array, as NumPy writes it. NumPy's own reader evaluates any text that stands there.
+# The header of a one-dimensional array, as NumPy writes it. It isn't read by NumPy, which evaluates its text.
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00(..)\{'descr': '([<|][ub]\d)', 'fortran_order': False, 'shape': \((\d{1,18}),\), \} *\n",
     re.DOTALL,
@@ -48,18 +48,18 @@ Progress = Callable[[int, int], None]
 class TokenFile:
     """The tokens of documents, in files of a folder.
 
-    An end-of-text token stands before each document, so that its first token is predicted from something, and one
-    more ends the last.
+    An end-of-text token comes before each document, so its first token is predicted from something. Another one ends
+    the last document.
 
     Attributes:
         tokens: `[tokens]`, uint16 or uint32.
-        targets: `[tokens]`, bool, which tokens are to be predicted; None where all are. An end-of-text token is where
-            the part before it is. The first token never is, since nothing stands before it.
-        target_count: how many tokens are to be predicted.
-        bytes: UTF-8 bytes of the parts to be predicted. A loss in bits per byte is the sum of the targets' losses in
-            bits, over this.
-        documents: how many there are.
-        fingerprint: SHA-256 of the documents and of the tokenizer.
+        targets: `[tokens]`, bool, true for tokens to predict; `None` if all are. An end-of-text token is a target if
+            the part before it is. The first token never is.
+        target_count: number of tokens to predict.
+        bytes: UTF-8 bytes of the parts to predict. A loss in bits per byte is the sum of the targets' losses in bits,
+            divided by this.
+        documents: number of documents.
+        fingerprint: SHA-256 of the documents and the tokenizer.
     """
 
     tokens: np.memmap[Any, np.dtype[Any]]
@@ -74,28 +74,28 @@ class TokenFile:
 
     @functools.cached_property
     def highest(self) -> int:
-        """The highest token; a model needs a row for each up to this one."""
+        """The highest token id. A model needs a larger vocabulary size."""
         return max(int(part.max()) for part in _parts(self.tokens))
 
 
 def write_token_file(
     folder: Path, documents: Sequence[Document], tokenizer: Tokenizer, progress: Progress | None = None
 ) -> TokenFile:
-    """Writes the tokens of documents into a folder, or finds them there.
+    """Writes the tokens of documents into a folder, or reuses the files there.
 
-    Files that the same documents and tokenizer have left there are taken as they are; others are replaced. The text is
-    made into tokens piece by piece, so only the documents themselves need memory.
+    Files of the same documents and tokenizer are reused, others are replaced. The text is tokenized piece by piece, so
+    only the documents themselves need memory.
 
     Args:
-        folder: of `tokens.npy`, `targets.npy` (where there are parts only to be read) and `meta.json` alone; it
-            appears when it is complete, and takes the place of one that holds no other files.
-        documents: at least one, as of `dbrx_fn.data.corpus.read_documents`.
+        folder: the folder of `tokens.npy`, `meta.json` and, if some parts are only read, `targets.npy`. It appears when
+            it is complete, and replaces one with only these files.
+        documents: at least one, from `dbrx_fn.data.corpus.read_documents`.
         tokenizer: the model's.
-        progress: called as the text is made into tokens.
+        progress: called as the text is tokenized.
 
     Raises:
-        InputError: no documents, a tokenizer without an end-of-text token, or a folder that holds something else or
-            can't be written.
+        InputError: if there are no documents, if the tokenizer has no end-of-text token, or if the folder holds other
+            files or can't be written.
     """
     if not documents:
         raise InputError("There are no documents to make tokens of; give at least one.")
@@ -110,7 +110,7 @@ def write_token_file(
         if found.fingerprint == fingerprint:
             return found
     except InputError:
-        # Missing or damaged files are what the rest of this function mends.
+        # The rest of this function replaces missing and damaged files.
         pass
 
     with new_folder(folder, replacing=("tokens.npy", "targets.npy", "meta.json")) as beside:
@@ -122,12 +122,12 @@ def write_token_file(
 
 
 def read_token_file(folder: Path) -> TokenFile:
-    """Maps the files of `write_token_file` into memory, after comparing them with their checksums.
+    """Maps the files of `write_token_file` into memory, after a comparison with their checksums.
 
-    Files of earlier versions have none; a warning says so.
+    Files of earlier versions have no checksums, which gives a warning.
 
     Raises:
-        InputError: if files are missing, damaged, cut short or don't belong together.
+        InputError: if files are missing, damaged or cut short, or don't belong together.
     """
     meta = _read_meta(folder / "meta.json")
     length, target_count = meta["tokens"], meta["target_count"]
@@ -135,7 +135,7 @@ def read_token_file(folder: Path) -> TokenFile:
     targets = _map(folder / "targets.npy", meta, ("bool",)) if meta["masked"] else None
     counted = length - 1
     if targets is not None:
-        # Any byte but 0 counts as true, and as what it is where it is added up.
+        # A byte other than 0 and 1 would be true in a mask, but count more than 1 in a sum.
         values = targets.view(np.uint8)
         if any(part.max() > 1 for part in _parts(values)):
             raise _damaged(folder / "targets.npy", "it holds other bytes than 0 and 1")
@@ -146,10 +146,10 @@ def read_token_file(folder: Path) -> TokenFile:
 
 
 def check_ids(token_file: TokenFile, config: Config) -> None:
-    """Makes sure that the model has a row for each token of a file.
+    """Checks that the model's vocabulary holds each token of a file.
 
     Raises:
-        InputError: if it hasn't.
+        InputError: if it doesn't.
     """
     if token_file.highest >= config.vocab_size:
         raise InputError(
@@ -159,10 +159,10 @@ def check_ids(token_file: TokenFile, config: Config) -> None:
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
-    """Makes sure that the model has a row for each of the tokenizer's tokens.
+    """Checks that the model's vocabulary holds each of the tokenizer's tokens.
 
     Raises:
-        InputError: if it hasn't.
+        InputError: if it doesn't.
     """
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
@@ -238,7 +238,7 @@ def _write(
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype[Any], length: int) -> None:
-    # NumPy leaves room in a header for any length, so the final one can take the place of the first.
+    # NumPy leaves room in a header for any length, so the final header fits in place of the first.
     np.lib.format.write_array_header_1_0(
         file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
     )
@@ -281,7 +281,7 @@ def _map(path: Path, meta: dict[str, Any], dtypes: tuple[str, ...]) -> np.memmap
 
 
 def _read_header(path: Path) -> tuple[str, int, int]:
-    """Dtype, length, and where the entries start. Raises ValueError if the file is no such array."""
+    """Dtype, length, and the offset of the entries. Raises ValueError if the file isn't such an array."""
     with open_regular(path) as file:
         header = _HEADER.match(file.read(_LONGEST_HEADER))
     if header is None or 10 + int.from_bytes(header[1], "little") != header.end() or header[2] not in _DTYPES:

@@ -1,9 +1,9 @@
 """Files and folders that appear when they are complete, or not at all.
 
-What is written lies beside its place under a hidden name until it has reached the disk, and is then renamed, which is
-one step for any file system. Whoever looks sees what was there before, or all of the new; also after a crash, which
-leaves at most something hidden behind. A process holds a lock on what it has hidden, so the next one that writes to the
-same place knows what a killed one left, and removes it.
+A new file is written beside its target under a hidden name. When it is on the disk it is renamed, which is atomic. So a
+reader sees either the old content or all of the new, even after a crash, which leaves at most a hidden file. A process
+locks its hidden files. The next process that writes to the same target removes unlocked ones, which a killed process
+has left.
 """
 
 import contextlib
@@ -27,16 +27,17 @@ from dbrx_fn.files.json_file import shown
 def new_folder(
     path: Path, *, replacing: Collection[str] = (), files: Collection[str] = (), beside: Path | None = None
 ) -> Iterator[Path]:
-    """Yields a hidden folder beside `path` to write into, which becomes `path` when the block ends well.
+    """Yields a hidden folder beside `path` to write into. It becomes `path` when the block ends without an error.
 
-    Its files are flushed to the disk first. If the block raises, nothing stays.
+    Its files are flushed to the disk first. If the block raises, nothing is left.
 
     Args:
-        path: the folder to be made; its parents too, where they are missing.
-        replacing: names of files; a folder that holds no others is replaced. That takes two steps, between which
-            there is neither the old one nor the new.
-        files: patterns of the names that the block writes, by which `remove_leftovers` knows what a killed one left.
-        beside: the hidden folder, where the caller has made one; if the block raises, its content is the caller's.
+        path: the new folder. Missing parents are made too.
+        replacing: names of files. An existing folder that holds no others is replaced. That takes two steps, between
+            which neither the old folder nor the new one exists.
+        files: patterns of the names that the block writes. `remove_leftovers` recognizes a killed process's files by
+            them.
+        beside: the hidden folder, if the caller has made one. If the block raises, its content is left to the caller.
 
     Raises:
         InputError: if `path` exists and may not be replaced, or an `OSError`, such as a full disk, ends the block.
@@ -54,9 +55,9 @@ def new_folder(
                 for name in names:
                     flush(Path(place, name))
                 flush(Path(place))
-            # Renaming replaces an empty folder, so one that was made in the meantime would be lost.
+            # Renaming would replace an empty folder that was made in the meantime.
             _check_free(path, replacing)
-            # Without leave to replace, renaming fails where another process has made the folder just now.
+            # If nothing may be replaced, renaming fails if another process has just made the folder.
             if replacing and os.path.lexists(path):
                 path.rename(replaced)
             hidden.rename(path)
@@ -72,10 +73,10 @@ def new_folder(
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file whole, in place of what is there.
+    """Writes a file atomically. It replaces an existing one.
 
     Raises:
-        InputError: if it can't be written; what was there stays.
+        InputError: if it can't be written. An existing file is kept.
     """
     with new_file(path) as file:
         file.write(content)
@@ -83,9 +84,9 @@ def write_file(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Yields a hidden file beside `path` to write into, which takes `path`'s place when the block ends well.
+    """Yields a hidden file beside `path` to write into. It replaces `path` when the block ends without an error.
 
-    If the block raises, nothing stays, and what was there does.
+    If the block raises, the hidden file is removed and `path` is unchanged.
 
     Raises:
         InputError: if an `OSError`, such as a full disk, ends the block.
@@ -104,11 +105,11 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(path: Path, files: Collection[str] = ()) -> None:
-    """Removes what killed processes left under hidden names beside `path`; what a live one writes is locked, and stays.
+    """Removes hidden files and folders beside `path` that killed processes have left. Locked ones are in use and stay.
 
     Args:
-        path: the file or folder that they were making.
-        files: patterns of names. A folder that holds any other file stays too, and a warning says so.
+        path: the file or folder that the processes were making.
+        files: patterns of names. A folder with any other file stays too, with a warning.
     """
     with contextlib.suppress(OSError):
         for entry in path.parent.iterdir():
@@ -117,12 +118,12 @@ def remove_leftovers(path: Path, files: Collection[str] = ()) -> None:
 
 
 def hidden_beside(path: Path) -> Path:
-    """A new hidden name beside `path`, for what isn't whole yet, or no more."""
+    """A new hidden name beside `path`, for a file or folder that is incomplete."""
     return path.parent / f".{path.name}-{secrets.token_hex(4)}.unfinished"
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether `path` has a name such as those of `hidden_beside`, under which a killed process may leave things."""
+    """Whether `path` has a name of the form of `hidden_beside`."""
     return re.fullmatch(r"\..+-[0-9a-f]{8}\.unfinished", path.name) is not None
 
 
@@ -137,7 +138,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def _hidden(path: Path, *, folder: bool) -> Iterator[tuple[Path, int]]:
-    """A new hidden folder or file beside `path`, open and locked until the block ends, and then gone or renamed."""
+    """Yields a new hidden folder or file beside `path`, locked during the block, and removed after it unless renamed."""
     while True:
         beside = hidden_beside(path)
         if folder:
@@ -145,7 +146,7 @@ def _hidden(path: Path, *, folder: bool) -> Iterator[tuple[Path, int]]:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
         descriptor = os.open(beside, flags, 0o666)
         try:
-            # Until it is locked it looks like a leftover, and another process may just be removing it.
+            # Before it is locked it looks like a leftover, so another process may be removing it.
             if try_lock(descriptor) is not False and is_still(beside, os.fstat(descriptor)):
                 yield beside, descriptor
                 return
@@ -157,13 +158,13 @@ def _hidden(path: Path, *, folder: bool) -> Iterator[tuple[Path, int]]:
 
 def _remove_leftover(path: Path, files: Collection[str]) -> None:
     try:
-        # A link isn't followed, and a pipe not waited for.
+        # The flags follow no link and wait for no pipe.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return
     try:
         status = os.fstat(descriptor)
-        # Locked and no more of this name, it has become what it was made for.
+        # A file that is locked, or has lost this name, is in use.
         if not try_lock(descriptor) or not is_still(path, status):
             return
         if stat.S_ISREG(status.st_mode):
@@ -183,7 +184,7 @@ def _remove_leftover(path: Path, files: Collection[str]) -> None:
 
 
 def _foreign_file(folder: Path, files: Collection[str]) -> str | None:
-    """A name in a folder that isn't of these patterns, or no regular file's."""
+    """The name of an entry that doesn't match these patterns or isn't a regular file, if there is one."""
     for entry in folder.iterdir():
         own = any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in files)
         if not own or not stat.S_ISREG(entry.lstat().st_mode):
@@ -210,7 +211,7 @@ def _check_free(path: Path, replacing: Collection[str]) -> None:
 def _unwritable(path: Path, error: OSError) -> InputError:
     reason = error.strerror or str(error)
     culprit = "" if error.filename is None else os.fsdecode(error.filename)
-    # Another file's trouble, such as of one that was to be copied; the hidden name means nothing to anyone.
+    # The error may be about another file, such as one to copy. The hidden name is left out of messages.
     if culprit and f"{os.sep}.{path.name}-" not in culprit:
         reason += f": {culprit}"
     return InputError(f"{path} can't be written ({reason}): free some room, or name another place.")

@@ -1,7 +1,7 @@
-"""Sizes and SHA-256 sums of files, noted when the files are written and compared when they are used again.
+"""Sizes and SHA-256 sums of files, noted when files are written and compared when they are read again.
 
-A note is a JSON object that carries a sum of its own, so that damage to the note is found too. The sums find damage and
-mix-ups; they don't show who wrote a file.
+A note is a JSON object with a sum of itself, so damage to the note is found too. The sums detect damage and mix-ups,
+but don't show who wrote a file.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def file_sum(path: Path, most: int | None = None) -> dict[str, Any]:
 
     Args:
         path: a regular file.
-        most: how many bytes it may have.
+        most: the most bytes that it may have.
 
     Raises:
         OSError: if it can't be read.
@@ -49,16 +49,16 @@ def folder_sums(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def sealed(note: Mapping[str, Any]) -> dict[str, Any]:
-    """The note with the sum of its own content."""
+    """The note with a sum of its content."""
     return {**note, SEAL: _seal(note)}
 
 
 def read_note(path: Path, *forms: Collection[str]) -> dict[str, Any]:
-    """A note from its file, with exactly the keys of one of the `forms`; one with `SEAL` is compared with it.
+    """Reads a note, which must have exactly the keys of one of the `forms`. A note with `SEAL` is checked against it.
 
     Raises:
-        OSError: if there is no such file, or it can't be read.
-        ValueError: if it isn't such a note; the text says why and is short.
+        OSError: if the file doesn't exist or can't be read.
+        ValueError: if it isn't such a note. The text gives a short reason.
     """
     note = parse_json(read_bounded(path, LARGEST), unique=True)
     if not isinstance(note, dict) or set(note) not in [set(form) for form in forms]:
@@ -69,7 +69,7 @@ def read_note(path: Path, *forms: Collection[str]) -> dict[str, Any]:
 
 
 def disagreement(found: Mapping[str, Any], noted: object) -> str | None:
-    """How a file's sum differs from what was noted, in words; `None` if it doesn't."""
+    """How a file's sum differs from the noted one, in words, or `None` if they agree."""
     if not isinstance(noted, dict) or noted.keys() != found.keys():
         return f"it was noted as {shown(noted)}"
     if found["bytes"] != noted["bytes"]:

@@ -1,4 +1,4 @@
-"""Keeps two processes from writing to the same place."""
+"""Locks that keep two processes from writing to the same place."""
 
 import contextlib
 import fcntl
@@ -9,15 +9,15 @@ from pathlib import Path
 from dbrx_fn.errors import InputError
 
 OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-"""How a folder is opened, and no link to one."""
+"""Flags that open a folder, but no link to one."""
 
 
 def try_lock(descriptor: int) -> bool | None:
-    """Locks an open file or folder until it is closed, which the process's end does too, however it ends.
+    """Locks an open file or folder until it is closed, at the latest by the end of the process.
 
     Returns:
-        Whether that succeeded: `False` where another process holds the lock, `None` where the file system has none,
-        as some of networks.
+        `True` on success, `False` if another process holds the lock, and `None` if the file system has no locks, as
+        some network file systems.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -30,10 +30,10 @@ def try_lock(descriptor: int) -> bool | None:
 
 @contextlib.contextmanager
 def locked(path: Path, taken: str) -> Iterator[None]:
-    """Holds a lock on a file or folder that exists; it goes with the process, however that ends.
+    """Holds a lock on an existing file or folder. The lock ends with the process, at the latest.
 
     Raises:
-        InputError: saying `taken`, if another process holds it.
+        InputError: with the text `taken`, if another process holds the lock.
         OSError: if it can't be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -47,20 +47,18 @@ def locked(path: Path, taken: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def folder_claimed(path: Path, taken: str, place: Path | None = None) -> Iterator[int]:
-    """Makes a folder and its parents, or takes the one that a killed process left, and holds a lock on it.
+    """Makes a folder and its parents, or opens an existing one, and holds a lock on it. Yields its descriptor.
 
-    Yields the open folder's descriptor.
-
-    The lock is the folder's, also under another name. An empty folder is removed at the end.
+    The lock stays with the folder if it is renamed. An empty folder is removed at the end.
 
     Args:
         path: the folder.
-        taken: the sentence for whoever comes second.
-        place: what a sentence calls it, if `path` is a hidden name.
+        taken: the error's text if another process holds the lock.
+        place: the name to use in errors, if `path` is a hidden name.
 
     Raises:
-        InputError: saying `taken`, if another process holds it; or if it can't be made, or is no folder, as a link to
-            one isn't.
+        InputError: with the text `taken`, if another process holds the lock; or if the folder can't be made; or if
+            `path` is a link or a file.
     """
     while True:
         try:
@@ -75,7 +73,7 @@ def folder_claimed(path: Path, taken: str, place: Path | None = None) -> Iterato
         try:
             if try_lock(descriptor) is False:
                 raise InputError(taken)
-            # Whoever held it may have renamed or removed it just before.
+            # The last holder of the lock may have renamed or removed the folder.
             if is_still(path, os.fstat(descriptor)):
                 try:
                     yield descriptor
@@ -89,7 +87,7 @@ def folder_claimed(path: Path, taken: str, place: Path | None = None) -> Iterato
 
 
 def is_still(path: Path, status: os.stat_result) -> bool:
-    """Whether a name is still that of a file whose status this is."""
+    """Whether `path` still names the file with this status."""
     try:
         return os.path.samestat(path.lstat(), status)
     except FileNotFoundError:
@@ -97,7 +95,7 @@ def is_still(path: Path, status: os.stat_result) -> bool:
 
 
 def _made(path: Path) -> int | None:
-    """A folder's descriptor, made if need be; `None` if whoever held it has renamed or removed it just now."""
+    """The descriptor of a folder, made if missing. `None` if another process has just renamed or removed it."""
     with contextlib.suppress(FileExistsError):
         path.mkdir()
     try:

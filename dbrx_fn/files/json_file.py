@@ -1,4 +1,4 @@
-"""JSON that a stranger may have written: from a regular file, of bounded size, as a value or a reason in one line."""
+"""Reads JSON from untrusted files: regular files of bounded size, with one-line reasons for errors."""
 
 import json
 import stat
@@ -9,14 +9,14 @@ from pathlib import Path
 from dbrx_fn.errors import CheckpointError
 
 LARGEST = 16 * 2**20
-"""Bytes. Parsed, JSON takes up to twenty times its size; DBRX's largest, an index of quantized experts, has 1 MB."""
+"""The most bytes of a JSON file. Parsed, it takes up to 20 times its size. DBRX's largest, an index, has 1 MB."""
 
 LARGEST_VOCABULARY = 64 * 2**20
-"""Bytes of a tokenizer's file; the largest known, of 260 thousand tokens, have 33 MB."""
+"""The most bytes of a tokenizer's file. The largest known, with 260 thousand tokens, have 33 MB."""
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1"
-"""How a file begins that Git LFS leaves in another's place (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)."""
+"""The beginning of a Git LFS pointer file (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)."""
 
 
 def refuse_pointer(path: Path, content: bytes) -> None:
@@ -28,10 +28,10 @@ def refuse_pointer(path: Path, content: bytes) -> None:
 
 
 def read_bounded(path: Path, most: int = LARGEST) -> bytes:
-    """A regular file's content; nothing else is opened, since a pipe would wait for ever and a device never ends.
+    """The content of a regular file. Other files aren't opened: a pipe would wait forever, and a device never ends.
 
     Raises:
-        OSError: if there is no such file, or it can't be read.
+        OSError: if the file doesn't exist or can't be read.
         ValueError: if it isn't a regular file, or has more than `most` bytes.
         CheckpointError: if Git LFS has left a pointer in its place.
     """
@@ -46,10 +46,10 @@ def read_bounded(path: Path, most: int = LARGEST) -> bytes:
 
 
 def parse_json(content: bytes, *, unique: bool = False) -> object:
-    """The value of UTF-8 JSON; with `unique`, no object may have a key twice, of which readers take either.
+    """The value of UTF-8 JSON. With `unique`, duplicate keys are an error, since readers disagree which one counts.
 
     Raises:
-        ValueError: if it isn't that; the text says why and is short.
+        ValueError: if it isn't such JSON. The text gives a short reason.
     """
     try:
         return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_repeats if unique else None)
@@ -60,7 +60,7 @@ def parse_json(content: bytes, *, unique: bool = False) -> object:
 
 
 def shown(value: object, most: int = 80) -> str:
-    """A value as a sentence can show it, cut where it is long."""
+    """A value as text for a message, shortened if it is long."""
     text = ""
     try:
         for piece in _pieces(value, most):
@@ -68,13 +68,13 @@ def shown(value: object, most: int = 80) -> str:
             if len(text) > most:
                 return text[: most - 1] + "…"
     except ValueError:
-        # An integer with more digits than Python prints.
+        # The integer has more digits than Python prints.
         return f"a huge {type(value).__name__}"
     return text
 
 
 def _pieces(value: object, most: int) -> Iterator[str]:
-    """What `repr` gives, piece by piece: of a value of millions only the first are looked at."""
+    """Yields `repr` piece by piece, so only the first items of a huge value are visited."""
     if isinstance(value, str):
         yield repr(value[: most + 1])
     elif isinstance(value, list):
@@ -96,12 +96,12 @@ def _pieces(value: object, most: int) -> Iterator[str]:
 
 
 def shown_path(path: Path | str) -> str:
-    """A file's name as a sentence can show it: as it is, unless something in it can't be printed."""
+    """A file's name as text for a message. It is escaped if it isn't printable."""
     return str(path) if str(path).isprintable() else shown(str(path), 200)
 
 
 def is_plain_name(name: object, most: int) -> bool:
-    """Whether this is a text that a message can show as it stands: not empty, at most `most` bytes, all printable."""
+    """Whether this is a text that messages can show unchanged: not empty, at most `most` bytes, all printable."""
     return isinstance(name, str) and 0 < len(name) <= most and name.isprintable() and len(name.encode()) <= most
 
 

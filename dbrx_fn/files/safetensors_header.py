@@ -1,4 +1,4 @@
-"""A safetensors file's header, whole and sound, before any tensor is read.
+"""Reads and checks a safetensors file's header, before any tensor is read.
 
 The safetensors library checks it first. The library takes the last of two tensors of one name, names that can't be
 printed, and sizes beyond the 32 bits that MLX has for them. Those are refused here.
@@ -17,7 +17,7 @@ from dbrx_fn.files.json_file import LARGEST, POINTER, is_plain_name, parse_json,
 from dbrx_fn.files.regular_file import open_regular
 
 LONGEST_NAME = 256
-"""Bytes of a tensor's name."""
+"""The most bytes of a tensor's name."""
 
 _MOST_AXES = 8
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -25,7 +25,7 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 
 @dataclass(frozen=True)
 class HeaderTensor:
-    """What a header says of one tensor: the format's name of its dtype, and in which byte of the file it begins."""
+    """One tensor in a header: the format's name of its dtype, its shape, and the offset of its bytes in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -34,18 +34,18 @@ class HeaderTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """A header's tensors by name, and its texts."""
+    """A header's tensors by name, and its metadata texts."""
 
     tensors: Mapping[str, HeaderTensor]
     texts: Mapping[str, str]
 
 
 def checked_header(file: Path) -> Header:
-    """The header of a file that is as long as its header says.
+    """The header of a file, after a check that the file has the length that its header implies.
 
     Raises:
         OSError: if the file can't be opened, or there is no memory to map it.
-        ValueError: if it isn't such a file; the text says why and is short.
+        ValueError: if it isn't such a file. The text gives a short reason.
         CheckpointError: if Git LFS has left a pointer in its place.
     """
     with open_regular(file) as opened:
@@ -53,7 +53,7 @@ def checked_header(file: Path) -> Header:
         if start == POINTER[:8]:
             refuse_pointer(file, start + opened.read(len(POINTER)))
         length = int.from_bytes(start, "little")
-        # Parsed, a header takes many times its size.
+        # A parsed header takes many times its size in memory.
         if length > LARGEST:
             raise ValueError(f"its header has {length} bytes, more than the {LARGEST} that are read")
         content = opened.read(length)
@@ -74,10 +74,10 @@ def checked_header(file: Path) -> Header:
 
 
 def _tensor(name: str, entry: Any, data_start: int) -> HeaderTensor:
-    """What the library found sound of one tensor. Raises ValueError if MLX or a message can't hold it."""
+    """A tensor's entry, which the library has checked. Raises ValueError if MLX or a message can't hold it."""
     if not is_plain_name(name, LONGEST_NAME):
         raise ValueError(f"{shown(name)} can't be a tensor's name")
-    # The library takes lists in place of objects, an object in place of a dtype's name, and fields that nobody knows.
+    # The library accepts lists instead of objects, an object instead of a dtype's name, and unknown fields.
     if not isinstance(entry, dict) or entry.keys() != _FIELDS or not isinstance(entry["dtype"], str):
         raise ValueError(f"{name} is {shown(entry)} where its dtype, shape and data_offsets are expected")
     shape = entry["shape"]
@@ -87,6 +87,6 @@ def _tensor(name: str, entry: Any, data_start: int) -> HeaderTensor:
 
 
 def _reason(error: SafetensorError) -> str:
-    """What the library says, which may quote the file."""
+    """The library's reason, made safe to show, since it may quote the file."""
     text = str(error).removeprefix("Error while deserializing header: ")
     return text if text.isprintable() and len(text) <= 200 else shown(text, 200)

@@ -1,8 +1,8 @@
-"""A hidden folder that a command works in: its own files and no others, one process at a time, and no link followed.
+"""A hidden work folder of a command: it holds only the command's files, serves one process, and follows no link.
 
-A stranger may have put anything there before, and other processes may change it meanwhile. So the folder is opened once
-and locked, and everything in it is opened, made and removed by its name within the open folder. A link in a name's
-place then leads nowhere; and since each file is made anew, what another name leads to is never written.
+A stranger may have put files there before, and other processes may change it. So the folder is opened once and locked,
+and its entries are opened, made and removed by name within the open folder. Links aren't followed. Each file is created
+new, so a file that another name links to is never written.
 """
 
 import contextlib
@@ -19,33 +19,33 @@ from dbrx_fn.files.file_lock import OPEN_FOLDER, folder_claimed
 from dbrx_fn.files.json_file import LARGEST, shown, shown_path
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-# With the last of these, opening a pipe waits for nobody.
+# With O_NONBLOCK, opening a pipe doesn't wait.
 _OLD_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class WorkFolder:
-    """An open folder. Names are of what lies directly in it."""
+    """An open work folder. Names refer to its direct entries."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self.descriptor = descriptor
 
     def names(self) -> list[str]:
-        """All names in it, sorted."""
+        """All names in the folder, sorted."""
         return sorted(os.listdir(self.descriptor))
 
     def open(self, name: str) -> BinaryIO | None:
-        """A file to be read; `None` if there is none.
+        """Opens a file for reading. Returns `None` if it doesn't exist.
 
         Raises:
-            InputError: if it is something else than a regular file.
+            InputError: if it isn't a regular file.
         """
         try:
             descriptor = os.open(name, _OLD_FILE, dir_fd=self.descriptor)
         except FileNotFoundError:
             return None
         except OSError as error:
-            # Of a link.
+            # ELOOP means that it is a link.
             if error.errno == errno.ELOOP:
                 raise self.refusal(name, "no regular file") from None
             raise
@@ -55,7 +55,7 @@ class WorkFolder:
         return open(descriptor, "rb")
 
     def read(self, name: str) -> bytes | None:
-        """A small file's content; `None` if there is none, or it is large."""
+        """The content of a small file, or `None` if it doesn't exist or is large."""
         file = self.open(name)
         if file is None:
             return None
@@ -64,12 +64,12 @@ class WorkFolder:
         return content if len(content) <= LARGEST else None
 
     def create(self, name: str, *, private: bool = False) -> BinaryIO:
-        """A new file to be written, in place of one of this name. Only its owner may read a private one."""
+        """Creates a file for writing. It replaces one of this name. Only its owner may read a `private` one."""
         self.remove(name)
         return open(os.open(name, _NEW_FILE, 0o600 if private else 0o666, dir_fd=self.descriptor), "wb")
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file whole, in place of one of this name, and waits until its content is on the disk."""
+        """Writes a file atomically, replacing one of this name, and waits until its content is on the disk."""
         with self.create(hidden(name)) as file:
             file.write(content)
             file.flush()
@@ -77,7 +77,7 @@ class WorkFolder:
         self.rename(hidden(name), name)
 
     def rename(self, old: str, new: str) -> None:
-        """Gives a file another name."""
+        """Renames a file."""
         os.rename(old, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
 
     def move(self, name: str, path: Path) -> None:
@@ -85,16 +85,16 @@ class WorkFolder:
         os.rename(name, path, src_dir_fd=self.descriptor)
 
     def flush(self) -> None:
-        """Waits until all names in it are on the disk."""
+        """Waits until the folder's list of names is on the disk."""
         os.fsync(self.descriptor)
 
     def remove(self, name: str) -> None:
-        """Removes a file, if there is one; of a link, the link."""
+        """Removes a file or a link, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.descriptor)
 
     def remove_own(self, files: Collection[str], but: Collection[str] = ()) -> None:
-        """Removes files by the patterns of their names, `hidden` or not, except some."""
+        """Removes all files whose names, or names before `hidden`, match the patterns, except those in `but`."""
         for name in self.names():
             if _is_own(name, files) and name not in but:
                 self.remove(name)
@@ -105,7 +105,7 @@ class WorkFolder:
 
     @contextlib.contextmanager
     def folder(self, name: str) -> Iterator["WorkFolder"]:
-        """A folder in this one, made if it isn't there."""
+        """Opens a folder in this one. It is made if missing."""
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, dir_fd=self.descriptor)
         try:
@@ -118,14 +118,14 @@ class WorkFolder:
             os.close(descriptor)
 
     def refuse_foreign(self, files: Collection[str], folder: str | None = None) -> None:
-        """Refuses what isn't the command's own.
+        """Refuses entries that aren't the command's own.
 
         Args:
-            files: patterns of the names that its files can have, `hidden` or not.
-            folder: name of a folder that may be there too.
+            files: patterns of the names that its files can have, before or after `hidden`.
+            folder: name of a folder that may exist too.
 
         Raises:
-            InputError: if anything else is there.
+            InputError: if there is any other entry.
         """
         for name in self.names():
             mode = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False).st_mode
@@ -137,7 +137,7 @@ class WorkFolder:
                 raise self.refusal(name, "no regular file")
 
     def refusal(self, name: str, what: str) -> InputError:
-        """What is said of something that is in the way."""
+        """The error for a foreign entry."""
         return InputError(
             f"{shown_path(self.path)} is where this command works, and {shown(name)} in it is {what}: move that"
             " elsewhere, or name another place."
@@ -145,7 +145,7 @@ class WorkFolder:
 
 
 def hidden(name: str) -> str:
-    """A file's name while it is being written."""
+    """A file's temporary name while it is being written."""
     return f".{name}.unfinished"
 
 
@@ -155,6 +155,6 @@ def _is_own(name: str, files: Collection[str]) -> bool:
 
 @contextlib.contextmanager
 def work_folder(path: Path, taken: str, place: Path | None = None) -> Iterator[WorkFolder]:
-    """Opens a work folder; arguments and errors are those of `folder_claimed`."""
+    """Opens a work folder. Arguments and errors are those of `folder_claimed`."""
     with folder_claimed(path, taken, place) as descriptor:
         yield WorkFolder(path, descriptor)

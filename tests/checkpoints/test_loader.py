@@ -642,7 +642,7 @@ def test_quantized_experts_under_fused_names(fused: Path) -> None:
 def test_no_weights(fused: Path) -> None:
     """Pickles can run code when they are read, so none is."""
     (fused / "model.safetensors").rename(fused / "pytorch_model.bin")
-    refused(fused, "holds no safetensors file", "nothing else is read")
+    refused(fused, "holds no safetensors file", "only safetensors and GGUF files are read")
 
 
 def test_missing_shards(sharded: Path) -> None:
