@@ -8,6 +8,7 @@ from mlx.utils import tree_flatten
 from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.costs import cache_bytes
+from dbrx_fn.model.shapes import capacity_bucket
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import memory_size, on_cpu
 
@@ -17,6 +18,10 @@ _GPU_CHUNK, _CPU_CHUNK = 512, 128
 
 FREE_CHUNKS = 4
 """How many chunks of a prompt are read at once while nobody decodes. The exact mode reads one at a time."""
+
+
+_USED = 0.94
+"""What part of memory weights and caches may take. DBRX computes a chunk of 2,048 tokens in 4 GB (`docs/serving.md`)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,13 @@ class Limits:
 
 
 def default_limits(
-    params: Params, config: Config, *, rows: int | None = None, capacity: int | None = None, exact: bool = False
+    params: Params,
+    config: Config,
+    *,
+    rows: int | None = None,
+    capacity: int | None = None,
+    exact: bool = False,
+    reserved: int = 0,
 ) -> Limits:
     """Limits that suit this machine's memory.
 
@@ -48,20 +59,28 @@ def default_limits(
         rows: requests that decode at once; 32 if not given, 8 in the exact mode.
         capacity: the longest text in tokens; as much as the context and memory allow, if not given.
         exact: one static batch, for answers that don't depend on load.
+        reserved: bytes that something else needs, such as a `PrefixStore`.
 
     Raises:
         InputError: if memory has no room for that.
     """
     rows = rows or (8 if exact else 32)
     leaves: dict[str, mx.array] = dict(tree_flatten(params))
-    # A tenth is left for what is computed in between.
-    free = int(0.9 * memory_size()) - sum(leaf.nbytes for leaf in leaves.values())
-    positions = max(0, free) // cache_bytes(config, 1)
-    most = positions // (rows + 1) if exact else positions // 2
+    weights = sum(leaf.nbytes for leaf in leaves.values())
+    positions = max(0, int(_USED * memory_size()) - weights - reserved) // cache_bytes(config, 1)
+    most = positions // (rows + 1) if exact else _largest_bucket(positions)
     wanted = min(config.max_seq_len, most) if capacity is None else capacity
-    if wanted < 1 or wanted > min(config.max_seq_len, most):
+    if not 1 <= wanted <= min(config.max_seq_len, most):
         raise InputError(
             f"A text of {max(wanted, 1)} tokens doesn't fit: memory has room for {most} a text, and the model's context"
             f" for {config.max_seq_len}. Lower the capacity or the number of rows, or quantize the model."
         )
     return Limits(rows, positions, wanted, exact, chunk=_CPU_CHUNK if on_cpu() else _GPU_CHUNK)
+
+
+def _largest_bucket(positions: int) -> int:
+    """The largest capacity that a cache may be given within so many positions; 0 if there is none."""
+    largest = 0
+    while (bucket := capacity_bucket(largest + 1)) <= positions:
+        largest = bucket
+    return largest
