@@ -138,7 +138,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def _hidden(path: Path, *, folder: bool) -> Iterator[tuple[Path, int]]:
-    """Yields a new hidden folder or file beside `path`, locked during the block, and removed after it unless renamed."""
+    """Yields a new hidden folder or file beside `path`, locked during the block, then removed unless renamed."""
     while True:
         beside = hidden_beside(path)
         if folder:
