@@ -1,7 +1,7 @@
-"""How fast a model answers here, and which part of its bounds that is: loading, prefill, first token, decoding.
+"""Measures inference against its bounds: loading, prefill, first token, decoding.
 
-Decoding runs as in `generation.stream_tokens`, by the same functions: the next step is being computed while the last
-token is waited for. A program is this package or another that runs the same weights; they are measured in turn.
+Decoding uses the functions of `generation.stream_tokens` in the same way: the next step is computed while the host
+waits for the last token. Programs (this package, or another on the same weights) are measured in turn.
 """
 
 import statistics
@@ -29,21 +29,21 @@ from dbrx_fn.model.tree import Params
 
 What = Literal["load", "draw", "prefill", "first token", "decode"]
 Step = Callable[[mx.array], mx.array]
-"""One token of each sequence `[batch]` to the next ones, lazily."""
+"""Takes one token of each sequence, `[batch]`, and returns the next ones, lazily."""
 
 OURS = "dbrx_fn"
 _PATIENCE = 60.0
-"""Seconds after which nothing is repeated any more."""
+"""Seconds after which repetitions end."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """One that runs the weights.
+    """A program that runs the weights.
 
-    `config`: the model's, in the dtype that it computes in.
-    `prefill`: a prompt `[1 time]`; returns when its last logits and the cache are there.
-    `first_token`: a prompt; returns when the first token is there, as a user gets it.
-    `decoder`: for a context, a batch size and the steps to come, the decoding step after that context.
+    `config`: the model's, with the dtype that the program computes in.
+    `prefill`: takes a prompt `[1 time]`, and returns when its last logits and the cache are computed.
+    `first_token`: takes a prompt, and returns when the first token has arrived, as for a user.
+    `decoder`: takes a context, a batch size and the number of steps, and returns the decoding step.
     """
 
     name: str
@@ -55,16 +55,16 @@ class Program:
 
 @dataclass(frozen=True)
 class Figure:
-    """One measurement. Times in seconds, memory in bytes.
+    """One measurement. Times are in seconds, memory in bytes.
 
     `dtype`: of the program's floats.
-    `tokens`: of the prompt, or of the context that is decoded after.
+    `tokens`: length of the prompt, or of the context before decoding.
     `first`: the first time, with tracing and, on first use, the compilation of kernels.
-    `seconds`, `fastest`, `slowest`: median and extremes after that; of decoding, of one step.
-    `host`: of decoding, until a step is described and handed to the device, which computes the one before meanwhile. It
-        is the whole step where the host computes, and where the device's queue is full.
-    `bound`: the least time, and `fraction_of_bound` is that over `seconds`.
-    `missing`: why there is no measurement.
+    `seconds`, `fastest`, `slowest`: median and extremes of later times. For decoding, of one step.
+    `host`: for decoding, the time until a step is described and handed to the device, which computes the step before
+        meanwhile. It is the whole step if the host computes, or if the device's queue is full.
+    `bound`: the least possible time. `fraction_of_bound` is `bound` divided by `seconds`.
+    `missing`: the reason, if there is no measurement.
     """
 
     program: str
@@ -92,11 +92,11 @@ def make_weights(planned: Planned) -> tuple[Params, Figure]:
     """Loads or draws a model's weights.
 
     Returns:
-        params: all in memory.
-        figure: how long that took. A checkpoint's bound is a plain reading of its files just afterwards.
+        params: the weights, all in memory.
+        figure: the time that this took. A checkpoint's bound is a plain read of its files just afterwards.
 
     Raises:
-        CheckpointError: as `load`.
+        CheckpointError: as in `load`.
     """
     mx.reset_peak_memory()
     start = time.perf_counter()
@@ -116,17 +116,17 @@ def make_weights(planned: Planned) -> tuple[Params, Figure]:
         peak_memory=mx.get_peak_memory(),
     )
     mx.clear_cache()
-    # Of a checkpoint that is cut, not all is read.
+    # If layers are left out, not all of the checkpoint is read.
     if planned.checkpoint is None or open_checkpoint(planned.checkpoint).config.n_layers != planned.config.n_layers:
         return params, figure
     files = {tensor.file for tensor in open_checkpoint(planned.checkpoint).tensors.values()}
-    # Loading has read them too, perhaps faster.
+    # Loading may have read the files faster.
     bound = min(seconds, read_seconds(sorted(files)))
     return params, replace(figure, bound=bound, bound_by="files", fraction_of_bound=bound / seconds)
 
 
 def our_program(params: Params, config: Config) -> Program:
-    """This package, by its public functions."""
+    """This package as a program, by its public functions."""
 
     def prefill(tokens: mx.array) -> None:
         cache = init_cache(config, 1, capacity_bucket(tokens.shape[1]))
@@ -140,7 +140,7 @@ def our_program(params: Params, config: Config) -> Program:
         keys, values = random_cache(config, context, batch_size, capacity_bucket(context + steps))
         cache = Cache(config, (context,) * batch_size, keys, values)
         key = mx.random.key(0)
-        # Only one name for each array, so that it is written to and not copied.
+        # With only one reference to each array, MLX writes to it instead of copying it.
         del keys, values
 
         def step(token: mx.array) -> mx.array:
@@ -160,7 +160,7 @@ def measure_inference(
 ) -> list[Figure]:
     """Measures every case with one program after the other.
 
-    Memory that runs out, or another program that can't run a case, makes a figure that says so.
+    A case that runs out of memory, or that another program can't run, makes a figure with `missing`.
     """
     formats = planned.formats
     figures = []
@@ -175,7 +175,7 @@ def measure_inference(
         config = program.config
         empty = Figure(program.name, config.dtype, what, tokens, batch_size)
         if what == "decode":
-            # In the middle of what is decoded.
+            # The middle of the decoded tokens.
             middle = tokens + cases.steps / 2
             work, made = decode_work(config, formats, middle, batch_size), batch_size
         else:
@@ -187,9 +187,9 @@ def measure_inference(
 def random_cache(
     config: Config, context: int, batch_size: int, capacity: int
 ) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
-    """Keys and values as if `context` tokens had been there: random, since what they are changes no time.
+    """A cache of `context` tokens with random keys and values, since the values don't affect the time.
 
-    The same for every capacity.
+    They are the same for every capacity.
     """
     shape = (batch_size, config.attn.kv_n_heads, context, config.head_dim)
     free = [(0, 0), (0, 0), (0, capacity - context), (0, 0)]
@@ -219,7 +219,7 @@ def _measured(empty: Figure, program: Program, cases: Cases, work: Work, made: i
             tokens = random_tokens(program.config, 1, empty.tokens)
             first, times = _times(program, empty.what, tokens, cases.repeats)
             host = None
-    # Another program's errors are what there is to say of it; of ours only memory can run out.
+    # Another program's errors are reported. In this package only memory can run out.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         if program.name == OURS and not lacks_memory(error):
@@ -256,13 +256,13 @@ def _times(program: Program, what: What, tokens: mx.array, repeats: int) -> tupl
         else:
             program.first_token(prompt)
         times.append(time.perf_counter() - start)
-        # The token after the first is being computed already.
+        # The second token is being computed already.
         mx.synchronize()
     return times[0], times[1:]
 
 
 def decoding_times(step: Step, token: mx.array, cases: Cases) -> tuple[float, list[float], float]:
-    """Decodes; returns seconds: until the first token was there, of a step in each repetition, of the host's part."""
+    """Decodes. Returns seconds: until the first token, of a step in each repetition, and of the host's part."""
     start = time.perf_counter()
     token = step(token)
     mx.async_eval(token)

@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured: how fast it reads memory and files, and multiplies dense matrices."""
+"""Measures this machine's limits: the rates of reading memory and files, and of multiplying dense matrices."""
 
 import platform
 import time
@@ -21,11 +21,11 @@ _READERS = 4
 
 @dataclass(frozen=True)
 class MachineLimits:
-    """Measured rates, per second, and what they were measured on.
+    """Measured rates per second, and the machine.
 
-    `memory_rates`: of bytes read or written, by how many bytes that is done with again and again, ascending.
-    `matmul_rate`: operations, in `dtype`.
-    `blas`: what multiplies matrices on the CPU; `None` on a GPU.
+    `memory_rates`: (size, rate) pairs, ascending: bytes read or written per second, with `size` bytes used repeatedly.
+    `matmul_rate`: operations per second, in `dtype`.
+    `blas`: the library that multiplies matrices on the CPU; `None` on a GPU.
     """
 
     backend: Backend
@@ -38,10 +38,10 @@ class MachineLimits:
     matmul_rate: float
 
     def bandwidth(self, size: int) -> float:
-        """Bytes per second at which no more than `size` bytes can be read again and again.
+        """The highest rate, in bytes per second, of reading `size` bytes repeatedly.
 
-        A cache may hold all of them. So the rate is that of the measured size which is the next smaller one, or of a
-        larger one if that was faster; below the smallest, the highest of all.
+        A cache may hold these bytes. So it is the rate of the next smaller measured size, or of a larger size if that
+        was faster. Below the smallest size it is the highest of all rates.
         """
         smaller = [measured for measured, _ in self.memory_rates if measured <= size]
         least = max(smaller, default=0)
@@ -49,7 +49,7 @@ class MachineLimits:
 
 
 def measure_limits(dtype: Dtype) -> MachineLimits:
-    """Measures the default device, which takes seconds."""
+    """Measures the default device. This takes seconds."""
     on_cpu = backend() == "cpu"
     limits = MachineLimits(
         backend=backend(),
@@ -59,7 +59,7 @@ def measure_limits(dtype: Dtype) -> MachineLimits:
         dtype=dtype,
         memory=memory_size(),
         memory_rates=memory_rates(),
-        # float32 holds every number of the others, and a CPU may have products of float32 only that are fast.
+        # On a CPU every product can be computed in float32, which may be faster.
         matmul_rate=max(map(matmul_rate, {dtype, "float32"} if on_cpu else {dtype})),
     )
     mx.clear_cache()
@@ -67,7 +67,7 @@ def measure_limits(dtype: Dtype) -> MachineLimits:
 
 
 def read_seconds(files: Iterable[Path]) -> float:
-    """How long it takes to read files from beginning to end, several at once, and to keep nothing."""
+    """The time, in seconds, to read files from beginning to end, several at once, without keeping their content."""
     parts = [(file, offset) for file in files for offset in range(0, file.stat().st_size, _READ_AT_ONCE)]
 
     def read(own: Iterable[tuple[Path, int]]) -> None:

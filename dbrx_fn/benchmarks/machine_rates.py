@@ -1,8 +1,8 @@
-"""How fast the default device reads memory and multiplies dense matrices: the best that it showed, of many tries.
+"""Measures the highest rates at which the default device reads memory and multiplies dense matrices.
 
-A rate that is to be a bound has to be one that nothing exceeds, so everything here looks for the highest: several
-operations that read, several shapes that are multiplied, the fastest of several repetitions. Many operations are
-described before they are waited for, since a wait takes a GPU some 90 us.
+A rate can serve as a bound only if nothing exceeds it. So this module takes the highest of several reading operations,
+several shapes of products, and several repetitions. Many operations are described before a wait, since a wait takes a
+GPU some 90 us.
 """
 
 import functools
@@ -22,35 +22,35 @@ from dbrx_fn.runtime.device import backend, memory_size
 
 _MIB = 2**20
 _TOGETHER = 0.03
-"""Seconds of operations that are described before they are waited for."""
+"""Seconds of operations to describe before a wait."""
 _REPEATS = 6
 _PATIENCE = 0.3
-"""Seconds after which nothing is repeated any more, but once."""
+"""Seconds after which repetitions end, after at least one."""
 _SLOW = 0.1
-"""Seconds of one product from which on larger ones aren't tried: a CPU has shown what it can by then."""
+"""If a product takes more seconds than this, larger ones aren't tried, since a CPU is at its highest rate by then."""
 _PRODUCTS = (
     *((size, size, size) for size in (256, 512, 1024, 2048, 4096)),
-    # As many tiles as an H100 has multiprocessors, or twice or four times that many.
+    # These have as many tiles as an H100 has multiprocessors, or two or four times as many.
     (2048, 2048, 13312),
     (4224, 2048, 8192),
     (8448, 4096, 8192),
     (8192, 8192, 8192),
 )
-"""Rows and columns of the product, and the inner axis, the least work first."""
+"""Rows and columns of the product, and the inner axis, in order of their work."""
 _CPU_SETS = tuple(size * _MIB for size in (1, 4, 16, 64, 256))
 _GPU_SETS = tuple(waves * WAVE for waves in (1, 2, 4, 8, 32, 128))
-"""From 16 MiB, which a cache holds, to 2 GiB, which none does."""
+"""Sizes from 16 MiB, which fit into a cache, to 2 GiB, which don't."""
 _MOST_RESULTS = 2**30
-"""Bytes of results that are there at once."""
+"""The most bytes of results at a time."""
 
 Run = Callable[[int], object]
-"""Executes so many operations."""
+"""Executes the given number of operations."""
 
 
 def matmul_rate(dtype: Dtype) -> float:
-    """Operations per second of a dense matrix product, at its best over shapes.
+    """Operations per second of a dense matrix product, the highest over shapes.
 
-    The numbers are random, since a GPU that draws less power for simple ones multiplies those faster.
+    The numbers are random, since a GPU draws less power for simple numbers and multiplies them faster.
     """
     best = 0.0
     for rows, columns, inner in _PRODUCTS:
@@ -65,11 +65,10 @@ def matmul_rate(dtype: Dtype) -> float:
 
 
 def memory_rates() -> tuple[tuple[int, float], ...]:
-    """How many bytes are read, or read and written, per second by what does so again and again with the same bytes.
+    """The rates, in bytes per second, of reading (or reading and writing) the same bytes repeatedly.
 
     Returns:
-        For each of several numbers of bytes, ascending: that, and the highest rate. Few are read faster than many where
-        caches hold them.
+        (size, highest rate) pairs for several sizes, ascending. Small sizes fit into caches, which are faster.
     """
     if backend() == "cpu":
         return tuple((size, _cpu_memory_rate(size)) for size in _CPU_SETS)
@@ -81,10 +80,10 @@ def best_rate(run: Run, most: int = 1_000_000) -> float:
     """Operations per second in the fastest of several repetitions.
 
     Args:
-        run: executes so many operations.
-        most: operations to a repetition, if they don't take long enough before.
+        run: executes the given number of operations.
+        most: the most operations per repetition.
     """
-    # What is slow the first time only: compiling, memory that is touched first, clocks that are low.
+    # The first run is slow: it compiles, touches new memory, and meets low clocks.
     run(1)
     together = min(most, max(1, round(_TOGETHER / _seconds(run, 1))))
     taken: list[float] = []
@@ -109,12 +108,12 @@ def _gpu_memory_rate(size: int) -> float:
 
     def negate(count: int) -> None:
         negated = data
-        # Each in place of the one before.
+        # Each result replaces the one before.
         for _ in range(count):
             negated = -negated
         mx.eval(negated)
 
-    # As decoding reads its matrices.
+    # A product as in decoding.
     matrix = data.view(mx.bfloat16).reshape(-1, WAVE // 2048)
     row = mx.ones((1, matrix.shape[1]), mx.bfloat16)
     mx.eval(matrix, row)
@@ -125,14 +124,14 @@ def _gpu_memory_rate(size: int) -> float:
     ]
     if on_hopper():
         words = data.view(mx.uint32)
-        # A launch takes some us, so what is small is read again within one.
+        # A launch takes some us, so small sizes are read several times per launch.
         times = max(1, _GPU_SETS[-1] // size)
         rates.append(times * best_rate(_lazily(lambda: read_memory(words, times))))
     return size * max(rates)
 
 
 def _cpu_memory_rate(size: int) -> float:
-    """MLX's own operations run on one core, but for products, so NumPy reads and copies on all of them."""
+    """The highest rate on a CPU. NumPy reads and copies on all cores, since MLX uses one core, except for products."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parts = [np.ones(size // cores // 4, np.float32) for _ in range(cores)]
     width = 1024
@@ -144,7 +143,7 @@ def _cpu_memory_rate(size: int) -> float:
         np.copyto(part[:half], part[half : 2 * half])
 
     with ThreadPoolExecutor(cores) as pool:
-        # NumPy lets other threads run while it computes.
+        # NumPy releases the interpreter lock while it computes.
         rates = [best_rate(_on_all_cores(pool, operation, parts)) for operation in (np.max, copy_half)]
     return size * max(*rates, best_rate(_lazily(lambda: row @ matrix.T)))
 

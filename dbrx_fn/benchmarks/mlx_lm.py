@@ -1,6 +1,6 @@
-"""mlx-lm's DBRX on weights of this package's, to be measured beside it; mlx-lm has to be installed.
+"""mlx-lm's DBRX on this package's weights, to be measured beside it. It needs mlx-lm to be installed.
 
-No weight is copied that it computes with as it is: its matrices are slices of the tree's.
+Its matrices are slices of the tree's, so weights that it can use unchanged aren't copied.
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ from dbrx_fn.model.tree import Params
 
 NAME = "mlx-lm"
 _CHUNK = 2048
-"""Tokens of a prompt that mlx-lm works on at once, if not asked otherwise (`prefill_step_size`)."""
+"""mlx-lm's default number of prompt tokens computed at once (`prefill_step_size`)."""
 
 
 def check_mlx_lm(config: Config) -> None:
-    """Raises `InputError` if there is no mlx-lm, or it computes something else than the config says."""
+    """Raises `InputError` if mlx-lm isn't installed, or would compute another model than the config's."""
     try:
         import mlx_lm  # noqa: F401
     except ImportError:
@@ -41,15 +41,15 @@ def check_mlx_lm(config: Config) -> None:
 
 
 def mlx_lm_program(params: Params, config: Config, formats: Formats) -> Program:
-    """mlx-lm's model, run as its own `generate_step` runs it.
+    """mlx-lm's model as a program, run as in its own `generate_step`.
 
     Args:
         params: the tree.
-        config: with the dtype to compute in, as mlx-lm does with a checkpoint that has it.
-        formats: of its quantized matrices, by their paths.
+        config: the model's. Its dtype is the checkpoint's, in which mlx-lm computes.
+        formats: formats of the quantized matrices, by their paths.
 
     Raises:
-        InputError: as `check_mlx_lm`.
+        InputError: as in `check_mlx_lm`.
     """
     check_mlx_lm(config)
     from mlx_lm.generate import generate_step
@@ -96,7 +96,7 @@ def _model(params: Params, config: Config, formats: Formats) -> Any:
         form = linears.get(path)
         return form is not None and {"bits": form.bits, "group_size": form.group_size, "mode": form.mode}
 
-    # What it makes itself is lazy, and never made.
+    # mlx-lm's own initial weights are lazy, and are never computed.
     nn.quantize(model, class_predicate=wanted)
     leaves: dict[str, mx.array] = dict(tree_flatten(params))
     weights: list[tuple[str, mx.array]] = []

@@ -1,4 +1,4 @@
-"""What a bench of inference is to measure, and the weights for it: cases, a model, whether both fit this machine."""
+"""The plan of an inference benchmark: the cases, the model's weights, and whether both fit this machine."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,16 +18,16 @@ from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import backend, memory_size
 
 ANSWER = 100
-"""Tokens that are asked for where the first is measured."""
+"""Number of tokens asked for when the time to the first is measured."""
 WARM_STEPS = 4
-"""Decoding steps before any is timed: the first traces and compiles, the next reuse its buffers."""
+"""Untimed decoding steps at the start. The first traces and compiles, the next ones reuse its buffers."""
 
 
 @dataclass(frozen=True)
 class Cases:
-    """What to measure: every prompt alone, and every context with every batch size.
+    """The cases to measure: every prompt alone, and every context with every batch size.
 
-    `prompts`, `contexts`: in tokens. `tokens`: to decode in one repetition.
+    `prompts`, `contexts`: lengths in tokens. `tokens`: number of tokens to decode per repetition.
     """
 
     prompts: tuple[int, ...]
@@ -38,16 +38,16 @@ class Cases:
 
     @property
     def steps(self) -> int:
-        """Tokens that decoding adds to a context."""
+        """Number of tokens that decoding adds to a context."""
         return WARM_STEPS + self.repeats * self.tokens + 1
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What is to be measured, before any weight is there; `checkpoint` is `None` for random weights.
+    """The model to measure, before any weight is loaded. `checkpoint` is `None` for random weights.
 
-    `config`: its dtype is what this package computes in.
-    `stored`: with the dtype that the checkpoint has, or would have, which is what others compute in.
+    `config`: the model's, with the dtype that this package computes in.
+    `stored`: the same with the checkpoint's dtype, in which other programs compute.
     """
 
     name: str
@@ -61,10 +61,10 @@ class Planned:
 def plan_random(
     name: str, config: Config, layers: int | None, dtype: Dtype | None, quantization: Quantization | None
 ) -> Planned:
-    """Random weights of a config, in its dtype if none is given; on a CPU they become float32 then, as a checkpoint's.
+    """Plans random weights for a config. Without a dtype they have the config's, or float32 on a CPU.
 
     Raises:
-        InputError: if it has fewer layers than are asked for, or can't be quantized like this.
+        InputError: if more layers are asked for than the config has, or it can't be quantized like this.
     """
     stored = _cut(replace(config, dtype=dtype or config.dtype), layers)
     computed = stored if dtype or backend() != "cpu" else replace(stored, dtype="float32")
@@ -74,11 +74,11 @@ def plan_random(
 def plan_checkpoint(
     path_or_repo: str, layers: int | None, dtype: Dtype | None, quantization: Quantization | None
 ) -> Planned:
-    """A checkpoint's weights, in the dtype that `generate` takes if none is given, quantized if that is asked for.
+    """Plans a checkpoint's weights, perhaps to be quantized. Without a dtype they have the one that `generate` uses.
 
     Raises:
-        InputError: as `plan_random`, or if matrices that are to be quantized are so already.
-        ConfigError, CheckpointError: as `load`.
+        InputError: as in `plan_random`, or if matrices to quantize are quantized already.
+        ConfigError, CheckpointError: as in `load`.
     """
     checkpoint = open_checkpoint(path_or_repo)
     require_fit(checkpoint, one_dtype=dtype is None)
@@ -92,12 +92,12 @@ def plan_checkpoint(
 
 
 def check_cases(planned: Planned, cases: Cases, *, beside: bool = False) -> None:
-    """Raises `InputError` for what can't be measured with this model or on this machine.
+    """Raises `InputError` for cases that are impossible with this model or on this machine.
 
     Args:
         planned: the model.
-        cases: what to measure.
-        beside: whether another program is measured too, for which the weights are there as they are stored.
+        cases: the cases to measure.
+        beside: whether another program is measured too, which keeps the weights in their stored dtype in memory.
     """
     config = planned.config
     for name, tokens in (
@@ -137,7 +137,7 @@ def loaded_weights(path: Path, planned: Planned) -> Params:
     """The checkpoint's weights as planned, all in memory.
 
     Raises:
-        CheckpointError: as `load`.
+        CheckpointError: as in `load`.
     """
     wanted = planned.config
     if planned.quantization is None and open_checkpoint(path).config.n_layers == wanted.n_layers:
@@ -152,11 +152,11 @@ def loaded_weights(path: Path, planned: Planned) -> Params:
 
 
 def _evaluate_leaves(params: Params) -> None:
-    """One by one, so that what they are made of is never there for all of them at once."""
+    """Evaluates leaves one by one, so the arrays that they are made from are never all in memory."""
     leaves: dict[str, mx.array] = dict(tree_flatten(params))
     for leaf in leaves.values():
         mx.eval(leaf)
-        # Or the buffers of one would be kept beside the next.
+        # Otherwise MLX would keep one leaf's buffers during the next.
         mx.clear_cache()
 
 
@@ -167,7 +167,7 @@ def _cut(config: Config, layers: int | None) -> Config:
 
 
 def _is_in(path: str, config: Config) -> bool:
-    """Whether a matrix is in a model of so many layers."""
+    """Whether a matrix exists in a model with this number of layers."""
     _, mark, rest = path.partition(".blocks.")
     return not mark or int(rest.partition(".")[0]) < config.n_layers
 

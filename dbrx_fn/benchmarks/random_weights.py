@@ -1,6 +1,6 @@
-"""Trees of random weights whose matrices are quantized from the start: no dense matrix is made on the way.
+"""Random trees with quantized matrices, drawn as integers without making dense matrices first.
 
-They say nothing, and cost the time and memory of real ones.
+They take the time and memory of real weights. Their outputs are noise.
 """
 
 import math
@@ -14,16 +14,16 @@ from dbrx_fn.model.params import Leaf, init_params, nest, param_spec
 from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import Format
 
-# Without the upper half of their exponents, which holds NaN, 8-bit floats (e4m3) are at most 1.875.
+# This mask clears the exponents' upper bit. Without it, 8-bit floats (e4m3) are at most 1.875 and never NaN.
 _FINITE_E4M3 = 0xBFBFBFBF
 
 
 def random_params(config: Config, formats: Mapping[str, Format], key: mx.array) -> Params:
-    """Draws a tree, lazily: `init_params`, but the matrices in `formats` are quantized ones, with weights as large.
+    """Draws a lazy tree like `init_params`. The matrices in `formats` are quantized, with weights of the same size.
 
     Args:
         config: sizes and dtype.
-        formats: of the quantized matrices, by their paths (`dbrx_fn.model.quantization.wanted_formats`).
+        formats: formats of the quantized matrices, by their paths (`dbrx_fn.model.quantization.wanted_formats`).
         key: an `mx.random.key`.
     """
     spec = param_spec(config)
@@ -37,13 +37,13 @@ def random_params(config: Config, formats: Mapping[str, Format], key: mx.array) 
 
 
 def random_words(shape: tuple[int, ...], key: mx.array) -> mx.array:
-    """uint32 of any value. `mx.random.randint` draws by way of float32, which has 24 bits; keys have all of them."""
+    """Random uint32 of all 32 bits. (`mx.random.randint` goes through float32, which has 24 bits. Keys have all 32.)"""
     count = math.prod(shape)
     return mx.random.split(key, -(-count // 2)).reshape(-1)[:count].reshape(shape)
 
 
 def _random_quantized(leaf: Leaf, form: Format, config: Config, key: mx.array) -> dict[str, mx.array]:
-    """Every stored number is drawn from all there are, and the scales from around what gives the usual deviation."""
+    """Stored numbers are drawn uniformly. Scales are drawn near the value that gives the usual standard deviation."""
     parts = leaf.quantized(form)
     word_key, scale_key = mx.random.split(key)
     words = random_words(parts["weight"].shape, word_key)
@@ -56,11 +56,11 @@ def _random_quantized(leaf: Leaf, form: Format, config: Config, key: mx.array) -
         return {"weight": words, "scales": scales, "biases": scales * (-highest / 2)}
     if form.mode == "mxfp8":
         words = words & _FINITE_E4M3
-    # The root of the mean square of what is stored: of 4-bit floats (e2m1), and of the 8-bit ones up to 1.875.
+    # The root mean square of the stored numbers: 4-bit floats (e2m1), or 8-bit floats up to 1.875.
     root = 0.8 if form.mode == "mxfp8" else 2.9
     scale = wanted / root
     if form.mode == "nvfp4":
-        # Scales are e4m3 themselves, whose smallest numbers are multiples of 2^-9, up to 7 of them.
+        # Scales are e4m3 too. Its smallest numbers are multiples of 2^-9, up to 7 times that.
         middle = min(6, max(1, round(scale * 2**9)))
         lowest, highest = middle, middle + 1
     else:

@@ -1,4 +1,4 @@
-"""A picture of speed: what was computed in a second, below what the machine allows."""
+"""A roofline: measured speeds below the machine's limits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RooflinePoint:
-    """What was done, in how many seconds."""
+    """One measurement: its operations, bytes and seconds."""
 
     program: str
     label: str
@@ -25,9 +25,9 @@ class RooflinePoint:
 
 
 def draw_roofline(points: Sequence[RooflinePoint], operations_per_second: float, bytes_per_second: float) -> "Figure":
-    """Operations per second over operations per byte, below what the machine's two rates allow.
+    """Operations per second over operations per byte, below the limits of the machine's two rates.
 
-    Left of the roof's edge reading is the bound, right of it computing. Both scales are logarithmic.
+    Left of the roof's edge the bound is reading, right of it computing. Both scales are logarithmic.
 
     Args:
         points: at least one.

@@ -1,9 +1,9 @@
-"""How fast training is here, as a part of how fast this machine multiplies matrices.
+"""Measures the speed of training, as a fraction of the rate at which this machine multiplies matrices.
 
-The bound is arithmetic: the operations that a step needs, counted from the config, over the rate of a large dense
-matrix product in the same dtype, measured in the same run. What recomputing activations costs isn't counted, as it
-isn't needed, so it shows as time lost. Each step is waited for, which training doesn't do. On CUDA, float32 products
-are TF32 on both sides, unless MLX_ENABLE_TF32=0.
+The bound is arithmetic: a step's operations, counted from the config, divided by the rate of a large dense product in
+the same dtype, measured in the same run. Recomputed activations aren't counted, since they could be avoided, so their
+time counts as lost. The benchmark waits for each step, which training doesn't. On CUDA, float32 products use TF32 on
+both sides, unless MLX_ENABLE_TF32=0.
 """
 
 import statistics
@@ -29,14 +29,14 @@ BILLION = Config(
     attn=AttnConfig(clip_qkv=8.0, kv_n_heads=8, rope_theta=500_000.0),
     ffn=FFNConfig(ffn_hidden_size=1792, moe_num_experts=16, moe_top_k=4, moe_jitter_eps=0.01, moe_loss_weight=0.05),
 )
-"""1.3B parameters: 16 experts of which 4, as in DBRX, each 7/8 as wide as d_model where DBRX's are 7/4."""
+"""A model of 1.3B parameters. As in DBRX, each token uses 4 of 16 experts. They are 7/8 of d_model wide (DBRX: 7/4)."""
 
 
 @dataclass(frozen=True)
 class TrainingSpeed:
-    """One measurement. Times in seconds, memory in bytes, rates in operations per second.
+    """One measurement. Times are in seconds, memory in bytes, rates in operations per second.
 
-    `first_step` holds tracing and, on first use, the compilation of kernels; the others are medians after it.
+    `first_step` includes tracing and, on first use, the compilation of kernels. `step` is the median of later steps.
     """
 
     shape: str

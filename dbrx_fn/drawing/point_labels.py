@@ -1,7 +1,7 @@
-"""Names beside the points of a picture, each where it covers no other name, point or line.
+"""Labels of a picture's points, placed so that none covers another label, a point or a line.
 
-A name stands as near to its point as there is room; a thin line leads to it where the eye could take it for another
-point's. Where the axes have no room, the figure grows.
+A label stands as near to its point as possible. If it could be taken for another point's, a thin line leads to it. If
+the axes have no room, the figure grows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
 # Lengths in points, 72 to an inch.
 _FONT_SIZE = 7
 _MARKER = 4.0
-"""Half of a marker, with room around it."""
+"""Half the size of a marker, with room around it."""
 _PADDING = 1.5
 _STEP = 1.15
-"""How much larger each distance is than the one before, at which room is looked for."""
+"""The ratio of successive distances at which room is looked for."""
 _TURNS = 24
-"""Directions from a point in which room is looked for."""
+"""Number of directions in which room is looked for."""
 _DETOUR = 40.0
-"""How much further away a name may stand so that no line to it leads through another point."""
+"""How much further away a label may stand to keep its line off another point."""
 _LAST = 1e6
-"""More than any distance, for what is taken only where nothing else is free."""
+"""A penalty above any distance, for places that are the last resort."""
 _BESIDE = 9.0
-"""The distance from which on a line leads to the name."""
+"""The distance beyond which a line leads to the label."""
 _GROWTH = 1.2
 _GROWTHS_TO_UNCROSS = 2
-"""How often a figure grows so that no thin line goes below another name."""
+"""How often a figure grows to keep thin lines from passing below labels."""
 
 Boxes = npt.NDArray[np.float64]
-"""`[box 4]`, or one of them `[4]`: left, bottom, right, top, in pixels."""
+"""`[box 4]`, or a single box `[4]`: left, bottom, right, top, in pixels."""
 Points = npt.NDArray[np.float64]
-"""`[point 2]`, or one of them `[2]`, in pixels."""
+"""`[point 2]`, or a single point `[2]`, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class PointLabel:
 
 
 def label_points(figure: "Figure", labels: Mapping["Axes", Sequence[PointLabel]]) -> None:
-    """Writes all names of a figure, whose size and layout are final afterwards.
+    """Writes all labels of a figure. Its size and layout must not change afterwards.
 
-    Points and lines have to be there already, to stay uncovered.
+    Points and lines must be drawn before, so that they stay uncovered.
     """
     texts = {axes: [_text(axes, label) for label in of_axes] for axes, of_axes in labels.items()}
     for growths in count():
-        # The layout moves axes, so places are looked for after it.
+        # The layout moves axes, so places are chosen after it.
         figure.set_layout_engine("constrained")
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
@@ -90,7 +90,7 @@ def _text(axes: "Axes", label: PointLabel) -> "Text":
         parse_math=False,
         bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5},
     )
-    # It will stand within the axes, so the layout needn't heed it.
+    # The label stays within the axes, so the layout can ignore it.
     text.set_in_layout(False)
     return text
 
@@ -105,19 +105,19 @@ def _put(axes: "Axes", labels: Sequence[PointLabel], texts: Sequence["Text"], bo
         text.set_position((text_x, text_y))
         distances = np.hypot(*(points - _nearest(box, points)).T)
         own = np.hypot(*(point - _nearest(box, point)))
-        # Of points that are about as near, the eye can't tell which is meant.
+        # If several points are about equally near, a reader can't tell which is meant.
         if own > _pixels(axes, _BESIDE) or np.sum(distances < 1.5 * own) > 1:
             axes.plot([x, end_x], [y, end_y], color=label.color, linewidth=0.5, scalex=False, scaley=False)
 
 
 def _places(axes: "Axes", labels: Sequence[PointLabel], texts: Sequence["Text"], may_cross: bool) -> list[Boxes] | None:
-    """The box of each label; `None` if there is no room for all.
+    """The box of each label, or `None` if there isn't room for all.
 
     Args:
-        axes: theirs.
-        labels: what to place.
-        texts: the same, drawn.
-        may_cross: whether lines that lead to names may go below other names where nothing else is free.
+        axes: the labels' axes.
+        labels: the labels to place.
+        texts: the drawn labels.
+        may_cross: whether lines may pass below other labels as a last resort.
     """
     points = _pixel_points(axes, labels)
     markers = np.concatenate([points - _pixels(axes, _MARKER), points + _pixels(axes, _MARKER)], axis=-1)
@@ -130,7 +130,7 @@ def _places(axes: "Axes", labels: Sequence[PointLabel], texts: Sequence["Text"],
         taken = np.concatenate([markers, *(place[None] for place in places)])
         free = ~_overlap(boxes, taken).any(axis=1) & ~_meet(starts, ends, boxes).any(axis=0)
         boxes, distances = boxes[free], distances[free]
-        # The thin lines to the names so far, and the one to this.
+        # The thin lines to the labels so far, and to this one.
         names, end = np.array(places).reshape(-1, 4), _nearest(boxes, point)
         under = _meet(points[:number], _nearest(names, points[:number]), boxes).any(axis=0)
         under |= _meet(point, end, names).any(axis=1)
@@ -143,16 +143,16 @@ def _places(axes: "Axes", labels: Sequence[PointLabel], texts: Sequence["Text"],
 
 
 def _candidates(axes: "Axes", point: Points, size: Points) -> tuple[Boxes, npt.NDArray[np.float64]]:
-    """Boxes within the axes around a point, and how far from it they are, in points.
+    """Boxes within the axes around a point, and their distances from it, in points.
 
-    The nearest ones come first, and at the same distance those at the point's sides.
+    The nearest come first; at equal distance, those at the point's sides.
     """
     inside = axes.get_window_extent()
     furthest = np.hypot(inside.width, inside.height) / _pixels(axes, 1)
     distances = _MARKER * _STEP ** np.arange(np.log(furthest / _MARKER) / np.log(_STEP))
     turns = np.array(sorted(range(_TURNS), key=lambda turn: (turn % 12 != 0, turn % 6 != 0, turn))) * 2 * np.pi / _TURNS
     directions = np.stack([np.cos(turns), np.sin(turns)], axis=-1)
-    # So far that the box's nearest side, not its centre, is at the distance.
+    # The distance is that of the box's nearest side, not of its centre.
     centers = point + directions * (_pixels(axes, 1) * distances[:, None, None] + size / 2)
     boxes = np.concatenate([centers - size / 2, centers + size / 2], axis=-1).reshape(-1, 4)
     within = np.all((boxes[:, :2] >= inside.min) & (boxes[:, 2:] <= inside.max), axis=-1)
@@ -160,15 +160,15 @@ def _candidates(axes: "Axes", point: Points, size: Points) -> tuple[Boxes, npt.N
 
 
 def _overlap(boxes: Boxes, others: Boxes) -> npt.NDArray[np.bool_]:
-    """`[box other]`: whether two boxes have anything in common."""
+    """`[box other]`: whether two boxes overlap."""
     apart = (boxes[:, None, :2] >= others[:, 2:]) | (boxes[:, None, 2:] <= others[:, :2])
     return cast(npt.NDArray[np.bool_], ~apart.any(axis=-1))
 
 
 def _meet(starts: Points, ends: Points, boxes: Boxes) -> npt.NDArray[np.bool_]:
-    """`[line box]`: whether the straight line from a start to an end leads through a box."""
+    """`[line box]`: whether the straight line from a start to an end crosses a box."""
     way = ends - starts
-    # In units of the way: where the line enters and leaves what lies between two parallel sides.
+    # The fractions of the way at which the line enters and leaves the strip between two parallel sides.
     way = np.where(way == 0, 1e-9, way)[:, None]
     start = np.broadcast_to(starts, ends.shape)[:, None]
     sides = np.stack([(boxes[:, :2] - start) / way, (boxes[:, 2:] - start) / way])
@@ -177,14 +177,14 @@ def _meet(starts: Points, ends: Points, boxes: Boxes) -> npt.NDArray[np.bool_]:
 
 
 def _segments(lines: Sequence["Line2D"]) -> tuple[Points, Points]:
-    """Starts and ends of the straight parts of drawn lines."""
+    """Starts and ends of the straight segments of drawn lines."""
     corners = [np.asarray(line.get_transform().transform(line.get_xydata())) for line in lines]
     starts, ends = ([np.empty((0, 2)), *(part[side] for part in corners)] for side in (slice(-1), slice(1, None)))
     return np.concatenate(starts), np.concatenate(ends)
 
 
 def _nearest(boxes: Boxes, points: Points) -> Points:
-    """The points of boxes that are nearest to others."""
+    """The point of each box that is nearest to a given point."""
     return np.clip(points, boxes[..., :2], boxes[..., 2:])
 
 

@@ -1,7 +1,7 @@
-"""How far checkpoints of one model are from the first of them: what they predict, and where they send each token.
+"""Compares checkpoints of one model with the first of them: their predictions, and their routing.
 
-How well a text is predicted is a rough judge of a quantization: an error that helps by chance hides one that hurts. The
-Kullback-Leibler divergence looks at the whole distribution at each token and takes any change for a loss.
+The quality of predictions is a rough measure of quantization, since errors that help by chance hide errors that hurt.
+The Kullback-Leibler divergence compares the whole distribution at each token, and every change increases it.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from dbrx_fn.runtime.compile import compiled
 from dbrx_fn.runtime.memory import wired
 
 Progress = Callable[[int, int], None]
-"""Called with passes of a batch through a model that are done, and with those in all."""
+"""Called with the number of passes done (one batch through one model), and the number in all."""
 
 _Sums = list[NDArray[np.float64]]
 
@@ -38,13 +38,13 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What a model made of a text, beside what the first made of it.
+    """A model's results on a text, compared with the first model's.
 
-    `evaluation`: the model's own.
-    `kl_divergence`: of the model's distribution from the first's, KL(first || model), in nats; mean over target tokens.
-    `top1_agreement`: share of the target tokens for which both hold the same token for the likeliest.
-    `router_agreement`: float64 `[layer]`, share of the experts chosen by the first that the model chose too, whatever
-        their order; mean over all tokens read. Two routers that choose K of E at random agree in K / E.
+    `evaluation`: the model's own evaluation.
+    `kl_divergence`: KL(first || model) of the predicted distributions, in nats; mean over target tokens.
+    `top1_agreement`: share of the target tokens for which both models have the same most likely token.
+    `router_agreement`: float64 `[layer]`, share of the first model's chosen experts that the model chose too, in any
+        order; mean over all tokens read. Two routers that choose K of E at random agree in K / E.
     """
 
     evaluation: Evaluation
@@ -54,10 +54,10 @@ class Comparison:
 
 
 def check_same_model(first: Config, other: Config, first_name: str, name: str) -> None:
-    """Makes sure that two configs are of one model: all that logits depend on is the same, but for the dtype.
+    """Checks that two configs describe one model: all fields that logits depend on are equal, except the dtype.
 
     Raises:
-        InputError: naming the first field that differs, and both checkpoints by their names.
+        InputError: if a field differs. It names the field and both checkpoints.
     """
     fields, expected = _fields(other), _fields(first)
     for field, value in expected.items():
@@ -76,26 +76,26 @@ def compare(
     sequence_length: int,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, list[Comparison]]:
-    """Runs models over a text side by side, batch by batch, so that no logits are kept.
+    """Runs models over a text side by side, one batch at a time.
 
-    At any time there are the logits of the first and of one other. Whatever the models' dtypes, what is measured is
-    computed from logits in float32.
+    Only the logits of the first model and of one other are in memory at a time. Results are computed from the logits in
+    float32, for every dtype of the models.
 
     Args:
-        first: the model that the others are compared with.
-        others: those, of configs that `check_same_model` passes.
-        token_file: the text, in the models' own tokens.
-        batch_size: windows at a time.
-        sequence_length: tokens of a window, as of `evaluate`.
+        first: the model to compare with.
+        others: the other models. Their configs must pass `check_same_model`.
+        token_file: the text, in the models' tokens.
+        batch_size: number of windows at a time.
+        sequence_length: tokens per window, as in `evaluate`.
         progress: called after each batch of each model.
 
     Returns:
-        evaluation: of the first.
-        comparisons: of the others with it, in their order.
+        evaluation: the first model's.
+        comparisons: those of the other models, in their order.
 
     Raises:
-        InputError: if a size isn't positive, there is nothing to predict, a token isn't in the model's vocabulary, or
-            configs are of different models.
+        InputError: if a size isn't positive, if there is nothing to predict, if a token isn't in the model's
+            vocabulary, or if the configs describe different models.
     """
     check_targets(token_file)
     check_ids(token_file, first.config)
@@ -122,7 +122,7 @@ def compare(
             of_first = _added(of_first, nats, pairs)
             passed()
             for number, (params, config) in enumerate(others):
-                # Adding waits for the device, so one model's logits are gone before the next one's are there.
+                # Adding waits for the device, so one model's logits are freed before the next model's are made.
                 compared = _compare(params, logits, top_experts, *batch, config=config)
                 of_others[number] = _added(of_others[number], *compared)
                 passed()
@@ -144,7 +144,7 @@ def compare(
 def kl_divergence(
     first: Float[mx.array, "*token vocab"], other: Float[mx.array, "*token vocab"]
 ) -> Float32[mx.array, "*token"]:
-    """KL(first || other) in nats, of the distributions that logits stand for; in float32 whatever their dtypes."""
+    """KL(first || other) of the distributions given by logits, in nats and float32."""
     first, other = first.astype(mx.float32), other.astype(mx.float32)
     first = first - mx.logsumexp(first, axis=-1, keepdims=True)
     other = other - mx.logsumexp(other, axis=-1, keepdims=True)
@@ -155,7 +155,7 @@ def kl_divergence(
 def experts_in_common(
     first: UInt32[mx.array, "*token top_k"], other: UInt32[mx.array, "*token top_k"]
 ) -> Int32[mx.array, "*token"]:
-    """How many experts are in both choices, whatever their order."""
+    """The number of experts in both choices, in any order."""
     common: mx.array = (first[..., :, None] == other[..., None, :]).astype(mx.int32).sum(axis=(-2, -1))
     return common
 
@@ -197,7 +197,7 @@ def _compare(
     Int32[mx.array, ""],
     Int32[mx.array, " layer"],
 ]:
-    """`window_sums` of another model; then its divergence, targets and choices in common with the first, summed."""
+    """`window_sums` of another model; then the sums of its divergence, its targets and its choices in common."""
     logits, routing = score(params, tokens[:, :-1], config)
     sums = window_sums(logits, routing.top_experts, tokens, mask, lengths, config=config)
     targets = mask[:, 1:]
@@ -209,13 +209,13 @@ def _compare(
 
 
 def _added(sums: _Sums, *parts: mx.array) -> _Sums:
-    """_Sums over more, in float64."""
+    """The sums with more parts added, in float64."""
     new = [np.array(part, np.float64) for part in parts]
     return [one + other for one, other in zip(sums, new, strict=True)] if sums else new
 
 
 def _fields(config: Config) -> dict[str, object]:
-    """What logits depend on, by the names in config.json; and which dtype they are computed in is no part of it."""
+    """The fields that logits depend on, by their names in config.json, without the dtype."""
     attn, ffn = config.attn, config.ffn
     return {
         "vocab_size": config.vocab_size,

@@ -1,4 +1,4 @@
-"""How well a model predicts a text: nats per token, bits per byte, and where its experts' work went."""
+"""Evaluates a model on a text: nats per token, bits per byte, and the experts' load."""
 
 import math
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from dbrx_fn.training.losses import bits_per_byte, busiest_expert, chosen_expert
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a model made of a text.
+    """A model's results on a text.
 
     `nats_per_token`: mean over target tokens.
-    `bits_per_byte`: all of the target tokens' bits over the bytes that they spell, so tokenizers can be compared.
-    `tokens`: how many targets there were.
-    `expert_share`: float64 `[layer expert]`, the share of (token, choice) pairs that each expert got; rows add up to 1.
+    `bits_per_byte`: the targets' bits divided by their bytes. It is comparable across tokenizers.
+    `tokens`: number of targets.
+    `expert_share`: float64 `[layer expert]`, the share of (token, choice) pairs that each expert got. Rows add up to 1.
     """
 
     nats_per_token: float
@@ -37,26 +37,26 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """Among how many equally likely tokens the model might as well have guessed; infinite past float's range."""
+        """e to the nats per token. Infinite beyond float's range."""
         return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
 
     @property
     def busiest_expert(self) -> float:
-        """How many times its fair share the busiest expert of any layer got: 1 at perfect balance."""
+        """The busiest expert's load, over all layers, as a multiple of its fair share. 1 at perfect balance."""
         return busiest_expert(self.expert_share)
 
 
 def evaluate(
     params: Params, config: Config, token_file: TokenFile, *, batch_size: int, sequence_length: int
 ) -> Evaluation:
-    """Predicts every token of a file from those before it in its window; windows don't overlap.
+    """Predicts every token of a file from the tokens before it in its window. Windows don't overlap.
 
     Args:
         params: the tree, dense or quantized.
         config: the model's.
-        token_file: the text, in the model's own tokens.
-        batch_size: windows at a time.
-        sequence_length: tokens of a window. A longer one gives more to predict from, so compare at the same length.
+        token_file: the text, in the model's tokens.
+        batch_size: number of windows at a time.
+        sequence_length: tokens per window. Longer windows give more context, so compare at the same length.
 
     Raises:
         InputError: if a size isn't positive, there is nothing to predict, or a token isn't in the model's vocabulary.
@@ -76,12 +76,12 @@ def evaluate(
 
 
 def of_sums(nats: float, pairs: NDArray[np.float64], targets: int, token_file: TokenFile) -> Evaluation:
-    """The evaluation that sums over a file's windows make.
+    """The evaluation from sums over a file's windows.
 
     Args:
-        nats: of all targets together.
-        pairs: `[layer expert]`, how many (token, choice) pairs went to each expert.
-        targets: how many tokens were predicted.
+        nats: the sum over all targets.
+        pairs: `[layer expert]`, the number of (token, choice) pairs of each expert.
+        targets: number of predicted tokens.
         token_file: the text.
     """
     return Evaluation(
@@ -93,7 +93,7 @@ def of_sums(nats: float, pairs: NDArray[np.float64], targets: int, token_file: T
 
 
 def check_targets(token_file: TokenFile) -> None:
-    """Raises `InputError` if a text is only read, since all that was to be predicted of it is empty."""
+    """Raises `InputError` if a text has no targets, since everything to predict is empty."""
     if not token_file.bytes:
         raise InputError("The text has nothing to predict, only empty completions: give some that aren't.")
 
@@ -107,14 +107,14 @@ def window_sums(
     *,
     config: Config,
 ) -> tuple[Float32[mx.array, ""], Int32[mx.array, "layer expert"]]:
-    """The sum of the targets' nats, and how many (token, choice) pairs each expert got; padding counts in neither.
+    """The sum of the targets' nats, and the number of (token, choice) pairs of each expert. Padding doesn't count.
 
     Args:
-        logits: what `score` made of all tokens of a row but its last.
-        top_experts: the experts that it chose for them.
-        tokens: as of `dbrx_fn.data.batches.eval_windows`, as are `mask` and `lengths`.
-        mask: which tokens are targets.
-        lengths: how many of a row's inputs are read.
+        logits: from `score`, for each row without its last token.
+        top_experts: the experts chosen for these tokens.
+        tokens: from `dbrx_fn.data.batches.eval_windows`, like `mask` and `lengths`.
+        mask: true for targets.
+        lengths: the number of real inputs in each row.
         config: the model's.
     """
     nats = mx.where(mask[:, 1:], token_nats(logits, tokens[:, 1:]), 0).sum()
@@ -124,7 +124,7 @@ def window_sums(
 
 
 def read_tokens(lengths: Int32[mx.array, " batch"], time: int) -> Bool[mx.array, "batch time"]:
-    """Which of a row's `time` inputs are read: all but padding."""
+    """True for a row's real inputs, false for padding."""
     read: mx.array = mx.arange(time, dtype=mx.int32) < lengths[:, None]
     return read
 

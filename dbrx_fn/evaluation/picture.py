@@ -1,4 +1,4 @@
-"""A picture of what quantization costs: KL divergence and perplexity over size."""
+"""A picture of quantization's cost: KL divergence and perplexity over size."""
 
 import os
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """One point; `kl_divergence` in nats, from the model that it was made of."""
+    """One point. `kl_divergence` is from the original model, in nats."""
 
     label: str
     bits_per_weight: float
@@ -26,14 +26,14 @@ class QuantizedModel:
 
 
 def draw_quantizations(models: Sequence[QuantizedModel], original: str, original_perplexity: float) -> "Figure":
-    """KL divergence and perplexity of quantized models over their bits per weight, each marked with its name.
+    """KL divergence and perplexity of quantized models over their bits per weight, with their names.
 
-    Those whose routers are quantized look different from the others. The scale of KL divergences is logarithmic, so one
-    of 0 (or of less, by rounding) has no place there.
+    Models with quantized routers have another marker. The scale of KL divergences is logarithmic, so a divergence of 0
+    (or below, by rounding) isn't drawn.
 
     Args:
         models: at least one.
-        original: the name of what they were made of, or are compared with.
+        original: the name of the model to compare with.
         original_perplexity: its perplexity.
 
     Raises:
@@ -75,7 +75,7 @@ def draw_quantizations(models: Sequence[QuantizedModel], original: str, original
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """As few of the last parts of paths as tell one from another."""
+    """The paths shortened to the fewest last parts that are all different."""
     parts = [os.path.abspath(path).split(os.sep) for path in paths]
     for count in range(1, max(map(len, parts))):
         names = ["/".join(path[-count:]) for path in parts]

@@ -1,11 +1,11 @@
-"""One checkpoint of a run: the model as a plain checkpoint, and in `training/` what else it takes to go on.
+"""A run's checkpoint: the model as a plain checkpoint, and in `training/` everything else that resuming needs.
 
     config.json, model.safetensors …  the float32 master weights, which `generate` and mlx-lm load
     tokenizer.json …                  the run's tokenizer
     training/state.safetensors        the optimizer's state and the key
-    training/state.json               a note: the step, what decided it, and the sums of all other files
+    training/state.json               a note: the step, the settings that determined it, all other files' checksums
 
-What is read is compared with the note, and the note with the run, before a tensor is loaded.
+Before a tensor is loaded, all files are compared with the note, and the note with the run.
 """
 
 import json
@@ -32,18 +32,18 @@ _TENSORS, _NOTE = "training/state.safetensors", "training/state.json"
 _WEIGHTS = ".safetensors"
 _OLD_KEYS = ("step", "tensors")
 _KEYS = (*_OLD_KEYS, "steps", "run", "files", SEAL)
-"""What `state.json` holds; earlier versions noted less."""
+"""The keys of `state.json`. Earlier versions have fewer."""
 
 _STORED = {mx.float32: "float32", mx.uint32: "uint32", mx.uint64: "U64"}
-"""`Tensor.dtype` of what a state is made of."""
+"""`Tensor.dtype` of a state's arrays."""
 
 
 @dataclass(frozen=True)
 class Noted:
-    """What a checkpoint's note says.
+    """A checkpoint's note.
 
-    `steps`: how many the run was to make when it was written; `None` in one of an earlier version.
-    `files`: the sums of its files by their paths, none in one of an earlier version.
+    `steps`: the run's planned number of steps when it was written; `None` in an earlier version's note.
+    `files`: the checksums of its files by path; empty in an earlier version's note.
     """
 
     steps: int | None
@@ -57,11 +57,11 @@ def write_run_checkpoint(
 
     Args:
         folder: to write into.
-        state: after `step` steps.
-        step: how many it has made.
+        state: the state after `step` steps.
+        step: the number of steps done.
         config: the model's.
-        steps: how many the run is to make.
-        run: what decides the numbers, as JSON gives it back: `read_run_checkpoint` compares it.
+        steps: the run's planned number of steps.
+        run: the settings that determine the results, as values of JSON. `read_run_checkpoint` compares them.
         tokenizer: the folder whose files are copied.
 
     Raises:
@@ -80,18 +80,18 @@ def write_run_checkpoint(
 def read_run_checkpoint(
     folder: Path, step: int, fresh: State, *, config: Config, run: Mapping[str, Any]
 ) -> tuple[State, Noted]:
-    """The state that a checkpoint holds, and what its note says.
+    """Reads a checkpoint's state and note.
 
     Args:
         folder: the checkpoint's.
-        step: the one that its name gives.
+        step: the step in its name.
         fresh: a state of the same structure.
         config: the model's.
-        run: what decides the run's numbers.
+        run: the settings that determine the run's results.
 
     Raises:
-        CheckpointError: with the reason alone, if the checkpoint is damaged.
-        InputError: if it is whole and was made by another run.
+        CheckpointError: if the checkpoint is damaged. The text is only the reason.
+        InputError: if it is undamaged, but belongs to another run.
     """
     try:
         note = read_note(folder / _NOTE, _KEYS, _OLD_KEYS)
@@ -105,7 +105,7 @@ def read_run_checkpoint(
                 raise _other_run(folder, found)
         texts = {name: found for name, found in noted.files.items() if not name.endswith(_WEIGHTS)}
         _compare(folder, texts)
-        # The headers say how large the others are, whatever sizes are noted.
+        # Sizes come from the headers, since those in the note may be false.
         params, rest = _outlined(folder, fresh, config, note["tensors"])
         _compare(folder, {name: noted.files[name] for name in noted.files.keys() - texts.keys()})
         arrays = cast(dict[str, mx.array], mx.load(str(folder / _TENSORS)))
@@ -124,7 +124,7 @@ def read_run_checkpoint(
 
 
 def not_finite_leaf(state: State) -> str | None:
-    """The path of a leaf that holds NaN or infinity; `None` if there is none."""
+    """The path of a leaf that holds NaN or infinity, or `None`."""
     return next((path for path, array in leaves(state) if not mx.isfinite(array).all().item()), None)
 
 
@@ -134,7 +134,7 @@ def leaves(tree: State | Params) -> list[tuple[str, mx.array]]:
 
 
 def _outlined(folder: Path, fresh: State, config: Config, names: object) -> tuple[Any, list[str]]:
-    """The parameters, lazy, and the paths of the rest, if all have the shapes and dtypes of `fresh`."""
+    """The lazy parameters, and the paths of the other arrays, after a check of shapes and dtypes against `fresh`."""
     params, found = load(folder, dtype="float32", lazy=True)
     if replace(found, dtype=config.dtype) != config:
         raise _other_run(folder, "its config.json is of another model")
@@ -149,11 +149,11 @@ def _outlined(folder: Path, fresh: State, config: Config, names: object) -> tupl
 
 
 def _compare(folder: Path, files: Mapping[str, Any]) -> None:
-    """Raises ValueError if a file isn't what was noted of it."""
+    """Raises ValueError if a file differs from its note."""
     for name, noted in sorted(files.items()):
         most = None if name.endswith(_WEIGHTS) else LARGEST_VOCABULARY
         try:
-            # A stranger's note may name files elsewhere.
+            # A stranger's note may name files outside of the folder.
             if name != Path(name).as_posix() or name.startswith("/") or ".." in name.split("/"):
                 raise ValueError("it isn't one of the checkpoint's")
             reason = disagreement(file_sum(folder / name, most), noted)
@@ -175,7 +175,7 @@ def _resumable(state: State) -> State:
 
 
 def _like(tree: Any, arrays: Iterator[mx.array]) -> Any:
-    """`tree` with its arrays replaced, in `tree_flatten`'s order; `tree_unflatten` would split paths at their dots."""
+    """`tree` with its arrays replaced, in `tree_flatten`'s order. `tree_unflatten` would split paths at their dots."""
     if isinstance(tree, dict):
         return {name: _like(part, arrays) for name, part in tree.items()}
     return next(arrays)

@@ -1,14 +1,14 @@
-"""A training run's folder: its settings, data, checkpoints and metrics, none of them ever half-written.
+"""A training run's folder: settings, data, checkpoints and metrics. Its files appear whole, or not at all.
 
-    run.json                          what the run was asked for
+    run.json                          the run's settings
     tokenizer/                        the tokenizer that made the tokens
     data/train/, data/held_out/       the tokens (dbrx_fn.data.token_file)
-    checkpoints/step-00000500/        a plain checkpoint, and what it takes to go on (dbrx_fn.runs.checkpoint)
+    checkpoints/step-00000500/        a plain checkpoint, and the training state (dbrx_fn.runs.checkpoint)
     metrics.jsonl                     a line every few steps (dbrx_fn.runs.metrics_file)
     model/                            the last step's model
 
-A run is set up in a hidden folder beside its place, `.NAME-set-up`. Whoever sets a run up or trains it holds a lock on
-the folder itself.
+A run is set up in a hidden folder beside it, `.NAME-set-up`. A process that sets up or trains a run holds a lock on the
+folder.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ _STEP = re.compile(r"step-([0-9]{8,})")
 
 
 class RunFolder:
-    """Paths and files of one run; see the module's docstring."""
+    """The paths and files of one run, as in the module's docstring."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -59,27 +59,27 @@ class RunFolder:
 
     @property
     def started(self) -> bool:
-        """Whether a run has been set up here."""
+        """Whether the folder holds a run that has been set up."""
         return self.settings_file.exists()
 
     # Set up, and held
 
     @contextlib.contextmanager
     def set_up(self) -> Iterator["RunFolder"]:
-        """Yields a hidden folder to set the run up in, which becomes this one when the block ends well.
+        """Yields a hidden folder to set up the run in. It becomes this folder when the block ends without an error.
 
-        What a killed process left of another set-up is removed. If the block raises, nothing stays.
+        Leftovers of a killed set-up are removed first. If the block raises, nothing is left.
 
         Raises:
-            InputError: if this folder exists, can't be written or is being set up by another process, or the hidden
-                one holds what no run wrote.
+            InputError: if this folder exists, can't be written or is being set up by another process, or if the hidden
+                one holds files that no run wrote.
         """
         hidden = RunFolder(self.path.parent / f".{self.path.name}-set-up")
         taken = f"{self.path} is being set up by another process: wait until it ends, or name another --out."
         made = [folder for folder in self.path.parents if not folder.exists()]
         with folder_claimed(hidden.path, taken, self.path):
             hidden._clear()
-            # An empty folder is as good as none.
+            # An empty folder counts as missing.
             with contextlib.suppress(OSError):
                 self.path.rmdir()
             try:
@@ -93,7 +93,7 @@ class RunFolder:
             flush(folder.parent)
 
     def _clear(self) -> None:
-        """Empties a folder of what a killed process left of a set-up."""
+        """Removes a killed set-up's files from a folder."""
         own = {self.tokenizer, self.data, self.settings_file}
         left = list(self.path.iterdir())
         foreign = [entry for entry in left if entry not in own and not is_leftover(entry)]
@@ -104,11 +104,11 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from training here; the lock goes with the process, however it ends.
+        """Keeps other processes from training here. The lock ends with the process, at the latest.
 
         Raises:
-            InputError: if another one does already, there is no run, or a part of it is a link, through which a
-                folder that a stranger made would have others written to.
+            InputError: if another process holds the lock, if there is no run, or if a part of the run is a link.
+                Through a link, a stranger's folder could make the run overwrite other files.
         """
         if not self.started:
             raise InputError(f"{self.path} holds no run to resume (there is no run.json): start one without --resume.")
@@ -123,7 +123,7 @@ class RunFolder:
             yield
 
     def clean(self) -> None:
-        """Removes what killed processes left half-written in this folder."""
+        """Removes incomplete files of killed processes from this folder."""
         for folder in (self.path, self.checkpoints):
             for entry in folder.iterdir() if folder.is_dir() else ():
                 if is_leftover(entry):
@@ -132,7 +132,7 @@ class RunFolder:
     # Settings
 
     def begin(self, plan: Plan, data: Mapping[str, str]) -> None:
-        """Notes what the run was asked for and made of; from then on it has started.
+        """Writes the run's settings and fingerprints. From then on the run has started.
 
         Args:
             plan: the run's.
@@ -143,7 +143,7 @@ class RunFolder:
         )
 
     def read_plan(self) -> Plan:
-        """What the run was asked for.
+        """Reads the run's settings.
 
         Raises:
             InputError: if the file is damaged.
@@ -153,19 +153,19 @@ class RunFolder:
         return Plan.from_dict(settings, self.settings_file)
 
     def change_steps(self, steps: int) -> None:
-        """Notes another number of steps."""
+        """Writes another number of steps into the run's settings."""
         settings = self._read_settings()
         settings["recipe"]["steps"] = steps
         self._write_settings(settings)
 
     def check_made_of(self, data: Mapping[str, str]) -> None:
-        """Makes sure that the run has the tokenizer and the data that it began with; earlier versions didn't note them.
+        """Checks that the run still has its original tokenizer and data. (Earlier versions didn't note them.)
 
         Args:
-            data: fingerprints of the token files that are there.
+            data: fingerprints of the present token files.
 
         Raises:
-            InputError: naming what is another.
+            InputError: if one differs. It names the difference.
         """
         settings = self._read_settings()
         if _MADE_OF not in settings:
@@ -204,7 +204,7 @@ class RunFolder:
     # Checkpoints
 
     def saved_steps(self) -> list[int]:
-        """Steps that there are checkpoints of, ascending."""
+        """The steps with a checkpoint, ascending."""
         if not self.checkpoints.is_dir():
             return []
         names = (_STEP.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
@@ -216,16 +216,16 @@ class RunFolder:
         return self.checkpoints / f"step-{step:08d}"
 
     def save(self, state: State, step: int, plan: Plan, data: Mapping[str, str]) -> None:
-        """Writes the checkpoint after `step` steps, and then removes all but the last `plan.keep`.
+        """Writes the checkpoint after `step` steps, and then removes all but the last `plan.keep` checkpoints.
 
         Args:
-            state: after this step.
-            step: how many it has made.
+            state: the state after this step.
+            step: the number of steps done.
             plan: the run's.
             data: fingerprints of its token files.
 
         Raises:
-            InputError: if it can't be written; what was there stays.
+            InputError: if it can't be written. Existing checkpoints are kept.
             TrainingError: if the state holds NaN or infinity.
         """
         if broken := not_finite_leaf(state):
@@ -244,7 +244,7 @@ class RunFolder:
             _remove(self.checkpoint(old))
 
     def load(self, fresh: State, plan: Plan, data: Mapping[str, str]) -> tuple[State, int, int | None]:
-        """The state of the newest whole checkpoint; damaged ones that are newer are put aside, with a warning.
+        """Loads the newest undamaged checkpoint. Newer, damaged ones are renamed, with a warning.
 
         Args:
             fresh: a state of the same structure.
@@ -252,12 +252,12 @@ class RunFolder:
             data: fingerprints of its token files.
 
         Returns:
-            The state, its step, and how many steps the run was to make when it was saved (`None` if that wasn't
-            noted); `fresh`, 0 and `None`, if there is no checkpoint.
+            The state, its step, and the run's planned number of steps when it was saved (`None` if not noted). Without
+            a checkpoint: `fresh`, 0 and `None`.
 
         Raises:
-            CheckpointError: if there are checkpoints and none is whole.
-            InputError: if one is of another run.
+            CheckpointError: if there are checkpoints, and all are damaged.
+            InputError: if one belongs to another run.
         """
         steps, damaged = self.saved_steps(), []
         for step in reversed(steps):
@@ -282,7 +282,7 @@ class RunFolder:
         return fresh, 0, None
 
     def not_finite(self, what: str, step: int) -> TrainingError:
-        """The error of a run whose numbers left the range at `step`; `what` is the sentence up to the step."""
+        """The error of a run whose numbers became NaN or infinite at `step`. `what` is the sentence up to the step."""
         saved = self.saved_steps()
         after = (
             f"the last good checkpoint is {self.checkpoint(saved[-1])}: start from it with --model and a lower"
@@ -292,7 +292,7 @@ class RunFolder:
         return TrainingError(f"{what} step {step}, so training stops; {after} --learning-rate.")
 
     def how_to_go_on(self) -> str:
-        """What an interrupted command keeps here, and what going on with it does, as a clause."""
+        """How to continue an interrupted command, and from which step, as a clause."""
         if not self.started:
             return "nothing is kept"
         saved = self.saved_steps()
@@ -311,10 +311,10 @@ class RunFolder:
     # The model
 
     def write_model(self, params: Params, config: Config) -> None:
-        """Writes the last step's model, in place of an earlier one; the same one is left as it is.
+        """Writes the last step's model. It replaces an earlier one; an equal one is left unchanged.
 
         Raises:
-            InputError: if it can't be written, or files would be lost that no run wrote.
+            InputError: if it can't be written, or files that no run wrote would be lost.
         """
         if self._holds(params):
             return
@@ -324,7 +324,7 @@ class RunFolder:
             write_checkpoint(folder, params, config, tokenizer_files=self.tokenizer)
 
     def check_model(self) -> None:
-        """Raises `InputError` if something would be lost that no run wrote, if `model/` were replaced."""
+        """Raises `InputError` if replacing `model/` would lose files that no run wrote."""
         found = sorted(self.model.iterdir()) if self.model.is_dir() else [self.model]
         for entry in found if os.path.lexists(self.model) else ():
             own = any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in CHECKPOINT_FILES)
@@ -332,7 +332,7 @@ class RunFolder:
                 raise InputError(f"{entry} is in the way of the run's model and no run wrote it: move it elsewhere.")
 
     def _holds(self, params: Params) -> bool:
-        """Whether `model/` is made of these parameters."""
+        """Whether `model/` holds these parameters."""
         try:
             found = dict(leaves(load(self.model)[0]))
             wanted = dict(leaves(params))
@@ -349,7 +349,7 @@ def _decides(plan: Plan, data: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file or link; a folder under a hidden name first, so that half of it is never taken for the whole."""
+    """Removes a file, link or folder. A folder gets a hidden name first, so a half-removed one isn't taken as whole."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return

@@ -1,4 +1,4 @@
-"""Goes through a run's steps, from where its folder stands to the end: computes, notes, evaluates and saves."""
+"""The training loop of a run: it computes, logs, evaluates and saves, from the folder's last step to the end."""
 
 import math
 import os
@@ -35,19 +35,19 @@ from dbrx_fn.training.step import Measured, State, init_state, learning_rate, tr
 
 
 def train(folder: RunFolder, plan: Plan, steps: int | None = None) -> None:
-    """Trains to the end and writes the model; the caller holds the folder's lock.
+    """Trains to the end and writes the model. The caller holds the folder's lock.
 
     Args:
-        folder: of a run that is set up.
-        plan: what it was asked for.
-        steps: how many to make in all, in place of the plan's; more than are done.
+        folder: a run that has been set up.
+        plan: its settings.
+        steps: the total number of steps, instead of the plan's. It must be more than are done.
 
     Raises:
-        InputError: if the folder's files don't belong together, `steps` are done already, or a step needs too much
-            memory.
-        CheckpointError: if no checkpoint is whole.
+        InputError: if the folder's files don't belong together, if `steps` are done already, or if a step needs too
+            much memory.
+        CheckpointError: if all checkpoints are damaged.
         TrainingError: if a number becomes NaN or infinite.
-        KeyboardInterrupt: after a signal; the state was saved where it stands.
+        KeyboardInterrupt: after a signal, when the state has been saved.
     """
     if steps is not None:
         plan = plan.with_steps(steps)
@@ -74,14 +74,14 @@ def train(folder: RunFolder, plan: Plan, steps: int | None = None) -> None:
 
 
 def start_params(model: Path) -> Params:
-    """A checkpoint's parameters as training takes them: float32, and dense where they are quantized."""
+    """A checkpoint's parameters for training: float32, with quantized matrices dequantized."""
     params, config = load(model, dtype="float32")
     return dequantize(params, config)
 
 
 @dataclass(frozen=True, eq=False)
 class _Data:
-    """A run's tokens, open; `fingerprints`: of its token files, by their folders' names."""
+    """A run's open token files. `fingerprints` are by the names of their folders."""
 
     train: TokenFile
     held_out: TokenFile | None
@@ -102,16 +102,16 @@ def _open_data(folder: RunFolder, plan: Plan) -> _Data:
 
 
 def _load_state(folder: RunFolder, plan: Plan, data: _Data) -> tuple[State, int, int | None]:
-    """The state to go on from, the steps that it has made, and of how many (as of `RunFolder.load`)."""
+    """The state to continue from, its step, and the planned number of steps (as in `RunFolder.load`)."""
     init_key, run_key = mx.random.split(random_key(plan.seed))
-    # Where there is a checkpoint, fresh parameters are only its outline: they are never computed, nor --model needed.
+    # If there is a checkpoint, fresh parameters are only its outline. They are never computed, and need no --model.
     fresh = plan.model is None or folder.saved_steps()
     params = init_params(plan.config, init_key) if fresh else start_params(Path(plan.model or ""))
     return folder.load(init_state(params, plan.recipe, run_key), plan, data.fingerprints)
 
 
 def _tell(plan: Plan, data: _Data, start: int, planned: int | None) -> None:
-    """Says what the run is, and where it goes on."""
+    """Prints the run's size, and the step that it resumes from."""
     config, steps = plan.config, plan.recipe.steps
     print_message(
         f"{param_count(config):,} parameters, {param_count(config, active=True):,} active; {len(data.train):,} tokens"
@@ -128,7 +128,7 @@ def _tell(plan: Plan, data: _Data, start: int, planned: int | None) -> None:
 
 
 class _Journal:
-    """Says and notes how training goes, and measures how fast steps are."""
+    """Prints and logs the progress of training, and measures the speed of steps."""
 
     def __init__(self, plan: Plan, batches: Batches, metrics: TextIO, bar: "tqdm[Any]", start: int) -> None:
         self._plan, self._batches, self._metrics, self._bar = plan, batches, metrics, bar
@@ -138,7 +138,7 @@ class _Journal:
         bar.set_description("compiling" if start < plan.recipe.steps else "done")
 
     def is_due(self, step: int) -> bool:
-        """Whether something is said of this step, for which it has to be waited for."""
+        """Whether this step is logged, which waits for its result."""
         return self._is_noted(step) or step == self._start + 1
 
     def step(self, measured: Measured, step: int) -> None:
@@ -170,12 +170,12 @@ class _Journal:
         )
 
     def flush(self) -> None:
-        """Waits until all that was noted is on the disk."""
+        """Waits until all lines are on the disk."""
         os.fsync(self._metrics.fileno())
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Time within isn't that of steps."""
+        """Excludes the time within the block from the steps' time."""
         began = time.perf_counter()
         yield
         self._clock += time.perf_counter() - began
@@ -201,13 +201,13 @@ def _journal(folder: RunFolder, plan: Plan, batches: Batches, start: int) -> Ite
 
 
 def _go_on(folder: RunFolder, plan: Plan, data: _Data, first: Callable[[], State], start: int) -> State:
-    """Makes the steps after `start`; `first` hands over the state to begin with."""
+    """Runs the steps after `start`. `first` returns the first state."""
     state = first()
     previous: Measured | None = None
     with wired(state), deferred_stop(_tell_stop) as stop, _journal(folder, plan, data.batches, start) as journal:
         for step in range(start + 1, plan.recipe.steps + 1):
             state, measured = _step(state, data.batches, step, plan, first=step == start + 1)
-            # The step before is looked at while this one runs.
+            # The previous step's results are read while this one runs.
             if previous is not None:
                 _check_finite(previous, step - 1, folder)
             previous = measured
@@ -215,14 +215,14 @@ def _go_on(folder: RunFolder, plan: Plan, data: _Data, first: Callable[[], State
             evaluates = data.held_out is not None and (last or step % plan.eval_every == 0)
             saves = last or stopping or step % plan.save_every == 0
             if journal.is_due(step) or evaluates or saves:
-                # It waits for the step, so that the step's time isn't taken for theirs.
+                # This waits for the step, so that its time isn't counted as that of saving or evaluating.
                 _check_finite(measured, step, folder)
             journal.step(measured, step)
             with journal.apart():
                 if evaluates and data.held_out is not None:
                     journal.evaluated(_evaluate(state, plan, data.held_out, step, folder), measured, step)
                 if saves:
-                    # A checkpoint on the disk means that what was noted before it is there too.
+                    # The lines before a checkpoint must be on the disk before the checkpoint is.
                     journal.flush()
                     folder.save(state, step, plan, data.fingerprints)
             if stopping:
@@ -235,7 +235,7 @@ def _tell_stop() -> None:
 
 
 def _step(state: State, batches: Batches, step: int, plan: Plan, *, first: bool) -> tuple[State, Measured]:
-    """Begins a step; the first one is waited for, as it shows whether there is memory enough."""
+    """Starts a step. The first step is waited for, since it shows whether memory is enough."""
     try:
         tokens, mask = batches[step - 1]
         state, measured = train_step(state, mx.array(tokens), mx.array(mask), config=plan.config, recipe=plan.recipe)
@@ -274,14 +274,14 @@ def _evaluate(state: State, plan: Plan, held_out: TokenFile, step: int, folder: 
 
 
 def _computed(state: State, plan: Plan) -> Params:
-    """The parameters as the passes of training see them."""
+    """The parameters in the dtype of the forward pass."""
     dtype = getattr(mx, plan.recipe.dtype)
     params: Params = tree_map(lambda array: array.astype(dtype), state["params"])
     return params
 
 
 def _finish(folder: RunFolder, plan: Plan, state: State) -> None:
-    """Writes the model by itself, draws what the metrics say, and prints how it went."""
+    """Writes the model, draws the metrics, and prints a summary."""
     folder.write_model(_computed(state, plan), replace(plan.config, dtype=plan.recipe.dtype))
     lines = read_metrics(folder.metrics_file, plan.config)
     evaluated = [line for line in lines if "expert_share" in line]

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: what a run notes of its steps, a JSON object a line, and how that is read again."""
+"""`metrics.jsonl`: a run's log, with one JSON object per line. This module writes and reads it."""
 
 import itertools
 import json
@@ -27,14 +27,14 @@ _EVALUATION_KEYS = {
     *("step", "held_out_nats_per_token", "held_out_bits_per_byte", "held_out_busiest_expert"),
     _SHARES,
 }
-# A line of evaluation has a figure for each expert of each layer, and those are at most 2**15.
+# An evaluation's line has a figure for each expert of each layer. There are at most 2**15 of these.
 _LONGEST_LINE = 2**20
 _LARGEST = 2**28
-"""Bytes: about a million lines."""
+"""The most bytes of the file: about a million lines."""
 
 
 def step_line(measured: Measured, step: int, epoch: float, rate: float) -> dict[str, float]:
-    """What is noted of a step; `rate` in tokens a second."""
+    """A step's line. `rate` is in tokens per second."""
     parts = measured.parts
     return {
         "step": step,
@@ -51,7 +51,7 @@ def step_line(measured: Measured, step: int, epoch: float, rate: float) -> dict[
 
 
 def evaluation_line(evaluation: Evaluation, step: int) -> dict[str, Any]:
-    """What is noted of an evaluation."""
+    """An evaluation's line."""
     return {
         "step": step,
         "held_out_nats_per_token": evaluation.nats_per_token,
@@ -62,32 +62,32 @@ def evaluation_line(evaluation: Evaluation, step: int) -> dict[str, Any]:
 
 
 def number(array: mx.array) -> float:
-    """The value of a scalar; waits until it is computed."""
+    """The value of a scalar array. Waits until it is computed."""
     return cast(float, array.item())
 
 
 def write_line(file: TextIO, line: dict[str, Any]) -> None:
-    """Adds a line, for everyone to see at once."""
+    """Appends a line, which readers see at once."""
     file.write(json.dumps(line) + "\n")
     file.flush()
 
 
 def read_metrics(path: Path, config: Config) -> list[dict[str, Any]]:
-    """The lines of the file, without a last one that was cut short; none, if there is no file.
+    """The lines of the file. An incomplete last line is ignored, and a missing file has no lines.
 
     Raises:
-        InputError: if another line isn't what a run of this model notes, or the file can't be read.
+        InputError: if another line isn't a valid one of this model, or the file can't be read.
     """
     return [noted for _, noted in _lines(path, config)]
 
 
 def cut_metrics(path: Path, step: int, config: Config) -> None:
-    """Drops what was noted after `step`, which a resumed run does again; errors are those of `read_metrics`."""
+    """Removes the lines after `step`, which a resumed run writes again. Errors are those of `read_metrics`."""
     write_file(path, b"".join(line for line, noted in _lines(path, config) if noted["step"] <= step))
 
 
 def _lines(path: Path, config: Config) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each whole line as it stands and as its value."""
+    """Yields each complete line, as bytes and as its value."""
     size = before = 0
     try:
         with open_regular(path) as file:
@@ -121,7 +121,7 @@ def _unreadable(path: Path, reason: object) -> InputError:
 
 
 def _checked(line: bytes, config: Config) -> dict[str, Any]:
-    """A line's value. Raises ValueError if it is something else than a run notes."""
+    """A line's value. Raises ValueError if it isn't a valid line of this model."""
     noted = parse_json(line, unique=True)
     if not isinstance(noted, dict) or noted.keys() not in (_STEP_KEYS, _EVALUATION_KEYS):
         raise ValueError(f"{shown(noted)} hasn't the keys of a step or an evaluation")

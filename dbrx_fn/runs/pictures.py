@@ -1,4 +1,4 @@
-"""Pictures of training: its loss, and how its experts are loaded."""
+"""Pictures of training: the loss, and the experts' load."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FEWEST_SMOOTHED = 10
-"""Batches below which single ones are all that is drawn."""
+"""With fewer batches, only single batches are drawn, and no mean."""
 _HIGHEST_LOAD = 2.0
 _LONGEST_BAR = 10
-"""Layers beside which the colours' bar may stand."""
+"""The most layers with a vertical colour bar beside them."""
 _MOST_NUMBERED = 64
-"""Experts, and layers, up to which each cell has its number; more make cells too small."""
+"""The most experts, and layers, with a number in each cell. With more, cells are too small."""
 
 
 def draw_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
-    """Loss over steps: of single training batches (faint), their running mean, and of the held-out text where measured.
+    """Loss over steps: of single training batches (faint), their running mean, and the held-out text if measured.
 
     Args:
         runs: by name, the lines of each run's `metrics.jsonl`.
@@ -65,8 +65,8 @@ def draw_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
 def running_mean(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
     """The mean of `width` (odd) neighbours around each value.
 
-    There are fewer at the two ends. At the beginning, where losses fall steeply, a mean stays centred on its value; at
-    the end it takes all that there are.
+    There are fewer neighbours at the two ends. At the beginning, where losses fall steeply, the mean stays centred. At
+    the end it takes all available values.
     """
     half = width // 2
     reaches = [min(index, half) for index in range(len(values))]
@@ -74,7 +74,7 @@ def running_mean(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.
 
 
 def _window(batches: int) -> int:
-    """How many batches a mean is of: a twentieth, at least 5, and an odd number."""
+    """The number of batches in a mean: a twentieth, at least 5, and odd."""
     return 1 if batches < _FEWEST_SMOOTHED else 2 * max(2, batches // 40) + 1
 
 

@@ -1,4 +1,4 @@
-"""What a training run does, as a value: the part of its command that `run.json` keeps."""
+"""A training run's settings as a value: the part of its command that `run.json` keeps."""
 
 import json
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ _DECIDES = ("config", "recipe", "batch_size", "sequence_length", "seed")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does, as `run.json` holds it: enough to go on with it when only its folder is left.
+    """A run's settings, as in `run.json`. Together with the run's folder they are enough to resume it.
 
-    `model`: the folder of the checkpoint that it starts from; `None` for a fresh one.
-    `log_every`, `eval_every`, `save_every`: in steps.
-    `keep`: how many of the last checkpoints stay.
+    `model`: the folder of the checkpoint to start from; `None` for a fresh model.
+    `log_every`, `eval_every`, `save_every`: numbers of steps.
+    `keep`: number of the last checkpoints to keep.
 
     Raises:
-        InputError: naming the option, if it can't work.
+        InputError: if an option has an impossible value. It names the option.
     """
 
     config: Config
@@ -58,15 +58,15 @@ class Plan:
             )
 
     def with_steps(self, steps: int) -> "Plan":
-        """The same with another number of steps; as everywhere, `InputError` if that can't work."""
+        """The same plan with another number of steps. Raises `InputError` if that is impossible."""
         return replace(self, recipe=replace(self.recipe, steps=steps))
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The plan as values of JSON."""
         return {**asdict(self), "config": config_to_dict(self.config)}
 
     def decides(self) -> dict[str, Any]:
-        """What decides the numbers of each step, as JSON gives it back; but for the steps, which may become more."""
+        """The settings that determine each step's results, as values of JSON. `steps` isn't one, since it may grow."""
         whole = self.as_dict()
         chosen = {name: whole[name] for name in _DECIDES}
         chosen["recipe"] = {name: value for name, value in whole["recipe"].items() if name != "steps"}
@@ -78,7 +78,7 @@ class Plan:
         """The inverse of `as_dict`.
 
         Raises:
-            InputError: if it is something else.
+            InputError: if `raw` isn't such a value.
         """
         try:
             recipe = {**raw["recipe"], "betas": tuple(raw["recipe"]["betas"])}
@@ -93,7 +93,7 @@ class Plan:
 
 
 def difference(here: object, there: object, name: str = "") -> str | None:
-    """The first place at which two values of JSON differ, in words; `None` if there is none."""
+    """The first difference of two JSON values, in words, or `None` if they are equal."""
     if isinstance(here, dict) and isinstance(there, dict):
         for key in [*here, *(key for key in there if key not in here)]:
             found = difference(here.get(key), there.get(key), f"{name}.{key}" if name else str(key))
