@@ -1,6 +1,8 @@
-"""What `nox` runs: `tests`, `typecheck`, `lint`, `peers` (transformers, mlx-lm), and `blas` (each that users have)."""
+"""What `nox` runs: `tests`, `typecheck`, `lint`, and beside them the sessions that `docs/contributing.md` lists."""
 
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import nox
@@ -24,6 +26,14 @@ EXACT = [
     "tests/commands/test_small_model.py",
     "tests/ops/test_cpu.py",
     "tests/runtime/test_blas.py",
+]
+# What a trace could change, on few shapes: g++ takes half a second and more for each kernel that they meet.
+COMPILED = [
+    "tests/compiled",
+    *(f"tests/model/test_{name}.py" for name in ("forward", "moe", "quantization", "traces")),
+    "tests/training",
+    "tests/generation/test_generation.py",
+    "tests/runtime/test_compile.py",
 ]
 
 
@@ -71,6 +81,18 @@ def blas(session: nox.Session) -> None:
         session.log(f"BLAS: {name}")
         environment = {**setting, "TESTS_KEEP": ",".join(setting)}
         session.run("pytest", "-n", "auto", "--ignore=tests/peers", *(session.posargs or EXACT), env=environment)
+
+
+@nox.session
+def compiled(session: nox.Session) -> None:
+    """The tests that compute, with layers compiled as on GPUs; files after -- take their place."""
+    if shutil.which("g++") is None:
+        session.skip("MLX compiles for a CPU with g++, which isn't installed")
+    install(session, "tests")
+    # A file's tests share kernels, so one worker takes them all.
+    with tempfile.TemporaryDirectory() as kernels:
+        environment = {"DBRX_FN_COMPILE": "1", "TMPDIR": kernels}
+        session.run("pytest", "-n", "auto", "--dist", "loadfile", *(session.posargs or COMPILED), env=environment)
 
 
 @nox.session

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -16,6 +18,17 @@ for name in [name for name in os.environ if name.startswith(_BLAS_SETTINGS)]:
 
 # Before the tests import MLX, so that they run with the BLAS that users get.
 import dbrx_fn.runtime.blas  # noqa: E402, F401
+from dbrx_fn.runtime.device import compiles, on_cpu  # noqa: E402
+
+# Its tests are of compiled layers alone.
+collect_ignore = [] if compiles() else ["compiled"]
+
+# MLX keeps the CPU's fused kernels in the temporary folder, where g++ writes them under the names that they are loaded
+# by: one process can load what another has half written. So each of several workers has a folder of its own.
+if compiles() and on_cpu() and "PYTEST_XDIST_WORKER" in os.environ:
+    own = Path(tempfile.gettempdir(), f"dbrx_fn-{os.environ['PYTEST_XDIST_WORKER']}")
+    own.mkdir(exist_ok=True)
+    os.environ["TMPDIR"] = str(own)
 
 # A shell has what it starts in the background ignore Ctrl-C, and so would the commands that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

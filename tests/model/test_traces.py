@@ -1,6 +1,6 @@
-"""How often the block is traced: once for each shape that it meets, and never for a token, a position or a layer.
+"""What is traced: the block once for each shape that it meets, and never for a token, a position or a layer.
 
-On the CPU, where layers are called as they are, that is how often it is checked; both are counted alike.
+On the CPU, where layers are called as they are, that is how often they are checked; both are counted alike.
 Every test has a `moe_loss_weight` of its own, which makes its config a new static value, for which nothing is traced
 yet.
 """
@@ -8,17 +8,19 @@ yet.
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from dbrx_fn.model.cache import grow_cache, init_cache
+from dbrx_fn.model.cache import Cache, grow_cache, init_cache
 from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.model.params import init_params, nest
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.device import Backend, as_if, compiles
 
 
 class Traces:
@@ -160,3 +162,66 @@ def test_trees_from_arrays_in_any_order_share_a_trace(traces: Traces) -> None:
     leaves: Any = tree_flatten(params)
     forward(nest(dict(reversed(leaves)), config), tokens(1), init_cache(config, 1, 16))
     assert traces.count() == 0
+
+
+INNER = {"norm_attn_norm", "attn", "moe", "router", "mix_experts"}
+POSITIONS_AND_BLOCK = {"_in_cache", "block"}
+EVERYTHING = POSITIONS_AND_BLOCK | {"embed", "head"}
+
+
+@pytest.mark.parametrize("machine", ["cpu", "metal", "cuda"])
+def test_each_cause_has_the_traces_that_the_documentation_says(traces: Traces, machine: Backend) -> None:
+    """The table in `docs/architecture.md`. Five rows are a shape that `pick_last`, which has no config, hasn't met."""
+    config, params = model(1014)
+    found: dict[str, set[str]] = {}
+
+    def run(cause: str, cache: Cache, time: int, params: Params = params, **options: Any) -> Cache:
+        _, after = forward(params, tokens(time, cache.batch_size), cache, **options)
+        counts = traces.all()
+        inner = {name for name in INNER if counts.pop(name, 0)}
+        assert inner == (INNER if "block" in counts else set()) or not compiles(), cause
+        assert set(counts.values()) <= {1}, cause
+        found[cause] = set(counts)
+        return after
+
+    with as_if(backend=machine):
+        prompted = run("first", init_cache(config, 5, 300), 16)
+        other = init_params(config, mx.random.key(1))
+        run("other parameters, another length", init_cache(config, 5, 300), 9, other)
+        run("first padding of the caller's", init_cache(config, 5, 300), 9, lengths=[9, 0, 4, 9, 1])
+        run("other lengths", init_cache(config, 5, 300), 16, lengths=[0, 2, 0, 16, 1])
+        run("another bucket", prompted, 17)
+        decoded = run("first decoded token", prompted, 1)
+        run("a further token", decoded, 1)
+        run("past 128", replace(prompted, lengths=(16, 120, 16, 16, 16)), 16)
+        run("first last_only", init_cache(config, 5, 300), 16, last_only=True)
+        run("another capacity", grow_cache(prompted, 301), 1)
+        run("padding wraps", replace(prompted, lengths=(290, 0, 0, 0, 0)), 10)
+        run("another batch size", init_cache(config, 6, 300), 16)
+        deeper = replace(config, n_layers=3, max_seq_len=99, initializer_range=1.0)
+        run("another depth", init_cache(deeper, 5, 300), 16, init_params(deeper, mx.random.key(0)))
+        half = replace(config, dtype="bfloat16")
+        run("another dtype", init_cache(half, 5, 300), 16, init_params(half, mx.random.key(0)))
+        run("another field", init_cache(model(1015)[0], 5, 300), 16)
+        blocks = [dict(reversed(list(layer.items()))) for layer in params["transformer"]["blocks"]]
+        turned: Any = {**params, "transformer": {**params["transformer"], "blocks": blocks}}
+        run("another order", init_cache(config, 5, 300), 16, turned)
+
+    assert found == {
+        "first": EVERYTHING,
+        "other parameters, another length": set(),
+        "first padding of the caller's": {"embed"},
+        "other lengths": set(),
+        "another bucket": EVERYTHING,
+        "first decoded token": EVERYTHING,
+        "a further token": set(),
+        "past 128": POSITIONS_AND_BLOCK,
+        "first last_only": {"pick_last"},
+        "another capacity": POSITIONS_AND_BLOCK,
+        "padding wraps": POSITIONS_AND_BLOCK,
+        "another batch size": EVERYTHING,
+        "another depth": set(),
+        "another dtype": EVERYTHING,
+        "another field": EVERYTHING,
+        "another order": {"block"},
+    }

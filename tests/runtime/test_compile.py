@@ -1,6 +1,7 @@
 """What `typed`, `compiled` and `traced` promise, on functions made for it and on the block."""
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.runtime.compile import compiled, traced, typed
+from dbrx_fn.runtime.device import as_if, compiles, on_cpu
 
 CONFIG = Config(
     d_model=12,
@@ -134,8 +136,8 @@ def test_a_traced_function_runs_once_a_shape_and_constant(caplog: pytest.LogCapt
     assert len(messages(caplog)) == 3
 
 
-def test_on_the_cpu_a_compiled_function_runs_every_time() -> None:
-    """So that nobody waits for g++."""
+@pytest.mark.parametrize(("compiles", "expected"), [(False, 3), (True, 1)])
+def test_where_layers_are_not_compiled_their_python_runs_every_time(compiles: bool, expected: int) -> None:
     runs = []
 
     @compiled
@@ -143,9 +145,16 @@ def test_on_the_cpu_a_compiled_function_runs_every_time() -> None:
         runs.append(x.shape)
         return 2 * x
 
-    for _ in range(3):
-        double(mx.ones(2))
-    assert len(runs) == (3 if mx.default_device().type == mx.cpu else 1)
+    with as_if(compiles=compiles):
+        for _ in range(3):
+            double(mx.ones(2))
+    assert len(runs) == expected
+
+
+def test_a_cpu_does_not_compile_unless_it_is_asked_to() -> None:
+    """So that nobody waits for g++."""
+    asked = os.environ.get("DBRX_FN_COMPILE") == "1"
+    assert compiles() == (asked or not on_cpu())
 
 
 @given(st.lists(st.sampled_from([(1,), (2,), (1, 2), (2, 1)]), min_size=1, max_size=8))
@@ -199,7 +208,7 @@ def test_within_a_call_of_known_types_nothing_is_checked_again(caplog: pytest.Lo
         return inner(x)
 
     outer_has_run = False
-    with caplog.at_level("DEBUG", logger="dbrx_fn.compile"):
+    with as_if(compiles=False), caplog.at_level("DEBUG", logger="dbrx_fn.compile"):
         outer(mx.ones(3), fail=True)
         first = len(caplog.records)
         outer_has_run = True
