@@ -19,15 +19,14 @@ import numpy as np
 from dbrx_fn.errors import BusyError, EngineError, GenerationError, InputError, lacks_memory
 from dbrx_fn.generation.row_sampling import Choice
 from dbrx_fn.generation.stream import token_budget
-from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import compiles
 from dbrx_fn.runtime.memory import wired
 from dbrx_fn.serving.batch import Batch, decoded
+from dbrx_fn.serving.beginnings import Beginnings
 from dbrx_fn.serving.decoding import Decoding, rearranged
 from dbrx_fn.serving.limits import FREE_CHUNKS, Limits, default_limits
-from dbrx_fn.serving.prefix_chunks import restored
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.reading import Reading, in_words
 from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Event, Failed, Receive, Request, TokenMade
@@ -83,7 +82,6 @@ class Engine:
         """
         self._params, self._config = params, config
         self.limits = default_limits(params, config) if limits is None else limits
-        self.prefixes = prefixes
         self._most_waiting = queue
         self._numbers = itertools.count()
         self._lock = threading.Condition()
@@ -99,6 +97,7 @@ class Engine:
         self._joining: list[tuple[Served, Batch]] = []
         self._decoding: list[Decoding] = []
         self._launched: list[_Launched] = []
+        self._beginnings = Beginnings(prefixes, config)
         self._passed_over = 0
         self._counts: Counter[str] = Counter()
         self._ready = threading.Event()
@@ -236,14 +235,12 @@ class Engine:
         for served in left:
             served.fail(self._failure)
         self._forget_device_state()
-        if self.prefixes is not None:
-            self.prefixes.close()
+        self._beginnings.close()
 
     def _take_messages(self) -> bool:
         """Waits for something to do; whether to go on."""
-        if self.prefixes is not None:
-            while not (self._alive or self._arrived) and self.prefixes.write_some():
-                pass
+        while not (self._alive or self._arrived) and self._beginnings.write_some():
+            pass
         with self._lock:
             while not (self._arrived or self._alive or self._closing or self._failure):
                 self._lock.wait()
@@ -275,15 +272,15 @@ class Engine:
             self._read(self._reading[step.read])
         for launched in before:
             self._hand_out(launched)
-        if self.prefixes is not None:
-            self.prefixes.write_some()
+        self._beginnings.write_some()
 
     def _state(self) -> State:
         decoding = [(served, length) for one in self._decoding for served, _, length in one.held()]
         decoding += [(served, batch.cache.lengths[0]) for served, batch in self._joining]
         reading = [(served, served.reading.held) for served in self._reading.values() if served.reading is not None]
+        waiting = self._beginnings.ready(self._waiting.values(), can_wait=not (decoding or reading or self._launched))
         return State(
-            waiting=tuple(served.work(0) for served in self._waiting.values()),
+            waiting=tuple(served.work(0) for served in waiting),
             reading=tuple(served.work(held) for served, held in reading),
             decoding=tuple(served.work(held) for served, held in decoding if served.goes_on),
             passed_over=self._passed_over,
@@ -308,10 +305,7 @@ class Engine:
 
     def _begin(self, served: Served) -> None:
         capacity = row_capacity(served.work(0).room(), self.limits)
-        if self.prefixes is None or served.request.prompt_logprobs:
-            cache = init_cache(self._config, 1, capacity)
-        else:
-            cache = restored(self.prefixes.longest(served.tokens), self._config, capacity)
+        cache = self._beginnings.cache(served, capacity)
         served.reading = Reading(served.request, served.tokens, cache, cached_tokens=cache.lengths[0])
         self._reading[served.number] = served
 
@@ -324,7 +318,7 @@ class Engine:
         if not reading.is_done:
             return
         del self._reading[served.number]
-        self._remember(served.request.prompt, reading.cache, 0)
+        self._beginnings.put(served.request.prompt, reading.cache, 0)
         self._counts["prompt tokens"] += len(reading.tokens)
         self._counts["cached tokens"] += reading.cached_tokens
         choice, batch = reading.first_token()
@@ -349,11 +343,7 @@ class Engine:
             for one in self._decoding:
                 for served, row, _ in one.held():
                     if served in leaving:
-                        self._remember(served.tokens, one.batch.cache, row)
-
-    def _remember(self, tokens: tuple[int, ...], cache: Cache, row: int) -> None:
-        if self.prefixes is not None:
-            self.prefixes.put(tokens, cache, row)
+                        self._beginnings.put(served.tokens, one.batch.cache, row)
 
     def _decode(self, decoding: Decoding) -> None:
         choice, decoding.batch = decoded(self._params, decoding.batch, None, whole_cache=self.limits.exact)
@@ -381,9 +371,7 @@ class Engine:
         for served in [served for number, served in self._alive.items() if number not in self._waiting]:
             served.fail(EngineError(f"The device couldn't compute this ({error}): {remedy}."))
         self._forget_device_state()
-        if self.prefixes is not None:
-            # What it holds may be lacking too.
-            self.prefixes.forget_memory()
+        self._beginnings.forget()
 
     def _forget_device_state(self) -> None:
         self._reading, self._joining, self._decoding, self._launched = {}, [], [], []

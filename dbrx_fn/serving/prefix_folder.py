@@ -25,6 +25,7 @@ import numpy as np
 from dbrx_fn.errors import InputError
 from dbrx_fn.files.json_file import shown_path
 from dbrx_fn.files.work_folder import hidden, work_folder
+from dbrx_fn.runtime.device import backend
 from dbrx_fn.serving.prefix_chunks import Chunk, Form, KeysAndValues
 from dbrx_fn.serving.prefix_file import as_bits, read_chunk, size_in_file, write_chunk
 from dbrx_fn.serving.recency import Recency
@@ -32,7 +33,7 @@ from dbrx_fn.serving.recency import Recency
 _MOST_WAITING = 2**29
 """Bytes that may wait to be written."""
 
-_READERS = 4
+_MOST_READERS = 4
 """Threads that read. Their time goes to sums, which Python computes in parallel."""
 
 
@@ -66,8 +67,9 @@ class PrefixFolder:
         self._has_told = False
         for name in self._recency.make_room(0) or []:
             self._folder.remove(_file(name))
+        readers = min(_MOST_READERS, max(1, (os.cpu_count() or 1) // 2))
         self._writer = ThreadPoolExecutor(1, "dbrx_fn prefix writer")
-        self._readers = ThreadPoolExecutor(_READERS, "dbrx_fn prefix reader")
+        self._readers = ThreadPoolExecutor(readers, "dbrx_fn prefix reader")
 
     @property
     def nbytes(self) -> int:
@@ -97,6 +99,9 @@ class PrefixFolder:
                 return False
             self._waiting[chunk.name] = size
         bits = as_bits(array)
+        if backend() == "cuda":
+            # A look from the host moves an array to memory that the GPU reads slowly. So it looks at a copy.
+            bits = bits | mx.array(0, bits.dtype)
         # Begun now, it needn't wait for what is launched before it is handed over.
         mx.async_eval(bits)
         self._offered.append((chunk, bits, chain))
@@ -130,7 +135,7 @@ class PrefixFolder:
             if is_idle and self._used:
                 self._writer.submit(self._write_uses)
 
-    def read(self, chunk: Chunk) -> Future[mx.array | None] | None:
+    def read(self, chunk: Chunk) -> Future[list[mx.array] | None] | None:
         """What `read_chunk` will give, or `None` if the file is spoilt; `None` at once if there is no file."""
         with self._lock:
             if chunk.name not in self._recency:
@@ -213,7 +218,7 @@ class PrefixFolder:
             with contextlib.suppress(OSError):
                 os.utime(_file(name), ns=(when, when), dir_fd=self._folder.descriptor, follow_symlinks=False)
 
-    def _read(self, chunk: Chunk) -> mx.array | None:
+    def _read(self, chunk: Chunk) -> list[mx.array] | None:
         file = _file(chunk.name)
         try:
             opened = self._folder.open(file)

@@ -14,6 +14,7 @@ store, if it is always called with chunks of this size (`docs/exactness.md`).
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,6 +25,9 @@ from dbrx_fn.model.config import Config
 from dbrx_fn.serving.prefix_chunks import Chunk, Form, KeysAndValues, Prefix, cut
 from dbrx_fn.serving.prefix_folder import PrefixFolder
 from dbrx_fn.serving.recency import Recency
+
+Reading = Future[list[mx.array] | None]
+"""The bits of a chunk that is being read from disk, as `read_chunk` gives them."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,12 @@ class PrefixStatistics:
 class Lookup:
     """A search that `PrefixStore.begin` began.
 
-    `chunks`: those that are known.
-    `parts`: their keys and values, or their bits as they are being read from disk.
+    `chunks`: all chunks of the text.
+    `parts`: of the first of them, as many as are known, keys and values, or their bits as they are read from disk.
     """
 
     chunks: tuple[Chunk, ...]
-    parts: tuple[KeysAndValues | Future[mx.array | None], ...]
+    parts: tuple[KeysAndValues | Reading, ...]
 
     @property
     def is_ready(self) -> bool:
@@ -115,31 +119,33 @@ class PrefixStore:
     def begin(self, tokens: Sequence[int]) -> Lookup:
         """Begins to read from disk what `longest` would find there. Nothing waits."""
         chunks = self._form.chunks(tokens[:-1])
-        parts = list[KeysAndValues | Future[mx.array | None]]()
+        parts = list[KeysAndValues | Reading]()
         for chunk in chunks:
-            part: KeysAndValues | Future[mx.array | None] | None = self._in_memory(chunk)
+            part: KeysAndValues | Reading | None = self._in_memory(chunk)
             if part is None and self._folder is not None:
                 part = self._folder.read(chunk)
             if part is None:
                 break
             parts.append(part)
-        return Lookup(tuple(chunks[: len(parts)]), tuple(parts))
+        return Lookup(tuple(chunks), tuple(parts))
 
     def finish(self, lookup: Lookup) -> Prefix:
-        """What was found. Waits for the disk if the lookup isn't ready."""
+        """What was found, and what has come to memory since. Waits for the disk if the lookup isn't ready."""
         found = list[KeysAndValues]()
         names = [chunk.name for chunk in lookup.chunks]
         self._recency.use(names)
         has_room = True
-        for chunk, part in zip(lookup.chunks, lookup.parts, strict=True):
-            array = self._from_disk(part) if isinstance(part, Future) else part
+        for chunk, part in zip_longest(lookup.chunks, lookup.parts):
+            array = held = self._in_memory(chunk)
+            if array is None:
+                array = self._from_disk(part) if isinstance(part, Future) else part
             if array is None:
                 break
             found.append(array)
-            is_new = self._in_memory(chunk) is None
-            has_room = has_room and (not is_new or self._make_room(names))
-            if is_new and has_room:
-                self._keep(chunk, array)
+            if held is None and has_room:
+                has_room = self._make_room(names)
+                if has_room:
+                    self._keep(chunk, array)
         self._use(names[: len(found)])
         prefix = Prefix(len(found) * self._form.size, tuple(found))
         self._hits += bool(found)
@@ -223,9 +229,13 @@ class PrefixStore:
         known, array = self._held.get(chunk.name, (None, None))
         return array if known == chunk else None
 
-    def _from_disk(self, part: Future[mx.array | None]) -> KeysAndValues | None:
+    def _from_disk(self, part: Reading) -> KeysAndValues | None:
         bits = part.result()
-        return None if bits is None else bits.view(self._form.dtype)
+        if bits is None:
+            return None
+        array = mx.stack(bits).view(self._form.dtype)
+        mx.async_eval(array)
+        return array
 
     def _use(self, chain: Sequence[str]) -> None:
         self._recency.use(chain)

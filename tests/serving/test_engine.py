@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -135,6 +136,24 @@ def test_exact_answers_are_the_same_bits_with_a_cached_prefix() -> None:
         *[384] * 3,
     ]
     assert said.cached_tokens == 5 * 256 + 3 * 384
+
+
+def test_exact_answers_are_the_same_bits_behind_prefixes_on_disk(tmp_path: Path) -> None:
+    """A second engine has them from the first one's folder, while it decodes for others."""
+    long = tokens(5, 700)
+    asked = [replace(request, prompt=long[:400] + request.prompt[:9]) for request in requests(4)]
+    other = replace(requests(1)[0], max_tokens=60)
+    expected = served(EXACT, [*asked, other], list(range(5)))
+
+    def kept() -> PrefixStore:
+        return PrefixStore(CONFIG, "", chunk=EXACT.chunk, memory=2**18, folder=tmp_path / "kept")
+
+    served(EXACT, asked[:1], [0], kept())
+    store = kept()
+    again = served(EXACT, [*asked, other], [4, 0, 1, 2, 3], store)
+    assert without_prompts(again) == without_prompts(expected)
+    assert [event.cached_tokens for (event, *_) in again if isinstance(event, PromptRead)] == [384] * 4 + [0]
+    assert store.statistics().hits == 4
 
 
 def test_a_second_turn_is_behind_the_first_ones_answer() -> None:

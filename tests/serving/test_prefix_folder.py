@@ -23,6 +23,7 @@ from safetensors import safe_open
 
 from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import Config, Dtype
+from dbrx_fn.runtime.device import as_if
 from dbrx_fn.serving import prefix_folder
 from dbrx_fn.serving.prefix_store import PrefixStore
 from tests.support.prefixes import CHUNK, CHUNK_BYTES, CONFIG, TEXTS, Naive, assert_holds, cache_of
@@ -124,6 +125,21 @@ def test_a_lookup_is_ready_without_waiting(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.001)
         assert_holds(store.finish(lookup), TOKENS)
+
+
+def test_a_lookup_finds_what_came_after_it_began() -> None:
+    store = PrefixStore(CONFIG, "weights", chunk=CHUNK)
+    lookup = store.begin(TOKENS)
+    store.put(TOKENS, cache_of(TOKENS))
+    prefix = store.finish(lookup)
+    assert prefix.length == 8
+    assert_holds(prefix, TOKENS)
+
+
+def test_as_on_a_gpu_the_disk_gets_a_copy(tmp_path: Path) -> None:
+    with as_if(backend="cuda"):
+        put(tmp_path, TOKENS)
+    assert found(tmp_path, TOKENS) == 8
 
 
 def test_known_chunks_are_not_written_again(tmp_path: Path) -> None:
