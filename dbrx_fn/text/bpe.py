@@ -1,6 +1,6 @@
-"""Tokenizers of DBRX's kind: byte-level BPE (https://arxiv.org/abs/1508.07909), trained on text and written to disk.
+"""Trains and saves tokenizers of DBRX's kind: byte-level BPE (https://arxiv.org/abs/1508.07909).
 
-Text is cut into words as DBRX's own tokenizer cuts it. The same four special tokens follow the others.
+Text is split into words as in DBRX's own tokenizer. DBRX's four special tokens come last.
 """
 
 import json
@@ -15,11 +15,11 @@ from dbrx_fn.text.text_pieces import text_pieces
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
-"""The vocabulary of all bytes and the special tokens."""
+"""The size of a vocabulary of all bytes and the special tokens."""
 
-# The words of cl100k_base, DBRX's encoding, as tiktoken wrote them first (tiktoken_ext/openai_public.py). Its later
-# versions use possessive quantifiers, which the tokenizers library reads in another way; the words are the same, except
-# that white space which ends a text is one of them.
+# The pattern of cl100k_base, DBRX's encoding, from tiktoken's first version (tiktoken_ext/openai_public.py). Later
+# versions use possessive quantifiers, which the tokenizers library reads differently. The words are the same, except
+# that white space at the end of a text is a word.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -27,14 +27,14 @@ _WORDS = (
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains byte-level BPE; the same texts always make the same tokenizer.
+    """Trains byte-level BPE. The same texts always make the same tokenizer.
 
     Args:
-        texts: what to learn from, long or short.
-        vocab_size: how many tokens, the 256 bytes and the four special tokens included.
+        texts: the texts to train on.
+        vocab_size: number of tokens, including the 256 bytes and the four special tokens.
 
     Raises:
-        InputError: a size that doesn't hold those, or that the texts are too small to reach.
+        InputError: if the size is too small for those tokens, or too large for the texts.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise InputError(
@@ -66,26 +66,26 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def add_special_tokens(tokenizer: Tokenizer) -> None:
-    """Gives the special tokens the next ids, in DBRX's order."""
+    """Adds the special tokens, with the next ids, in DBRX's order."""
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in SPECIAL_TOKENS])
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, default_system_prompt: bool = False) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and generation_config.json as a DBRX checkpoint has them.
+    """Writes tokenizer.json, tokenizer_config.json and generation_config.json in the form of a DBRX checkpoint.
 
-    Each file appears when it is complete, tokenizer.json as the last; those of the same names are replaced.
+    Each file appears when it is complete, tokenizer.json last. Existing files are replaced.
 
     Args:
-        tokenizer: one with the special tokens.
-        folder: made if it isn't there.
-        default_system_prompt: whether a conversation without a system message begins with DBRX's, which only DBRX was
-            trained with and which says that the model is DBRX.
+        tokenizer: a tokenizer with the special tokens.
+        folder: the folder, which is made if missing.
+        default_system_prompt: whether a conversation without a system message begins with DBRX's. That prompt says that
+            the model is DBRX, and only DBRX was trained with it.
 
     Raises:
-        InputError: a file can't be written.
+        InputError: if a file can't be written.
     """
     settings = {
-        # transformers takes tokenizer.json as it is under this name; under GPT2Tokenizer it puts GPT-2's words in.
+        # With this class transformers uses tokenizer.json unchanged. With GPT2Tokenizer it would use GPT-2's pattern.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|endoftext|>",
         "eos_token": "<|endoftext|>",

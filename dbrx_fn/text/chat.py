@@ -1,4 +1,4 @@
-"""Turns a conversation into the text and the tokens that DBRX was trained to continue."""
+"""Renders and encodes conversations as prompts, in the form that the model was trained on."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,27 +23,27 @@ def render_chat(
 ) -> str:
     """Renders a conversation as the text of a prompt.
 
-    In this text nothing tells a control token that the form writes from one that a message only spells; `encode_chat`
-    keeps them apart.
+    The text doesn't show whether a control token was written by the format or only spelled by a message. `encode_chat`
+    makes this distinction.
 
-    The built-in form is the `default_chat_template` of the Hub's databricks/dbrx-instruct (tiktoken.py); a template
-    is rendered as `transformers.PreTrainedTokenizerBase.apply_chat_template` does, within bounds on work and memory.
+    The built-in format is the `default_chat_template` of the Hub's databricks/dbrx-instruct (tiktoken.py). A template
+    is rendered as in `transformers.PreTrainedTokenizerBase.apply_chat_template`, within bounds on work and memory.
 
     Args:
-        messages: each with a "role" and a "content", which is a text or a list of parts such as
-            `{"type": "text", "text": "Hi"}`, and with what else the form reads, such as "tool_calls". The built-in
-            form has system, user and assistant only; there a leading system message is stripped of surrounding white
-            space, as in the reference. Every other content is kept as it stands.
-        chat_format: the checkpoint's form, such as `Tokenizer.chat_format`.
+        messages: mappings with a "role" and a "content", and other keys that the format reads, such as "tool_calls".
+            The content is a text, or a list of parts such as `{"type": "text", "text": "Hi"}`. The built-in format
+            knows the roles system, user and assistant. It strips white space around a leading system message, as in the
+            reference. All other content is unchanged.
+        chat_format: the checkpoint's format, such as `Tokenizer.chat_format`.
         tools: descriptions of the functions that the model may call, as JSON schemas.
-        system: the system prompt, in place of a system message and of the default. A blank one means none at all,
-            except that a template which brings in a prompt other than DBRX's default keeps it.
+        system: the system prompt, instead of a system message and of the default. A blank one means none, but a
+            template's own default, if it isn't DBRX's, stays.
         add_generation_prompt: whether the text ends with the opening of the assistant's turn.
 
     Raises:
-        InputError: no messages, none but a system message, an unknown role, a missing or wrong-typed field, a system
-            prompt that is given twice, or tools, calls or a message that the form leaves out.
-        TokenizerError: the checkpoint's template can't be rendered.
+        InputError: if there is no message or only a system message, if a role is unknown, if a field is missing or of a
+            wrong type, if the system prompt is given twice, or if the format leaves out tools, calls or a message.
+        TokenizerError: if the checkpoint's template can't be rendered.
     """
     conversation = read_conversation(messages, chat_format, tools=tools, system=system)
     conversation.check_used()
@@ -62,25 +62,24 @@ def encode_chat(
 ) -> list[int]:
     """Encodes a conversation as the tokens of a prompt.
 
-    What messages and tools say is text. Where it spells a control token, such as `<|im_end|>`, that is encoded as
-    ordinary text, so nobody ends a turn or begins one from inside of a message. Other added tokens, such as `<think>`,
-    are words of the vocabulary and stay what they are.
+    The contents of messages and tools are text. A control token spelled there, such as `<|im_end|>`, is encoded as
+    ordinary text, so a message can't end a turn or begin one. Other added tokens, such as `<think>`, are words of the
+    vocabulary, and are encoded as such.
 
     Args:
         tokenizer: the model's.
-        messages: as of `render_chat`.
-        tools: as of `render_chat`.
-        system: as of `render_chat`; it is text, too.
+        messages: as in `render_chat`.
+        tools: as in `render_chat`.
+        system: as in `render_chat`. It is text, too.
         add_generation_prompt: whether the tokens end with the opening of the assistant's turn.
-        control_tokens_in_content: whether texts that spell control tokens become those tokens, as in transformers and
-            mlx-lm unless they are told otherwise.
-        most: the tokens that the model's context holds, if a conversation that can't fit is to be refused before it
-            takes memory.
+        control_tokens_in_content: whether spelled control tokens become tokens, which is the default of transformers
+            and mlx-lm.
+        most: the model's context length. A conversation that can't fit is then refused before it takes memory.
 
     Raises:
-        InputError: as of `render_chat`, or the template treats a text that spells a control token as no other text, or
-            a long conversation has more than `most` tokens.
-        TokenizerError: as of `render_chat`.
+        InputError: as in `render_chat`; or if the template changes a text that spells a control token; or if a long
+            conversation has more than `most` tokens.
+        TokenizerError: as in `render_chat`.
     """
     conversation = read_conversation(messages, tokenizer.chat_format, tools=tools, system=system)
     conversation.check_used()

@@ -1,4 +1,4 @@
-"""How a checkpoint writes a conversation down."""
+"""A checkpoint's format of conversations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,18 +25,18 @@ DEFAULT_SYSTEM_PROMPT = (
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How one checkpoint writes a conversation down.
+    """A checkpoint's format of conversations.
 
     Attributes:
         template: the checkpoint's own Jinja template, or None for the built-in DBRX ChatML.
-        default_system: whether the built-in ChatML begins with `DEFAULT_SYSTEM_PROMPT` where a conversation brings no
-            system message (`use_default_system_prompt` in tokenizer_config.json). A template decides this itself.
-        special_tokens: what a template sees as variables, such as `{"bos_token": "<|endoftext|>"}`.
-        source: the file that the template comes from, for error messages.
-        control_tokens: texts of the tokens that steer the model (`Tokenizer.control_tokens`), which a message's content
-            must not make; DBRX's where no tokenizer has been read.
-        stop_tokens: those among them that end generation. None stands for DBRX's and the `eos_token` of
-            `special_tokens`, where no tokenizer has been read.
+        default_system: whether the built-in ChatML begins with `DEFAULT_SYSTEM_PROMPT` if a conversation has no system
+            message (`use_default_system_prompt` in tokenizer_config.json). A template decides this itself.
+        special_tokens: variables for a template, such as `{"bos_token": "<|endoftext|>"}`.
+        source: the template's file, for error messages.
+        control_tokens: texts of the tokens that steer the model (`Tokenizer.control_tokens`). A message's content must
+            not become one. Without a tokenizer they are DBRX's.
+        stop_tokens: the control tokens that end generation. None, without a tokenizer, means DBRX's and the `eos_token`
+            of `special_tokens`.
     """
 
     template: str | None = None

@@ -1,4 +1,4 @@
-"""Finds in a conversation what a model is to learn: the assistant's turns, whole, with what ends them."""
+"""Finds the parts of a conversation that a model learns: the assistant's entire turns, with their ends."""
 
 import itertools
 import re
@@ -11,17 +11,17 @@ from dbrx_fn.text.conversation import MarkedConversation
 from dbrx_fn.text.literal_chat import RenderedChat
 from dbrx_fn.text.literal_text import any_of
 
-# Characters, and what a message takes beside its own.
+# The most characters of all renderings, and the characters that each message adds to its own.
 _MOST_RENDERED, _PER_MESSAGE = 2**28, 1000
 
 
 @dataclass(frozen=True)
 class TaughtChat:
-    """A conversation, or the beginning of one, as the model sees it when it generates.
+    """A conversation, or its beginning, as the model sees it during generation.
 
     Attributes:
         chat: the text.
-        turns: ranges of characters, in order, that are to be predicted.
+        turns: ranges of characters to predict, in order.
     """
 
     chat: RenderedChat
@@ -33,9 +33,9 @@ class _Turn:
     """A turn in a text with marks.
 
     Attributes:
-        start: where the prompt that it answers ends.
-        ended: the text up to what ends the turn.
-        whole: the text as it is rendered, or up to what ends the turn, if that is longer.
+        start: the end of the prompt that it answers.
+        ended: the text up to and including the turn's end.
+        whole: the rendered text, or `ended` if that is longer.
     """
 
     start: int
@@ -44,23 +44,24 @@ class _Turn:
 
 
 def taught_chats(conversation: MarkedConversation, only_read: Collection[int] = ()) -> list[TaughtChat]:
-    """Renders a conversation so that each of the assistant's turns stands behind the prompt that it answers.
+    """Renders a conversation so that each of the assistant's turns follows the prompt that it answers.
 
-    A turn begins where the messages before it end, rendered with the generation prompt. It ends with the first token
-    that ends generation. Everything between is predicted: content, reasoning, tool calls, what the template adds.
+    A turn begins where the rendered messages before it end, with the generation prompt. It ends with the first token
+    that ends generation. Everything in between is predicted: content, reasoning, tool calls, the template's own text.
 
-    Most templates write a turn in one way, whatever follows it, and then one text has all turns. Some write earlier
-    turns in another way, such as without their reasoning: those turns get texts of their own, which end with them.
+    Most templates render a turn in the same way regardless of what follows it. Then one text has all turns. Some render
+    earlier turns differently, for example without their reasoning. Such a turn gets a text of its own, which ends with
+    it.
 
-    A turn that nothing but a system message stands before is only read, since generation never starts there.
+    A turn with only a system message before it is only read, since generation never starts there.
 
     Args:
-        conversation: of `mark`.
-        only_read: numbers of messages, from 0, that aren't to be predicted.
+        conversation: from `mark`.
+        only_read: numbers of messages, from 0, that aren't predicted.
 
     Raises:
-        InputError: there is no turn of the assistant behind another message.
-        TokenizerError: the template can't be rendered, or a turn doesn't follow its prompt, or nothing ends it.
+        InputError: if no turn of the assistant follows another message.
+        TokenizerError: if the template can't be rendered, if a turn doesn't follow its prompt, or if nothing ends it.
     """
     roles = [message["role"] for message in conversation.plain.messages]
     others = (number for number, role in enumerate(roles) if role not in ("system", "developer", "assistant"))
@@ -84,7 +85,7 @@ def taught_chats(conversation: MarkedConversation, only_read: Collection[int] = 
 
 
 def _check_size(conversation: MarkedConversation, numbers: Sequence[int]) -> None:
-    """Each turn takes two renderings of all before it, so a conversation's time grows with its length squared."""
+    """Raises `InputError` for a conversation that is too long: its time grows with the square of its length."""
     sizes = [_PER_MESSAGE + len(str(message)) for message in conversation.plain.messages]
     before = list(itertools.accumulate(sizes))
     if 2 * sum(before[number] for number in numbers) > _MOST_RENDERED:
@@ -130,7 +131,7 @@ def _turn(conversation: MarkedConversation, number: int) -> _Turn:
 def _ended_by_the_next(
     conversation: MarkedConversation, number: int, whole: str, pattern: re.Pattern[str] | None
 ) -> str | None:
-    """The text up to the token that opens the user's turn, where that is what stops generation, as in GLM's family."""
+    """The text up to the token that opens the user's turn, if that token stops generation, as in the GLM family."""
     try:
         followed = conversation.render(number + 1, False, then=[{"role": "user", "content": "."}])
     except DbrxError:

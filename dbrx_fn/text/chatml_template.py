@@ -1,4 +1,4 @@
-"""DBRX's built-in ChatML as a Jinja template, for readers that know only the template beside a checkpoint."""
+"""DBRX's built-in ChatML as a Jinja template, for programs that need a template beside a checkpoint."""
 
 import json
 
@@ -6,10 +6,10 @@ from dbrx_fn.text.chat_format import DEFAULT_SYSTEM_PROMPT
 
 
 def chatml_template(*, default_system: bool) -> str:
-    """A template that renders what the built-in ChatML of `dbrx_fn.text.chat.render_chat` does.
+    """A template that renders the same as the built-in ChatML of `dbrx_fn.text.chat.render_chat`.
 
     Args:
-        default_system: whether it begins with `DEFAULT_SYSTEM_PROMPT` where a conversation has no system message.
+        default_system: whether it begins with `DEFAULT_SYSTEM_PROMPT` if a conversation has no system message.
     """
     default = json.dumps(f"<|im_start|>system\n{DEFAULT_SYSTEM_PROMPT}<|im_end|>\n", ensure_ascii=False)
     opening = "{%- if messages[0].role != 'system' -%}{{ " + default + " }}{%- endif -%}\n" if default_system else ""

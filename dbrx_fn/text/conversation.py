@@ -1,4 +1,4 @@
-"""Conversations as they come from users, servers and data, checked and rendered in part or whole."""
+"""Checks conversations from users, servers and data, and renders them, or their beginnings."""
 
 import itertools
 import textwrap
@@ -17,23 +17,23 @@ from dbrx_fn.text.template_sandbox import compile_template, render
 
 BUILT_IN_ROLES = ("system", "user", "assistant")
 ROLES = (*BUILT_IN_ROLES, "developer", "tool", "function", "ipython", "observation")
-"""Roles in use; a template's own are known too."""
+"""Common roles. A template's own roles are accepted too."""
 
 SAID = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
-"""Keys of a message that hold what is said beside its content."""
+"""Keys of a message for text beside its content."""
 
 _REASONING = SAID[2:]
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages that have been checked; made by `read_conversation`.
+    """Checked messages, made by `read_conversation`.
 
     Attributes:
-        messages: values of JSON's kinds, without keys that are null.
+        messages: values of JSON's types, without null keys.
         tools: descriptions of functions, or None.
-        chat_format: how it is written down.
-        default_system: whether the form's default system prompt is kept.
+        chat_format: the format of the conversation.
+        default_system: whether the format's default system prompt is kept.
         now: the time that a template sees, the same in all renderings.
     """
 
@@ -47,24 +47,24 @@ class Conversation:
         return len(self.messages)
 
     def render(self, count: int, add_generation_prompt: bool, then: Sequence[dict[str, Any]] = ()) -> str:
-        """Renders the first messages, and others behind them.
+        """Renders the first `count` messages, followed by those of `then`.
 
         Raises:
-            TokenizerError: the template can't be rendered.
+            TokenizerError: if the template can't be rendered.
         """
         return self._render((*self.messages[:count], *then), add_generation_prompt)
 
     def check_used(self) -> None:
-        """Makes sure that the form writes every message of another role than user and assistant.
+        """Checks that the format renders every message whose role isn't user or assistant.
 
         Raises:
-            InputError: it leaves one out.
-            TokenizerError: the template can't be rendered.
+            InputError: if it leaves one out.
+            TokenizerError: if the template can't be rendered.
         """
         others = [n for n, message in enumerate(self.messages) if message["role"] not in ("user", "assistant")]
         if not others:
             return
-        # A word that is nowhere else in the place of each content shows most of them in one rendering.
+        # Each content is replaced by a unique word. One rendering then shows most of the messages.
         word = _unused_word(self.messages)
         probes = {n: {**self.messages[n], "content": f"{word}{n}."} for n in others}
         shown_at_once = self._try([probes.get(n, message) for n, message in enumerate(self.messages)]) or ""
@@ -72,7 +72,7 @@ class Conversation:
             if f"{word}{n}." in shown_at_once:
                 continue
             rest = [*self.messages[:n], *self.messages[n + 1 :]]
-            # Some templates write a system message only before a last message of the user.
+            # Some templates render a system message only if the last message is the user's.
             counts = range(len(self), max(n, 1), -1)
             if all(self._is_same(self.messages[:count], rest[: count - 1]) for count in counts):
                 raise InputError(
@@ -81,13 +81,13 @@ class Conversation:
                 )
 
     def unread_keys(self) -> dict[str, int]:
-        """Keys of messages that change nothing in what is rendered, each with the first message's number from 0."""
+        """Keys of messages without effect on the rendering, each with the number of its first message, from 0."""
         names = template_names(self.chat_format)
         read = {"role", "content", *names, *(_REASONING if names.intersection(_REASONING) else ())}
         found: dict[str, int] = {}
         for number, message in enumerate(self.messages):
             for key, value in message.items():
-                # Reasoning is there under two names.
+                # Reasoning is stored under two names.
                 if key not in read and key not in found and key not in _REASONING[1:] and value not in ("", [], {}):
                     found[key] = number
         without = {
@@ -97,12 +97,12 @@ class Conversation:
         return {key: number for key, number in found.items() if self._is_same(self.messages, without[key])}
 
     def _is_same(self, messages: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> bool:
-        """Whether two lists of messages make the same prompt."""
+        """Whether two lists of messages render to the same prompt."""
         text = self._try(messages)
         return text is not None and text == self._try(others)
 
     def _try(self, messages: Sequence[dict[str, Any]]) -> str | None:
-        """The prompt, or None where the template refuses these messages."""
+        """The prompt, or None if the template refuses these messages."""
         try:
             return self._render(messages, True)
         except DbrxError:
@@ -121,23 +121,23 @@ class Conversation:
         }
         try:
             text = render(compile_template(form.template), variables, self.now)
-        # A template is a program of the checkpoint's author, which can fail in any way that a program can.
+        # A template is a program, and can fail in any way.
         except Exception as error:
             raise _cannot_be_rendered(form, error) from error
         if not self.default_system:
-            # DBRX's own template has no switch for its default prompt, so this is the only way to leave it out.
+            # DBRX's own template has no option to leave out its default prompt, so it is removed here.
             text = text.removeprefix(_turn("system", DEFAULT_SYSTEM_PROMPT) + "\n")
         return text
 
 
 @dataclass(frozen=True)
 class MarkedConversation:
-    """A conversation with marks in it where it spells control tokens.
+    """A conversation with marks at the places where it spells control tokens.
 
     Attributes:
-        plain: as it is.
-        marked: with marks.
-        marks: takes them out of what is rendered.
+        plain: the conversation without marks.
+        marked: the conversation with marks.
+        marks: removes the marks from rendered text.
     """
 
     plain: Conversation
@@ -145,11 +145,11 @@ class MarkedConversation:
     marks: Marks
 
     def render(self, count: int, add_generation_prompt: bool, then: Sequence[dict[str, Any]] = ()) -> str:
-        """Renders as `Conversation.render` does, with marks.
+        """Renders like `Conversation.render`, with marks.
 
         Raises:
-            InputError: the template treats a text that spells a control token as no other text.
-            TokenizerError: the template can't be rendered.
+            InputError: if the template changes a text that spells a control token.
+            TokenizerError: if the template can't be rendered.
         """
         text = self.marked.render(count, add_generation_prompt, then)
         if self.marks and self.marks.take_out(text)[0].text != self.plain.render(count, add_generation_prompt, then):
@@ -164,11 +164,11 @@ def mark(conversation: Conversation, *, control_tokens: bool) -> MarkedConversat
     """Puts marks into a conversation.
 
     Args:
-        conversation: of `read_conversation`.
-        control_tokens: whether texts that spell control tokens are to become them: then there are no marks.
+        conversation: from `read_conversation`.
+        control_tokens: whether spelled control tokens become tokens. Then there are no marks.
 
     Raises:
-        InputError: it leaves no character to be a mark.
+        InputError: if it uses every character that could be a mark.
     """
     form = conversation.chat_format
     values = [*conversation.messages, conversation.tools, form.template]
@@ -186,21 +186,21 @@ def read_conversation(
     system: str | None = None,
     now: datetime | None = None,
 ) -> Conversation:
-    """Checks a conversation, and brings it into the form in which transformers hands it to a template.
+    """Checks a conversation, and converts it to the form that transformers gives to a template.
 
-    Keys that are null go. Reasoning is there under each name that templates read it by. Parts of a content become one
-    text where the form doesn't read parts.
+    Null keys are removed. Reasoning gets each name under which templates read it. Parts of a content are joined into
+    one text if the format doesn't read parts.
 
     Args:
-        messages: as of `dbrx_fn.text.chat.render_chat`.
-        chat_format: how it is to be written down.
-        tools: as of `dbrx_fn.text.chat.render_chat`.
-        system: as of `dbrx_fn.text.chat.render_chat`.
-        now: the time that a template sees; the present if not given.
+        messages: as in `dbrx_fn.text.chat.render_chat`.
+        chat_format: the format of the conversation.
+        tools: as in `dbrx_fn.text.chat.render_chat`.
+        system: as in `dbrx_fn.text.chat.render_chat`.
+        now: the time that a template sees. The present, if not given.
 
     Raises:
-        InputError: as of `dbrx_fn.text.chat.render_chat`.
-        TokenizerError: the checkpoint's template can't be compiled.
+        InputError: as in `dbrx_fn.text.chat.render_chat`.
+        TokenizerError: if the checkpoint's template can't be compiled.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise InputError(f"The conversation is {shown(messages)} where a list of messages is expected.")
@@ -229,10 +229,10 @@ def read_conversation(
 
 
 def template_names(chat_format: ChatFormat) -> frozenset[str]:
-    """Variables, attributes, keys and constant texts of the form's template.
+    """Variables, attributes, keys and constant texts of the format's template.
 
     Raises:
-        TokenizerError: it can't be compiled.
+        TokenizerError: if it can't be compiled.
     """
     if chat_format.template is None:
         return frozenset()
@@ -273,7 +273,7 @@ def _found(message: Mapping[str, Any], key: str) -> str:
 
 
 def _parts(parts: list[Any], where: str, whole: bool) -> list[Any] | str:
-    """A content's parts, whole or as one text."""
+    """A content's parts, unchanged or as one text."""
     for part in parts:
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             raise InputError(
@@ -284,13 +284,13 @@ def _parts(parts: list[Any], where: str, whole: bool) -> list[Any] | str:
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """The value rebuilt of JSON's kinds, since a template could call methods of others."""
+    """The value rebuilt from JSON's types, since a template could call methods of other types."""
     if depth > 50:
         raise InputError(f"{where} is nested more than 50 deep: make it flatter.")
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        # Lone surrogates can be spelled in JSON, but not in UTF-8.
+        # JSON can hold lone surrogates, but UTF-8 can't.
         return str.__str__(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, int):
         if value.bit_length() > 64:
@@ -310,7 +310,7 @@ def _cannot_be_rendered(chat_format: ChatFormat, error: Exception) -> TokenizerE
     said = str(error)
     if isinstance(error, jinja2.TemplateSyntaxError):
         said = f"line {error.lineno}: {error.message}"
-    # What a template raises can be long, and can hold characters that steer a terminal.
+    # A template's error can be long, and can contain characters that steer a terminal.
     reason = textwrap.shorten((said or type(error).__name__)[:2000], 200, placeholder="...").rstrip(".")
     visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in reason)
     return TokenizerError(

@@ -1,4 +1,4 @@
-"""Turns whatever a library raises into one sentence, panics of its Rust code included."""
+"""Turns a library's errors, including panics of Rust code, into one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from dbrx_fn.errors import DbrxError, TokenizerError
 
 @contextmanager
 def library_errors(what: str, remedy: str, kind: type[DbrxError] = TokenizerError) -> Iterator[None]:
-    """Raises an error of this `kind` in place of the library's, in the words "what (the library's); remedy."."""
+    """Replaces the library's errors by one of this `kind`, with the text "what (the library's reason); remedy."."""
     try:
         yield
     except kind:
@@ -17,7 +17,7 @@ def library_errors(what: str, remedy: str, kind: type[DbrxError] = TokenizerErro
     except Exception as error:
         raise kind(f"{what} ({_reason(error)}); {remedy}.") from error
     except BaseException as error:
-        # Not a subclass of Exception, and not importable.
+        # PanicException isn't a subclass of Exception, and can't be imported.
         if type(error).__name__ != "PanicException":
             raise
         raise kind(f"{what} ({_reason(error)}); {remedy}.") from error

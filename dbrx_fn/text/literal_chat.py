@@ -1,8 +1,8 @@
-"""Tells the control tokens that a chat template writes from those that a message's text only spells.
+"""Distinguishes control tokens that a chat template writes from those that a message only spells.
 
-A control token's text inside of a message, or a beginning of one at a text's end, gets a mark before the template sees
-it. A mark is a character that occurs nowhere else. After rendering the marks are taken out. A control token's text that
-held one is literal: `Tokenizer.encode` makes no control token of it.
+Before rendering, a control token's text in a message gets a mark, and so does the beginning of one at a text's end. A
+mark is a character that occurs nowhere else. After rendering, the marks are removed. Texts that held a mark are
+literal: `Tokenizer.encode` makes no control token from them.
 """
 
 import itertools
@@ -20,8 +20,8 @@ class RenderedChat:
     """A conversation as text.
 
     Attributes:
-        text: all of it.
-        literal: ranges of characters, in order, that are to make no control token, as `Tokenizer.encode` takes them.
+        text: the entire text.
+        literal: ranges of characters, in order, that must not become control tokens (`Tokenizer.encode`).
     """
 
     text: str
@@ -30,7 +30,7 @@ class RenderedChat:
 
 @dataclass(frozen=True)
 class _Texts:
-    """Control tokens' texts, ready to be searched for."""
+    """Control tokens' texts, compiled for searching."""
 
     pattern: re.Pattern[str]
     starts: re.Pattern[str]
@@ -50,11 +50,11 @@ class Marks:
     """The marks of one conversation.
 
     Args:
-        control_tokens: texts that messages must not turn into tokens.
-        values: everything that messages, tools and template say, as JSON's kinds: no mark is in it.
+        control_tokens: texts that must not become tokens in messages.
+        values: all contents of messages, tools and template, as JSON's types. A mark must not occur there.
 
     Raises:
-        InputError: they leave no character to be a mark.
+        InputError: if they use every character that could be a mark.
     """
 
     def __init__(self, control_tokens: Sequence[str], values: object) -> None:
@@ -69,7 +69,7 @@ class Marks:
         return bool(self._mark)
 
     def put_in(self, value: Any) -> Any:
-        """The value with marks in its texts, at any depth; the keys of the outermost object are left as they are."""
+        """The value with marks in its texts, at any depth. The keys of the outermost object are unchanged."""
         if not self._mark:
             return value
         if isinstance(value, dict):
@@ -77,11 +77,11 @@ class Marks:
         return self._marked(value)
 
     def take_out(self, text: str, places: Iterable[int] = ()) -> tuple[RenderedChat, list[int]]:
-        """The text without marks, and where places in it are then.
+        """The text without marks, and the new positions of `places`.
 
         Args:
-            text: what was rendered from marked values.
-            places: of the text, in order.
+            text: the text rendered from marked values.
+            places: positions in the text, in order.
         """
         if not self._mark:
             return RenderedChat(text), list(places)
@@ -122,7 +122,7 @@ class Marks:
         for mark in marks:
             for start in range(max(mark - self._texts.longest, 0), mark):
                 match = self._texts.pattern.match(text, start)
-                # A mark stands inside of a text, but behind one of a single character.
+                # A mark is put inside a text, or behind a text of a single character.
                 if match is not None and (match.end() > mark or match.end() == mark == start + 1):
                     found.add(match.span())
         return tuple(sorted(found))
@@ -130,7 +130,7 @@ class Marks:
 
 def _unused(strings: list[str]) -> str:
     used = set().union(*strings)
-    # An escape in JSON stands for the mark, too.
+    # A mark may also appear as an escape in JSON.
     escapes = {found for string in strings for found in re.findall(r"\\u[ef][0-9a-f]{3}", string)}
     for mark in map(chr, range(0xE000, 0xF8FF)):
         if mark not in used and _escaped(mark) not in escapes:

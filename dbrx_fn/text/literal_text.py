@@ -1,4 +1,4 @@
-"""Encodes text in which some ranges must make no control token, such as what a user says inside of a conversation."""
+"""Encodes text with literal ranges, which must not become control tokens, such as a user's words in a conversation."""
 
 import bisect
 import json
@@ -11,24 +11,24 @@ import tokenizers
 from dbrx_fn.errors import InputError
 
 Ranges = Sequence[tuple[int, int]]
-"""Characters of a text from a start to before an end."""
+"""Ranges of a text's characters as (start, end), without the end."""
 
 _WORD = re.compile(r"\w")
 _MOST_ROUNDS = 8
-"""A round that finds wrong tokens leaves fewer of them, unless a normalizer takes out what stands for others."""
+"""The most rounds. Each round leaves fewer wrong tokens, unless a normalizer removes the stand-in characters."""
 
 _LONG = 4096
 """Characters from which on other threads can go on meanwhile: the library lets them in `encode_batch` alone."""
 
 _Match = tuple[str, int, int]
-"""A control token's text, and where it starts and ends."""
+"""A control token's text, its start and its end."""
 
 
 def checked_ranges(text: str, literal: Ranges) -> list[tuple[int, int]]:
-    """Returns the ranges that hold something, in order and joined where they meet.
+    """Returns the non-empty ranges, in order. Touching ranges are joined.
 
     Raises:
-        InputError: a range isn't inside of the text.
+        InputError: if a range isn't within the text.
     """
     for start, end in literal:
         if not 0 <= start <= end <= len(text):
@@ -48,13 +48,13 @@ def checked_ranges(text: str, literal: Ranges) -> list[tuple[int, int]]:
 
 
 def overlaps(start: int, end: int, ranges: Ranges) -> bool:
-    """Returns whether the characters from `start` to before `end` share one with the ranges, which are in order."""
+    """Returns whether the range (`start`, `end`) overlaps one of the ranges, which are in order."""
     place = bisect.bisect_left(ranges, (end, end))
     return place > 0 and ranges[place - 1][1] > start
 
 
 def clipped(ranges: Ranges, start: int, end: int) -> tuple[tuple[int, int], ...]:
-    """Returns what of the ranges, which are in order, lies from `start` to before `end`, counted from `start`."""
+    """Returns the parts of the ranges within (`start`, `end`), relative to `start`. The ranges are in order."""
     inside = ranges[max(bisect.bisect_right(ranges, (start, start)) - 1, 0) : bisect.bisect_left(ranges, (end, end))]
     return tuple((max(a, start) - start, min(b, end) - start) for a, b in inside if b > start)
 
@@ -62,12 +62,12 @@ def clipped(ranges: Ranges, start: int, end: int) -> tuple[tuple[int, int], ...]
 def find_tokens(
     text: str, names: Collection[str], control: Collection[str], literal: Ranges
 ) -> Iterator[tuple[str, int, int]]:
-    """Yields the tokens' texts from left to right, the longest at a place, with their starts and ends.
+    """Yields tokens' texts in a text from left to right, the longest at each place, with their starts and ends.
 
     Args:
-        text: where to look.
+        text: the text to search.
         names: the tokens' texts.
-        control: those that may not overlap the literal ranges.
+        control: the texts that may not overlap the literal ranges.
         literal: the ranges, in order.
     """
     pattern = any_of(names)
@@ -88,7 +88,7 @@ def find_tokens(
 
 
 def any_of(names: Collection[str]) -> re.Pattern[str] | None:
-    """Returns a pattern for any of these texts, the longest at a place; None where there are none."""
+    """Returns a pattern for any of these texts, with the longest first, or None if there are no texts."""
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
@@ -96,16 +96,16 @@ def any_of(names: Collection[str]) -> re.Pattern[str] | None:
 class LiteralEncoder:
     """Encodes literal ranges with a tokenizer of the tokenizers library.
 
-    The library finds the control tokens outside of the ranges, in a copy of the text whose ranges hold other
-    characters. The stretches between those tokens are encoded by a second tokenizer, which takes every control token's
-    text as ordinary text. Both are made when a range holds such a text for the first time.
+    The library finds the control tokens outside of the ranges, in a copy of the text with stand-in characters in the
+    ranges. A second tokenizer, for which control tokens are ordinary text, encodes the text between those tokens. Both
+    are made when a range first holds a control token's text.
 
     Args:
-        backend: the tokenizer as it is.
-        control: the control tokens' texts and ids, all of them added tokens of the backend.
+        backend: the tokenizer.
+        control: the control tokens' texts and ids. All must be added tokens of the backend.
 
     Raises:
-        ValueError: the added tokens have so many characters that none is left for the copy.
+        ValueError: if the added tokens use every possible stand-in character.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, control: Mapping[str, int]) -> None:
@@ -113,15 +113,15 @@ class LiteralEncoder:
         self._control = control
         self._added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
         used = {character for content in self._added for character in content}
-        # No normalizer changes these characters or joins them with their neighbours.
+        # Normalizers don't change these characters or join them with their neighbours.
         self._letter = _unused(range(0xA000, 0xA48D), used)
         self._symbol = _unused(range(0xE000, 0xF8FF), used)
-        # A normalizer can make a control token's text out of another text.
+        # A normalizer can turn another text into a control token's.
         exact = backend.normalizer is None or not any(self._added[content].normalized for content in control)
         self._pattern = any_of(control) if exact else re.compile("")
 
     def encode(self, text: str, literal: Ranges) -> list[int]:
-        """Returns the tokens of a text whose literal ranges, which are in order, make no control token."""
+        """Returns a text's tokens. Its literal ranges, which are in order, don't become control tokens."""
         if self._can_match(text, literal):
             control_tokens = self._outside(text, literal)
             if control_tokens != self._find(text):
@@ -156,13 +156,13 @@ class LiteralEncoder:
         return finder(self._backend)
 
     def _find(self, text: str) -> list[_Match]:
-        """Returns the control tokens of a text, with the white space that they take."""
+        """Returns the control tokens in a text, including the white space that they take."""
         encoding = _encoded(self._finder, text)
         named = zip(map(self._finder.id_to_token, encoding.ids), encoding.offsets, strict=True)
         return [(content, *place) for content, place in named if content is not None and content in self._control]
 
     def _outside(self, text: str, literal: Ranges) -> list[_Match]:
-        """Returns the control tokens that share no character with the ranges."""
+        """Returns the control tokens that don't overlap the ranges."""
         masked = list(text)
         for start, end in literal:
             masked[start:end] = [self._mask(character) for character in masked[start:end]]
@@ -171,7 +171,7 @@ class LiteralEncoder:
             wrong = [match for match in found if overlaps(*self._core(text, *match), literal)]
             if not wrong:
                 break
-            # The ranges' white space, which was left as it was, can be a part of a control token's text.
+            # White space in the ranges is unchanged, and can be part of a control token's text.
             for _, start, end in wrong:
                 for first, last in literal:
                     for place in range(max(start, first), min(end, last)):
@@ -184,7 +184,7 @@ class LiteralEncoder:
         return self._letter if _WORD.match(character) else self._symbol
 
     def _core(self, text: str, content: str, start: int, end: int) -> tuple[int, int]:
-        """Returns where a match is without the white space around that its flags make it take."""
+        """Returns a match's start and end without the surrounding white space that its flags include."""
         taken = text[start:end]
         if self._added[content].lstrip:
             start += len(taken) - len(taken.lstrip())
@@ -220,15 +220,15 @@ def finder(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def without_control_tokens(backend: tokenizers.Tokenizer, control: Mapping[str, int]) -> tokenizers.Tokenizer:
-    """Returns a copy of a tokenizer that takes control tokens' texts as ordinary text."""
+    """Returns a copy of a tokenizer for which control tokens' texts are ordinary text."""
     content = json.loads(backend.to_str())
     model = content["model"]
-    # The model can make a control token too, where its own vocabulary has that text.
+    # The model itself can make a control token if its vocabulary has that text.
     names = {name: f"{name}\ue000" for name in control if name in model["vocab"]}
     model["vocab"] = {names.get(name, name): number for name, number in model["vocab"].items()}
     model["merges"] = [pair for pair in model["merges"] if not names.keys() & {*pair, "".join(pair)}]
     model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in control]
-    # The library numbers added tokens by their order, but keeps the numbers of those that the model has.
+    # The library numbers added tokens by their order, except those in the model's vocabulary.
     model["vocab"] |= {token["content"]: token["id"] for token in content["added_tokens"]}
     return tokenizers.Tokenizer.from_str(json.dumps(content))

@@ -1,27 +1,27 @@
-"""Encodes a prompt without taking memory for one that is far too long."""
+"""Encodes prompts, and refuses one that is far too long before it takes memory."""
 
 from dbrx_fn.errors import InputError
 from dbrx_fn.text.literal_text import Ranges
 from dbrx_fn.text.tokenizer import Tokenizer
 
 _PIECE = 2**16
-"""Characters. The tokenizers library takes 200 bytes or so for each while it encodes."""
+"""Characters per piece. The tokenizers library takes about 200 bytes for each character while it encodes."""
 _CUT_ERROR = 64
-"""Tokens that a piece can have more than its share of the whole, since a cut parts what belongs together."""
+"""The most tokens that a cut can add to a piece."""
 
 
 def encode_prompt(
     tokenizer: Tokenizer, text: str, most: int | None, *, add_special_tokens: bool = True, literal: Ranges = ()
 ) -> list[int]:
-    """Returns a prompt's tokens, unless it is long and they are sure to be too many.
+    """Returns a prompt's tokens, unless it is long and has certainly too many.
 
-    A long text is counted in pieces first, and no further than it may fit, so it takes the memory of a piece or of a
-    prompt that about fits. Whether a short one fits is left to the caller, who sees its tokens.
+    A long text is first counted piece by piece, until it can't fit any more. So it never takes more memory than a
+    prompt that about fits. Whether a short prompt fits is left to the caller.
 
     Args:
         tokenizer: the model's.
         text: the prompt.
-        most: the tokens that the model's context holds; None for no bound.
+        most: the model's context length; None means no bound.
         add_special_tokens: as in `Tokenizer.encode`.
         literal: as in `Tokenizer.encode`.
 

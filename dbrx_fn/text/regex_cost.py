@@ -1,12 +1,12 @@
-"""Tells whether a regular expression that a stranger wrote can take far more time than its text is long.
+"""Refuses untrusted regular expressions that can take much more than linear time.
 
-The tokenizers library matches with Oniguruma, which tries one choice after the other and can't be interrupted. What is
-accepted here takes linear time on ordinary text, whose words are short, and at most quadratic time on any other. A
-choice is open if something must follow it, since only then can it be tried again:
+The tokenizers library matches with Oniguruma, which backtracks and can't be interrupted. Accepted expressions take
+linear time on ordinary text, whose words are short, and at most quadratic time on any text. A choice is called open if
+something must follow it, since only then can it be tried again. The rules are:
 
-- An open part that repeats without limit occurs once in an alternative. It doesn't match both letters and spaces, so it
+- An alternative has at most one open part that repeats without limit. It doesn't match both letters and spaces, so it
   ends with the word.
-- The other open choices of an alternative are few, all combinations counted.
+- An alternative's other open choices have few combinations.
 - A group of choices isn't repeated, unless nothing must follow it.
 """
 
@@ -22,7 +22,7 @@ _DEEPEST = 8
 _MOST_ALTERNATIVES = 256
 _MOST_CHOICES, _MOST_BESIDE_UNLIMITED = 64, 8
 _MOST_TIMES = 100
-"""The most that a count in braces may be."""
+"""The largest count in braces."""
 
 _ESCAPE = re.compile(
     r"\\(?:[pP]\{\^?\w+\}|x\{[0-9a-fA-F]{1,8}\}|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|(?P<place>[AbBGzZ])|[dDwWsShHtnrfvae0]|[^\w\s])"
@@ -32,12 +32,12 @@ _QUANTIFIER = re.compile(r"(?:(?P<sign>[*+?])|\{(?P<least>\d*)(?P<comma>,?)(?P<m
 
 
 class RegexCostError(ValueError):
-    """An expression that may take too long, or that isn't understood; its text says why in half a sentence."""
+    """An expression that may take too long, or isn't understood. The text is a clause with the reason."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One part of a sequence: a character, a class, a place such as `$`, or a group, and how often it occurs."""
+    """One part of a sequence: a character, a class, an anchor such as `$`, or a group, with its repetitions."""
 
     text: str
     least: int = 1
@@ -53,13 +53,13 @@ class _Part:
 
 
 def check_regex(expression: str) -> bool:
-    """Makes sure that an expression for Oniguruma is one whose time is bounded.
+    """Checks that the time of an expression for Oniguruma is bounded.
 
     Returns:
-        Whether it can match nothing, between two characters.
+        Whether it can match the empty text, between two characters.
 
     Raises:
-        RegexCostError: it isn't, or it uses what is not understood here, such as references back.
+        RegexCostError: if its time isn't bounded, or it uses unsupported syntax, such as back references.
     """
     if len(expression) > _LONGEST:
         raise RegexCostError(f"it has {len(expression)} characters, more than {_LONGEST}")
@@ -134,7 +134,7 @@ class _Parser:
                 place += 1
             elif character == "[":
                 depth += 1
-                # A bracket that comes first is one of the characters.
+                # A bracket in first place is a character of the class.
                 place += len(re.match(r"\^?\]?", self.text[place + 1 :])[0])  # type: ignore[index]
             elif character == "]":
                 depth -= 1
@@ -151,7 +151,7 @@ class _Parser:
             self.place = found.end()
             least, most = _times(found)
             suffix = self.text[self.place : self.place + 1]
-            # As Ruby does, Oniguruma takes a plus behind braces as one more repetition.
+            # As in Ruby, a plus after braces is another repetition.
             possessive = suffix == "+" and found["sign"] is not None
             if possessive or suffix == "?":
                 self.place += 1
@@ -177,11 +177,11 @@ def _check_sequence(parts: tuple[_Part, ...], *, is_open: bool, looking: bool) -
     Args:
         parts: the sequence.
         is_open: whether something must follow it.
-        looking: whether it only looks ahead or back, so what it matches is matched again later.
+        looking: whether it only looks ahead or behind, so its text is matched again later.
 
     Returns:
-        choices: how many open choices it has, but for repetitions without limit.
-        unlimited: how many repetitions without limit it has that may be matched again, but the last parts.
+        choices: number of its open choices, without unlimited repetitions.
+        unlimited: number of its unlimited repetitions that may be matched again, without the last parts.
     """
     choices, unlimited = 1, 0
     for part in reversed(parts):
@@ -212,7 +212,7 @@ def _check_group(part: _Part, group: tuple[tuple[_Part, ...], ...], *, is_open: 
     if repeats and (is_open or looking or part.least > 1) and (len(group) > 1 or not all(map(_is_fixed, group[0]))):
         raise RegexCostError(f"{shown(part.text)} repeats choices")
     if part.most is None and (is_open or looking):
-        # What repeats is fixed, so it is like a class of characters.
+        # The repeated part is fixed, so it is like a class of characters.
         for inner_part in group[0]:
             _check_part(replace(inner_part, most=None), is_open=is_open, looking=looking)
         return 1, 1
@@ -235,13 +235,13 @@ def _can_be_empty(parts: tuple[_Part, ...]) -> bool:
 
 
 def _is_fixed(part: _Part) -> bool:
-    """Whether it always matches in one way."""
+    """Whether the part can match in only one way."""
     inner = part.group is None or (len(part.group) == 1 and all(map(_is_fixed, part.group[0])))
     return part.least == part.most and inner
 
 
 def _is_wide(text: str) -> bool:
-    """Whether a class of characters holds both letters and spaces."""
+    """Whether a class of characters contains both letters and spaces."""
     try:
         splitter = pre_tokenizers.Split(Regex(text), "removed")
         return not splitter.pre_tokenize_str("e ")

@@ -1,4 +1,4 @@
-"""Collects the added tokens of a checkpoint from all of its files, as transformers does.
+"""Collects a checkpoint's added tokens from all of its files, as transformers does.
 
 Source: `PreTrainedTokenizerBase._from_pretrained`, `PreTrainedTokenizerBase.__init__` and `TokenizersBackend.__init__`
 of transformers 5.23 (tokenization_utils_base.py, tokenization_utils_tokenizers.py).
@@ -15,7 +15,7 @@ from dbrx_fn.files.json_file import shown
 from dbrx_fn.text.tokenizer_settings import Settings, is_token_id
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""The names that every checkpoint may give to tokens, in the order in which transformers adds them."""
+"""The standard names of special tokens, in the order in which transformers adds them."""
 
 _EXTRA, _OLD_EXTRA, _MODEL_SPECIFIC = (
     "extra_special_tokens",
@@ -25,19 +25,19 @@ _EXTRA, _OLD_EXTRA, _MODEL_SPECIFIC = (
 _SWITCHES = ("add_bos_token", "add_eos_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _MOST_TOKENS, _MOST_TEXT = 2**16, 2**22
-"""Added tokens and their characters; the most known are 6 thousand. Adding them takes quadratic time."""
+"""The most added tokens, and characters of them. The most known are 6 thousand tokens. Adding takes quadratic time."""
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in the text before the model's own rules cut it.
+    """A token that is found in the text before the model's own rules split it.
 
     Attributes:
         content: its text.
-        single_word: whether it is found only where no letter or digit touches it.
-        lstrip: whether it takes the white space before it along.
-        rstrip: whether it takes the white space behind it along.
-        normalized: whether it is looked for in the normalized text; if None, it is unless it is special.
+        single_word: whether it is found only if no letter or digit touches it.
+        lstrip: whether it includes the white space before it.
+        rstrip: whether it includes the white space after it.
+        normalized: whether it is searched in the normalized text. None means: unless it is special.
         special: whether decoding may leave it out.
     """
 
@@ -49,7 +49,7 @@ class AddedToken:
     special: bool = False
 
     def made(self) -> tokenizers.AddedToken:
-        """Returns the same for the tokenizers library."""
+        """Returns the tokenizers library's object for it."""
         return tokenizers.AddedToken(
             self.content,
             single_word=self.single_word,
@@ -62,13 +62,13 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What the files say of added tokens.
+    """The added tokens in a checkpoint's files.
 
     Attributes:
-        named: the tokens that have a name, such as `eos_token`.
-        listed: the tokens with the id that a file gives them, in the order of the ids.
-        unlisted: the tokens that are only named or given as extra, whose ids are those that follow.
-        claims: each file with the ids that it gives; they must be the tokenizer's in the end.
+        named: the tokens with a name, such as `eos_token`.
+        listed: the tokens to which a file gives an id, in the order of the ids.
+        unlisted: the tokens that are only named or extra. They get the next ids.
+        claims: each file with the ids that it gives. The tokenizer's ids must agree.
     """
 
     named: Mapping[str, AddedToken]
@@ -77,7 +77,7 @@ class SpecialTokens:
     claims: tuple[tuple[Path, Mapping[int, str]], ...]
 
     def added(self) -> list[AddedToken]:
-        """Returns the tokens in the order in which transformers adds them; one that has a name is special."""
+        """Returns the tokens in the order in which transformers adds them. Named tokens are special."""
         names = {token.content for token in self.named.values()}
         every = (*self.listed.values(), *self.unlisted)
         return [replace(token, special=True) if token.content in names else token for token in every]
@@ -91,19 +91,19 @@ def read_special_tokens(
     present: Collection[str] = (),
     defaults: Mapping[str, str] | None = None,
 ) -> SpecialTokens:
-    """Reads tokenizer_config.json and, where that has no `added_tokens_decoder`, the two older files.
+    """Reads tokenizer_config.json and, if that has no `added_tokens_decoder`, the two older files.
 
-    special_tokens_map.json then comes before tokenizer_config.json, as in transformers.
+    special_tokens_map.json then overrides tokenizer_config.json, as in transformers.
 
     Args:
         folder: the checkpoint's.
         settings: its tokenizer_config.json.
         file_tokens: the added tokens of its tokenizer.json, by id.
-        present: texts of the added tokens that the tokenizer has already.
-        defaults: texts of named tokens that count where no file names one.
+        present: texts of the added tokens that the tokenizer already has.
+        defaults: texts of named tokens, for names that no file gives.
 
     Raises:
-        TokenizerError: a value is of another kind than its key asks for.
+        TokenizerError: if a value has a wrong type.
     """
     values = dict(settings.values)
     if _OLD_EXTRA in values and not values.get(_EXTRA):
@@ -141,10 +141,10 @@ def read_special_tokens(
 
 
 def read_token(settings: Settings, name: str, value: Any) -> AddedToken:
-    """Returns a token that a file gives as its text, or as an object of text and flags.
+    """Returns a token from its text, or from an object of text and flags.
 
     Raises:
-        TokenizerError: it is neither.
+        TokenizerError: if the value is neither.
     """
     if isinstance(value, str):
         value = {"content": value, "special": True}
@@ -207,7 +207,7 @@ def _decoder(settings: Settings) -> dict[int, AddedToken]:
 
 
 def _merge_map(values: dict[str, Any], source: Settings) -> None:
-    """Puts what special_tokens_map.json says in the place of what tokenizer_config.json says."""
+    """Replaces values of tokenizer_config.json by those of special_tokens_map.json."""
     for key, value in source.values.items():
         if key not in (*NAMES, _EXTRA, _OLD_EXTRA) and not _is_own_name(key):
             raise source.wrong(f"the key {shown(key)}", "the name of a special token, such as 'eos_token'", key)
@@ -227,7 +227,7 @@ def _as_special(source: Settings, key: str, value: Any) -> Any:
 def _named(
     values: Mapping[str, Any], source: Callable[[str], Settings]
 ) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """Returns the tokens that have a name, and the others that a file asks for; `source` says which file has a key."""
+    """Returns the named tokens, and the extra ones. `source` gives a key's file."""
     # An empty text is no token.
     given = {key: values[key] for key in NAMES if values.get(key) not in (None, "")}
     given |= {key: value for key, value in values.items() if _is_own_name(key) and _is_token(value)}

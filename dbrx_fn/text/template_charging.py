@@ -1,4 +1,4 @@
-"""Writes charges into a chat template for what Jinja's sandbox has no method for."""
+"""Inserts charges into a chat template for operations that Jinja's sandbox has no method for."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from jinja2.visitor import NodeTransformer
 from dbrx_fn.text.template_meter import CALL, NODE, STEP, TemplateBoundsError
 
 SPEND, READ, GO_OVER, COUNTED = "its spend", "its read", "its go over", "its counted"
-"""Names of the filters that are written in, which no template can spell itself."""
+"""Names of the inserted filters. No template can spell them itself."""
 
 
 class Charging(NodeTransformer):
-    """Writes charges into a template for what Jinja's sandbox has no method for."""
+    """Inserts charges into a template's syntax tree."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
-        """A round of a loop is charged for its body; where a test leaves rounds out, each is charged for itself."""
+        """Charges each round of a loop for its body. With a test that skips rounds, each is charged on its own."""
         cost = STEP + sum(map(_cost, [*node.body, node.target]))
         self.generic_visit(node)
         node.body.insert(0, _statement(cost))
@@ -24,7 +24,7 @@ class Charging(NodeTransformer):
         return node
 
     def _charge_body(self, node: Any) -> Any:
-        """A call of what has a body is charged for it."""
+        """Charges a call of a macro or block for its body."""
         cost = CALL + sum(map(_cost, [*node.body, *getattr(node, "args", ()), *getattr(node, "defaults", ())]))
         self.generic_visit(node)
         node.body.insert(0, _statement(cost))
@@ -33,13 +33,13 @@ class Charging(NodeTransformer):
     visit_Macro = visit_CallBlock = visit_Block = _charge_body
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        """Parts that are put together are read."""
+        """Charges concatenation for reading its parts."""
         self.generic_visit(node)
         node.nodes = [_read_through(part) for part in node.nodes]
         return node
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        """What is compared is read, unless one side is as short as the template's own text."""
+        """Charges a comparison for reading both sides, unless one side is a constant of the template."""
         self.generic_visit(node)
         operand = node.ops[0]
         if any(other.op in ("in", "notin") for other in node.ops):
@@ -54,14 +54,14 @@ class Charging(NodeTransformer):
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        """A slice is a copy."""
+        """Charges a slice as a copy."""
         self.generic_visit(node)
         if isinstance(node.arg, nodes.Slice):
             node.node = _through(node.node, GO_OVER)
         return node
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
-        """Keys are hashed."""
+        """Charges for hashing keys."""
         self.generic_visit(node)
         for pair in node.items:
             pair.key = _read_through(pair.key)
@@ -87,7 +87,7 @@ def _statement(cost: int) -> nodes.Node:
 
 
 def _cost(node: nodes.Node) -> int:
-    """Units for running once through a part of a template, without the bodies in it that are charged for themselves."""
+    """Units for running a part of a template once, without bodies that are charged on their own."""
     text = node.data if isinstance(node, nodes.TemplateData) else getattr(node, "value", None)
     own = ("body",) if isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block) else ()
     inner = sum(map(_cost, node.iter_child_nodes(exclude=own)))

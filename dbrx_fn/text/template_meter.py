@@ -1,7 +1,7 @@
-"""Charges for what a chat template does, so that its work and its memory are bounded.
+"""Meters a chat template's work, which bounds its time and memory.
 
-A unit is a character or eight bytes read or made, and takes a few nanoseconds. Charges depend on the template and its
-variables only: what can be rendered on one machine can be rendered on all.
+A unit is a character, or eight bytes, read or made. It takes a few nanoseconds. Charges depend only on the template and
+its variables, so a template that can be rendered on one machine can be rendered on all.
 """
 
 import re
@@ -13,10 +13,10 @@ from jinja2.runtime import LoopContext
 from jinja2.utils import Namespace
 
 MOST_WORK = 2**26
-"""Units for one rendering. A conversation of 100 KB takes 1% of it."""
+"""The most units for one rendering. A conversation of 100 KB takes 1% of it."""
 
 LONGEST_TEXT = 2**22
-"""Characters of a value."""
+"""The most characters of a value."""
 
 NODE, ITEM, STEP, CALL = 10, 16, 50, 200
 """Units for a part of an expression, a part of a value, a round of a loop, and a call."""
@@ -28,34 +28,35 @@ _WIDTHS = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(\*|\d{4,})?(?:\.(\*|\d{4,}))?")
 
 
 class TemplateBoundsError(jinja2.TemplateRuntimeError):
-    """A template asks for more work or memory than it is given."""
+    """A template that needs more work or memory than allowed."""
 
 
 class Meter:
-    """What is left of the work for one rendering."""
+    """The remaining work of one rendering."""
 
     def __init__(self, work: int = MOST_WORK) -> None:
         self._left = work
 
     def spend(self, work: int) -> None:
-        """Takes units away.
+        """Spends units.
 
         Raises:
-            TemplateBoundsError: there are none left.
+            TemplateBoundsError: if too few are left.
         """
         self._left -= work
         if self._left < 0:
             raise TemplateBoundsError(f"it asks for more than {MOST_WORK} units of work, a few seconds")
 
     def read(self, *values: object) -> tuple[int, int]:
-        """Charges for reading values whole. A part that is there several times counts each time, as reading it does.
+        """Charges for reading entire values. A part that occurs several times counts each time.
 
         Returns:
-            parts: how many values are in them.
-            depth: how deep they are nested.
+            parts: the number of values in them.
+            depth: the depth of their nesting.
 
         Raises:
-            TemplateBoundsError: too much work, a text that is too long, or nesting too deep for Python's own functions.
+            TemplateBoundsError: if it is too much work, a text is too long, or the nesting is too deep for Python's own
+                functions.
         """
         level: list[Any] = list(values)
         parts = depth = 0
@@ -81,29 +82,28 @@ class Meter:
         return parts, depth
 
     def go_over(self, value: object) -> None:
-        """Charges for going over a value's items without a look into them."""
+        """Charges for iterating over a value's items without reading them."""
         if isinstance(value, str):
             self.spend(checked_length(len(value)))
         elif isinstance(value, list | tuple | dict):
             self.spend(ITEM * len(value))
 
     def search(self, text: object, wanted: object) -> None:
-        """Charges for finding a text in another, for which Python takes the product of their lengths at worst."""
+        """Charges for a search of a text in another. At worst Python's time is the product of their lengths."""
         if isinstance(text, str) and isinstance(wanted, str):
             self.spend(len(text) * len(wanted) // 8)
 
     def made(self, value: Any) -> Any:
         """Charges for a new value, and returns it.
 
-        An iterator's items are made at once: a long chain of iterators, each of which waits for the one before, would
-        overflow the stack.
+        An iterator's items are made at once, since a long chain of lazy iterators would overflow the stack.
         """
         if isinstance(value, str):
             self.spend(checked_length(len(value)))
         elif isinstance(value, list | tuple | dict):
             self.spend(4 * ITEM * len(value))
         elif isinstance(value, int):
-            # Larger numbers can all have one hash, which makes sets of them slow.
+            # Larger numbers can be chosen to have equal hashes, which makes sets slow.
             if value.bit_length() > 60:
                 raise TemplateBoundsError("it computes a whole number of more than 60 bits")
         elif is_iterator(value):
@@ -111,7 +111,7 @@ class Meter:
         return value
 
     def counted(self, values: Iterable[Any]) -> Iterator[Any]:
-        """The values, each charged as it comes."""
+        """Yields the values, and charges for each."""
         for value in values:
             self.spend(STEP)
             yield value
@@ -123,15 +123,15 @@ def words(text: str) -> frozenset[str]:
 
 
 def is_iterator(value: object) -> bool:
-    """Whether a value gives its items only once, and isn't the loop that a template stands in."""
+    """Whether a value is an iterator, other than a template's own loop."""
     return isinstance(value, Iterator) and not isinstance(value, LoopContext)
 
 
 def checked_length(length: int) -> int:
-    """A text's length, where that isn't too much.
+    """A text's length, after a check.
 
     Raises:
-        TemplateBoundsError: it is.
+        TemplateBoundsError: if it is too long.
     """
     if length > LONGEST_TEXT:
         raise TemplateBoundsError(f"it makes or reads a text of more than {LONGEST_TEXT} characters")
@@ -139,11 +139,11 @@ def checked_length(length: int) -> int:
 
 
 Charge = Callable[..., None]
-"""What a filter or a method costs beyond reading its values, from the meter and the values."""
+"""Charges a filter or a method for costs beyond reading its values. It gets the meter and the values."""
 
 
 def charge_format(meter: Meter, form: object, *values: object, **named: object) -> None:
-    """For `form % values`: each place can show all values, in a width of its own."""
+    """Charges `form % values`: each place can show all values, each with its own width."""
     if isinstance(form, str):
         if len(form) > 10_000:
             raise TemplateBoundsError("it formats by a text of more than 10000 characters")
@@ -155,20 +155,20 @@ def charge_format(meter: Meter, form: object, *values: object, **named: object) 
 
 
 def charge_repeat(meter: Meter, value: object, times: object) -> None:
-    """For `value * times`."""
+    """Charges `value * times`."""
     if isinstance(times, int) and isinstance(value, str | list | tuple):
         size = len(value) * max(times, 0)
         meter.spend(checked_length(size) if isinstance(value, str) else 4 * ITEM * size)
 
 
 def charge_power(meter: Meter, value: object, power: object) -> None:
-    """For `value ** power`, which is worked out before its size is known."""
+    """Charges `value ** power` before it is computed."""
     if isinstance(value, int) and isinstance(power, int) and value.bit_length() * abs(power) > 1000:
         raise TemplateBoundsError("it computes a whole number of more than 60 bits")
 
 
 def charge_join(meter: Meter, values: object, separator: object = "", *rest: object, **named: object) -> None:
-    """For a separator between all values."""
+    """Charges `join` for the separators."""
     if isinstance(separator, str) and isinstance(values, str | list | tuple | dict):
         meter.spend(checked_length(len(values) * len(separator)))
 
@@ -223,12 +223,12 @@ METHOD_CHARGES: Mapping[str, Charge] = {
     **dict.fromkeys(("strip", "lstrip", "rstrip"), _charge_search),
     "replace": _charge_replace,
 }
-"""Of methods of texts."""
+"""Charges of texts' methods."""
 
 SHALLOW_FILTERS = words(
     "count d default first items last length list map reject rejectattr reverse safe select selectattr"
 )
-"""They hand on what they get, or go over its items; all other filters read it whole."""
+"""Filters that pass on their value, or iterate over its items. All other filters read the entire value."""
 
 FILTER_CHARGES: Mapping[str, Charge] = {
     **dict.fromkeys(("dictsort", "groupby", "max", "min", "sort", "title", "unique"), _charge_many_times),

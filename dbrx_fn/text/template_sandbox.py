@@ -1,8 +1,8 @@
-"""Runs a chat template, which is a stranger's program, within bounds on its work and its memory.
+"""Runs a chat template, which is untrusted code, within bounds on work and memory.
 
-Jinja's sandbox keeps a template from reaching the machine, but not from running for ever. Here everything that a
-template can do is charged before it runs (`template_meter`), and what can't be charged isn't offered. Jinja's sandbox
-has methods for operators, calls and attributes; charges for the rest are written into the template's syntax tree.
+Jinja's sandbox keeps a template from reaching the machine, but not from running forever. Here each operation is charged
+before it runs (`template_meter`), and operations that can't be charged aren't available. Jinja's sandbox has methods to
+override for operators, calls and attributes. Other charges are inserted into the template's syntax tree.
 """
 
 import copy
@@ -46,9 +46,9 @@ from dbrx_fn.text.template_meter import (
 )
 
 LONGEST_TEMPLATE = 2**16
-"""Characters. The longest templates in use have 20 thousand."""
+"""The most characters of a template. The longest in use have 20 thousand."""
 
-# What a value's attributes can be.
+# The available attributes of values.
 _TEXT_METHODS = words(
     "capitalize casefold count endswith find format index isalnum isalpha isascii isdecimal isdigit isidentifier "
     "islower isnumeric isprintable isspace istitle isupper join lower lstrip partition removeprefix removesuffix "
@@ -65,7 +65,7 @@ _ATTRIBUTES: tuple[tuple[type, frozenset[str]], ...] = (
     (BlockReference, frozenset(("super",))),
     (Cycler, frozenset(("current", "next", "reset"))),
 )
-# Their time or their result outgrows the text, or they draw at random; no chat template in use has them.
+# Their time or result grows too fast, or they are random. No chat template in use needs them.
 _FILTERS_LEFT_OUT = words(
     "attr batch center filesizeformat forceescape pprint random slice striptags truncate urlencode urlize wordcount "
     "wordwrap xmlattr"
@@ -78,8 +78,8 @@ class Program:
     """A compiled template.
 
     Attributes:
-        code: what Jinja made of it.
-        variables: names that it reads and doesn't set itself, such as `messages` and `tools`.
+        code: Jinja's compiled code.
+        variables: names that it reads without setting them, such as `messages` and `tools`.
         names: all attributes, keys and other constant texts in it.
     """
 
@@ -93,8 +93,8 @@ def compile_template(source: str) -> Program:
     """Compiles a template.
 
     Raises:
-        TemplateBoundsError: it is too long.
-        Exception: whatever Jinja and Python raise for what is no template or is nested too deeply.
+        TemplateBoundsError: if it is too long.
+        Exception: any error of Jinja and Python for a text that isn't a template or is nested too deeply.
     """
     if len(source) > LONGEST_TEMPLATE:
         raise TemplateBoundsError(f"it has {len(source)} characters, more than the {LONGEST_TEMPLATE} that are read")
@@ -109,13 +109,13 @@ def render(program: Program, variables: Mapping[str, object], now: datetime) -> 
     """Renders a compiled template.
 
     Args:
-        program: of `compile_template`.
-        variables: values of JSON's kinds only, whose methods are known; whole numbers of 64 bits at most.
-        now: what `strftime_now` shows.
+        program: from `compile_template`.
+        variables: values of JSON's types only, whose methods are known; whole numbers of 64 bits at most.
+        now: the time that `strftime_now` shows.
 
     Raises:
-        TemplateBoundsError: it asks for too much.
-        Exception: whatever else a program can raise.
+        TemplateBoundsError: if it needs too much work or memory.
+        Exception: any other error of the template.
     """
     environment = copy.copy(_ENVIRONMENT)
     environment.meter = Meter()
@@ -130,7 +130,7 @@ def render(program: Program, variables: Mapping[str, object], now: datetime) -> 
 
 
 class _GenerationBlocks(Extension):
-    """Accepts transformers' `{% generation %}` blocks, which mark the assistant's text, and renders what they hold."""
+    """Accepts transformers' `{% generation %}` blocks, which mark the assistant's text, and renders their content."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
@@ -142,12 +142,12 @@ class _GenerationBlocks(Extension):
         return nodes.CallBlock(self.call_method("render_block"), [], [], body).set_lineno(line)
 
     def render_block(self, caller: Macro) -> str:
-        """What a block holds."""
+        """Renders a block's content."""
         return caller()
 
 
 class _Namespace(Namespace):
-    """A namespace without names that begin with an underscore, as in transformers."""
+    """A namespace that refuses names with a leading underscore, as in transformers."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, args = args[0], args[1:]
@@ -162,7 +162,7 @@ class _Namespace(Namespace):
 
 
 class _Formatter(SandboxedFormatter):
-    """Fills in the fields of `str.format`, each charged."""
+    """Fills in the fields of `str.format`, and charges for each."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         found = super().get_field(field_name, args, kwargs)
@@ -176,7 +176,7 @@ class _Formatter(SandboxedFormatter):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with a meter; a copy with a meter of its own serves one rendering."""
+    """Jinja's sandbox with a meter. Each rendering uses a copy with its own meter."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
@@ -185,7 +185,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationBlocks, loopcontrols],
-            # Constants would be computed at compile time, where nothing is charged.
+            # Otherwise constants would be computed at compile time, without a charge.
             optimized=False,
             finalize=_put_out,
         )
@@ -203,20 +203,20 @@ class _Environment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Whether an attribute is one of those that are offered."""
+        """Whether an attribute is available."""
         if isinstance(obj, Namespace):
             return not attr.startswith("_")
         return any(isinstance(obj, kind) and attr in names for kind, names in _ATTRIBUTES)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """Subscribes a value; what is looked up is hashed."""
+        """Subscripts a value. Charges for hashing the key."""
         self.meter.spend(NODE)
         if type(argument) is not str and type(argument) is not int:
             self.meter.read(argument)
         return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """A stand-in for `str.format`."""
+        """A metered replacement of `str.format`."""
         if not isinstance(value, BuiltinMethodType | MethodType) or value.__name__ not in ("format", "format_map"):
             return None
         form = value.__self__
@@ -232,7 +232,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return formatted
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Computes with two values."""
+        """Applies a binary operator."""
         meter = self.meter
         meter.spend(NODE)
         if operator == "+":
@@ -248,7 +248,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return meter.made(super().call_binop(context, operator, left, right))
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Calls what a template can call."""
+        """Calls a function, macro or method."""
         meter = self.meter
         meter.spend(CALL)
         meter.go_over(args)
@@ -271,7 +271,7 @@ def _meter(context: Context) -> Meter:
 
 
 def _metered(function: Any, whole: bool, charge: Charge | None) -> Callable[..., Any]:
-    """A filter or a test that is charged for what it reads and makes."""
+    """A filter or test that charges for the values that it reads and makes."""
     passed = getattr(function, "jinja_pass_arg", None)
 
     @pass_context
@@ -359,7 +359,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML characters, which would change what the model reads.
+    # Jinja's own filter escapes HTML characters, which would change the prompt.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,4 +1,4 @@
-"""Cuts long texts where tokens end anyway, so that they are made into tokens in little memory."""
+"""Cuts long texts at places where tokens end, so they can be tokenized in little memory."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -7,12 +7,12 @@ from unicodedata import ucd_3_2_0
 from dbrx_fn.text.literal_text import any_of
 
 PIECE = 2**16
-"""Characters. The tokenizers library took 2.9 GiB for 20 MB of text at once, and some MiB for pieces of this size."""
+"""Characters per piece. The tokenizers library takes some MiB for a piece, and 2.9 GiB for 20 MB of text at once."""
 
 LONGEST_PIECE = 2**17
-"""Characters after which a text is cut anywhere."""
+"""The number of characters after which a text is cut at any place."""
 
-# Where a cut can be, the likeliest first: before a space, behind a line feed, behind a letter or a digit.
+# Places for a cut, the most common first: before a space, after a line feed, after a letter or a digit.
 _PLACES = (re.compile(r"(?<=\S)(?= )"), re.compile(r"(?<=\S\n)(?=\S)"), re.compile(r"(?<=[^\W_])(?=[\s\S])"))
 _APOSTROPHES = "'\u2019"
 
@@ -20,27 +20,28 @@ _APOSTROPHES = "'\u2019"
 def text_pieces(
     text: str, size: int = PIECE, longest: int = LONGEST_PIECE, whole: Collection[str] = ()
 ) -> Iterator[str]:
-    """Cuts a text into pieces of `size` characters or some more, whose tokens together are those of the whole.
+    """Cuts a text into pieces of about `size` characters, whose tokens together are those of the whole text.
 
-    Byte-level tokenizers cut a text into words by a pattern, and make tokens within words only. So a cut is safe where
-    the pattern ends a word whatever comes before and after. The patterns of GPT-2, cl100k and o200k look at nothing
-    before a word, and beyond its end only where the word is white space. For them these cuts are safe:
+    Byte-level tokenizers split a text into words by a pattern, and make tokens only within words. So a cut is safe
+    where the pattern always ends a word. The patterns of GPT-2, cl100k and o200k don't look at text before a word, and
+    look beyond its end only if the word is white space. For them these cuts are safe:
 
-    - before a space, behind anything but white space: no word has a space elsewhere than in front or among white space;
-    - behind a line feed between two characters that aren't white space: a line feed goes with what is before it (and
-      with a slash behind it, where no cut is);
-    - between a letter and what is no letter, or a digit and what is none: letters make words with letters only, and
-      digits with digits. Here white space, punctuation and symbols count as neither; apostrophes, which are parts of
-      contractions, and marks are left alone. Categories are those of Unicode 3.2, which all tokenizers know.
+    - before a space that follows a character other than white space: in a word, spaces are only in front or among white
+      space;
+    - after a line feed between two characters that aren't white space: a line feed joins the word before it (and a
+      slash after it, so there is no cut before a slash);
+    - between a letter and another kind of character, or a digit and another kind: letters form words with letters only,
+      digits with digits. Here the other kinds are white space, punctuation and symbols. Apostrophes, which are parts of
+      contractions, and marks are left out. Categories are those of Unicode 3.2, which all tokenizers know.
 
-    Where `longest` characters have no such place, as in a run of one letter, the text is cut after them. Tokens beside
-    such a cut can be others than the whole's.
+    If `longest` characters have no such place, as in a run of one letter, the text is cut after them. Tokens beside
+    such a cut can differ from the whole text's.
 
     Args:
         text: any text.
-        size: characters of a piece, if it isn't the last.
-        longest: the most characters of a piece, not less than `size`.
-        whole: texts of added tokens: none is cut, or parted from the white space beside it, which it can take.
+        size: characters per piece, except for the last.
+        longest: the most characters per piece, at least `size`.
+        whole: texts of added tokens. They aren't cut, or separated from white space beside them, which they may take.
     """
     pattern = any_of(whole)
     reach = max(map(len, whole), default=0)
@@ -83,7 +84,7 @@ def _is_visible(character: str) -> bool:
 
 
 def _touches(text: str, place: int, whole: re.Pattern[str], reach: int) -> bool:
-    """Whether a text that must stay whole covers the place or the white space there, or begins or ends beside it."""
+    """Whether a text of `whole` covers or touches the place, or the white space there."""
     left = place - (text[place - 1].isspace())
     right = place
     while right < len(text) and text[right].isspace():

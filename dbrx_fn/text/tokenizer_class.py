@@ -1,4 +1,4 @@
-"""What `tokenizer_class` means beside a tokenizer.json: transformers has rules of its own for some classes."""
+"""The meaning of `tokenizer_class` beside a tokenizer.json: for some classes transformers has its own rules."""
 
 import json
 import warnings
@@ -17,7 +17,7 @@ _AS_IT_STANDS = (
     "BloomTokenizer",
     "TiktokenTokenizerWrapper",
 )
-"""Classes, but for an ending `Fast`, for which transformers 5.23 takes a byte-level tokenizer.json as it stands."""
+"""Classes, without an ending `Fast`, for which transformers 5.23 uses a byte-level tokenizer.json unchanged."""
 
 _GPT2 = "GPT2Tokenizer"
 _GPT2_TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
@@ -25,12 +25,12 @@ _GPT2_TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endofte
 
 @dataclass(frozen=True)
 class Definition:
-    """What the library is to read.
+    """The definition that the tokenizers library reads.
 
     Attributes:
         content: the JSON of a tokenizer.
-        holds_added_tokens: whether that brings the file's added tokens along.
-        defaults: named tokens that count where no file names one.
+        holds_added_tokens: whether it includes the file's added tokens.
+        defaults: named tokens, for names that no file gives.
     """
 
     content: str
@@ -39,7 +39,7 @@ class Definition:
 
 
 def definition_of(folder: Path, settings: Settings, file: Settings) -> Definition:
-    """Returns the definition of a tokenizer: its file's, or with GPT2Tokenizer the one that this class makes of it.
+    """Returns the definition of a tokenizer: its file's, or for GPT2Tokenizer the one that this class makes from it.
 
     GPT2Tokenizer takes vocabulary, merges and post_processor from tokenizer.json and the rest from its own code:
     GPT-2's words, and `add_prefix_space` from tokenizer_config.json. Without a class, transformers takes it for any
@@ -52,7 +52,7 @@ def definition_of(folder: Path, settings: Settings, file: Settings) -> Definitio
         file: its tokenizer.json.
 
     Raises:
-        TokenizerError: the class is another one, whose rules aren't known here.
+        TokenizerError: if the class is unknown.
     """
     name, source = _class_name(folder, settings)
     as_it_stands = Definition(file.content, holds_added_tokens=True, defaults=_padding_token(file))
@@ -76,7 +76,7 @@ def definition_of(folder: Path, settings: Settings, file: Settings) -> Definitio
 
 
 def _class_name(folder: Path, settings: Settings) -> tuple[str | None, Settings]:
-    """Returns the class as transformers finds it, and the file that says so."""
+    """Returns the class as transformers finds it, and its file."""
     name = settings.text("tokenizer_class")
     if name:
         return name, settings

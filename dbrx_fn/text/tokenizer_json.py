@@ -1,4 +1,4 @@
-"""Reads a tokenizer.json of the tokenizers library with byte-level BPE."""
+"""Reads a tokenizer.json with byte-level BPE, of the tokenizers library."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ _NOT_TAKEN = (
     "tokenizer_truncation",
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
 )
-"""Settings with which transformers encodes or decodes in another way."""
+"""Settings with which transformers would encode or decode differently."""
 
 
 def read_tokenizer_json(path: Path, settings: Settings) -> Vocabulary:
@@ -38,7 +38,7 @@ def read_tokenizer_json(path: Path, settings: Settings) -> Vocabulary:
         settings: tokenizer_config.json there.
 
     Raises:
-        TokenizerError: a file can't be read, contradicts another, or asks for what isn't supported.
+        TokenizerError: if a file can't be read, contradicts another, or has unsupported settings.
     """
     settings.refuse(_NOT_TAKEN, "that isn't supported")
     file = Settings(path, LARGEST_VOCABULARY)
@@ -65,14 +65,14 @@ def read_tokenizer_json(path: Path, settings: Settings) -> Vocabulary:
         raise TokenizerError(f"{path} has an empty vocabulary; copy the file from the checkpoint again.")
     check_ids((*tokens.claims, (path, {number: token.content for number, token in file_tokens.items()})), model | added)
 
-    # A token stays special for the library, whatever is said of it later.
+    # For the library, a token that is special once stays special.
     marked = {token.content for token in tokens.added() if token.special}
     if definition.holds_added_tokens:
         marked |= {token.content for token in file_tokens.values() if token.special}
     ordinary = {number: _bytes_of(token) for token, number in model.items()}
     special: dict[int, bytes] = {}
     for number in added.values():
-        # The text as a normalizer leaves it, if the token is looked for in that; only by this text is it left out.
+        # For a normalized token this is the normalized text, by which decoding leaves it out.
         content = backend.id_to_token(number) or ""
         (special if content in marked else ordinary)[number] = content.encode()
     before, behind = _tokens_around(path, backend, [*added, *model])
@@ -94,7 +94,7 @@ def read_tokenizer_json(path: Path, settings: Settings) -> Vocabulary:
 def _backend(path: Path, content: str, tokens: SpecialTokens) -> tokenizers.Tokenizer:
     with library_errors(f"{path} can't be read by the tokenizers library", "copy the file from the checkpoint again"):
         backend = tokenizers.Tokenizer.from_str(content)
-        # A file may ask for both, for training; a prompt has to stay whole and as it is.
+        # A file may set truncation and padding for training. A prompt must stay whole and unpadded.
         backend.no_truncation()
         backend.no_padding()
         backend.add_tokens([token.made() for token in tokens.added()])
@@ -103,7 +103,7 @@ def _backend(path: Path, content: str, tokens: SpecialTokens) -> tokenizers.Toke
 
 
 def _check_white_space(path: Path, backend: tokenizers.Tokenizer) -> None:
-    """Makes sure that no text holds added tokens at which the library fails."""
+    """Checks that the library can't fail at added tokens in a text."""
     added = backend.get_added_tokens_decoder()
     texts = {token.content: backend.id_to_token(number) or "" for number, token in added.items()}
     nothing = next((content for content, text in texts.items() if not text), None)
@@ -143,7 +143,7 @@ def _bytes_of(token: str) -> bytes:
 def _tokens_around(
     path: Path, backend: tokenizers.Tokenizer, texts: Iterable[str]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the tokens that the post_processor puts before and behind a text, as seen on a short one."""
+    """Returns the tokens that the post_processor puts before and after a text, found with a short text."""
     remedy = "correct the post_processor, or take the file of a DBRX checkpoint"
     with library_errors(f"{path} can't be applied to a text", remedy):
         short = ("a", " ", *itertools.islice(texts, 64))

@@ -1,7 +1,7 @@
-"""Checks what a tokenizer.json asks of the tokenizers library, before the library sees it.
+"""Checks a tokenizer.json before the tokenizers library reads it.
 
-The library takes whatever a file says. It panics at some of it, and spends unbounded time or memory on more. Only what
-tokenizers of DBRX's kind are made of is let through, within bounds.
+The library accepts any file. It panics at some contents, and takes unbounded time or memory for others. So only the
+parts of tokenizers of DBRX's kind are accepted, within bounds.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,22 +14,22 @@ from dbrx_fn.text.tokenizer_settings import Settings, is_token_id
 from dbrx_fn.text.vocabulary import BYTES
 
 _LARGEST_ID = 2**22 - 1
-"""The library takes memory for all ids up to the largest; the largest vocabulary known has 260 thousand."""
+"""The library takes memory for all ids up to the largest. The largest known vocabulary has 260 thousand."""
 _MOST_STEPS = 32
-"""Normalizers, or parts of the cutting into words, in one file; the most known are 9."""
+"""The most normalizers, or pre-tokenizers, in one file. The most known are 9."""
 _MOST_GROWTH = 16
-"""How many times as long a text may become before it is cut into tokens."""
+"""The most times that a text's length may grow before it is tokenized."""
 _MOST_AROUND = 64
-"""Special tokens that are put around one text."""
+"""The most special tokens around one text."""
 
 Step = Mapping[str, Any]
 
 
 def check_file(file: Settings) -> None:
-    """Makes sure that the content of a tokenizer.json can be given to the library.
+    """Checks that the library can safely read the content of a tokenizer.json.
 
     Raises:
-        TokenizerError: a part of it is of a kind that isn't supported, or passes a bound.
+        TokenizerError: if a part has an unsupported type, or exceeds a bound.
     """
     normalizers = list(_steps(file, "normalizer", "normalizers"))
     cutters = list(_steps(file, "pre_tokenizer", "pretokenizers"))
@@ -87,7 +87,7 @@ def _check_model(file: Settings, *, byte_level: bool) -> None:
 
 
 def _steps(file: Settings, part: str, key: str) -> Iterator[Step]:
-    """Yields the steps of a part of the file, which may be nested sequences."""
+    """Yields the steps of a part of the file. Sequences may be nested."""
     waiting, seen = [file.value(part)], 0
     while waiting:
         step = waiting.pop()
@@ -110,7 +110,7 @@ def _same(file: Settings, step: Step) -> int:
 
 
 def _double(file: Settings, step: Step) -> int:
-    """A byte-level step writes most bytes as characters of two bytes; BERT's puts spaces around Chinese characters."""
+    """Growth of 2: byte-level steps write most bytes as two; BERT's put spaces around Chinese characters."""
     return 2
 
 
@@ -122,7 +122,7 @@ def _replaced(file: Settings, step: Step) -> int:
     content = len(_text(file, step, "content").encode("utf-8", "replace"))
     string, empty = _pattern(file, step)
     if empty:
-        # The library fails where that is the end of the text.
+        # The library fails if the empty match is at the end of the text.
         raise file.wrong("'pattern' of Replace", "one that matches a character at least", step["pattern"])
     return max(1, -(-content // max(1, len(string.encode("utf-8", "replace")))))
 
@@ -133,7 +133,7 @@ def _cut_at(file: Settings, step: Step) -> int:
 
 
 def _pattern(file: Settings, step: Step) -> tuple[str, bool]:
-    """Returns the text that a step looks for, if it is no expression, and whether it can match nothing."""
+    """Returns a step's search text, if it isn't an expression, and whether it can match the empty text."""
     pattern = step.get("pattern")
     kind, value = next(iter(pattern.items())) if isinstance(pattern, dict) and len(pattern) == 1 else (None, None)
     if kind not in ("String", "Regex") or not isinstance(value, str) or not value:
@@ -186,7 +186,7 @@ _NORMALIZERS: Mapping[str, Callable[[Settings, Step], int]] = {
     "Replace": _replaced,
     **dict.fromkeys(("ByteLevel", "BertNormalizer"), _double),
 }
-"""How many times as long each can make a text. The first ones do it once, however often they are repeated."""
+"""How many times each normalizer can lengthen a text. The first ones do so only once, even if they are repeated."""
 
 _CUTTERS: Mapping[str, Callable[[Settings, Step], int]] = {
     **dict.fromkeys(("Digits", "Punctuation", "Whitespace", "WhitespaceSplit", "CharDelimiterSplit"), _same),

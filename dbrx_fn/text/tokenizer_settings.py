@@ -1,4 +1,4 @@
-"""Reads a tokenizer's files of settings, which a stranger may have written, and checks each value on the way."""
+"""Reads a tokenizer's settings files, which are untrusted, and checks each value."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -9,11 +9,11 @@ from dbrx_fn.errors import TokenizerError
 from dbrx_fn.files.json_file import LARGEST, parse_json, read_bounded, shown
 
 _MOST_VALUES = 4_000_000
-"""Values in one file, each of which may take some 60 bytes; the largest vocabulary known has about 2 million."""
+"""The most values in one file. Each may take some 60 bytes. The largest known vocabulary has about 2 million."""
 
 
 class Settings:
-    """The JSON object in one file; empty where there is no file.
+    """The JSON object in one file. It is empty if the file is missing.
 
     Args:
         path: the file.
@@ -21,10 +21,10 @@ class Settings:
 
     Attributes:
         content: the file's text.
-        values: the same, parsed.
+        values: the parsed object.
 
     Raises:
-        TokenizerError: it can't be read, or isn't a JSON object.
+        TokenizerError: if the file can't be read, or isn't a JSON object.
     """
 
     def __init__(self, path: Path, most: int = LARGEST) -> None:
@@ -46,11 +46,11 @@ class Settings:
         return values
 
     def wrong(self, name: str, expected: str, found: object) -> TokenizerError:
-        """Returns the error for a value that can't be."""
+        """Returns the error for a wrong value."""
         return TokenizerError(f"{self.path}: {name} must be {expected}, not {shown(found)}; correct the file.")
 
     def value(self, key: str) -> Any:
-        """Returns the value as it stands; None where there is none."""
+        """Returns the unchecked value, or None if there is none."""
         return self.values.get(key)
 
     def text(self, key: str) -> str | None:
@@ -68,7 +68,7 @@ class Settings:
         raise self.wrong(f"'{key}'", "true or false", value)
 
     def token_ids(self, key: str) -> frozenset[int] | None:
-        """Returns the ids of a value that is one or a list of them."""
+        """Returns the ids of a value that is one id or a list of ids."""
         value = self.value(key)
         if value is None:
             return None
@@ -78,10 +78,10 @@ class Settings:
         return frozenset(ids)
 
     def refuse(self, keys: Iterable[str], reason: str) -> None:
-        """Makes sure that none of these settings is switched on.
+        """Checks that none of these settings is switched on.
 
         Raises:
-            TokenizerError: one is; `reason` says in half a sentence what can't be done.
+            TokenizerError: if one is. `reason` is a clause that says what isn't supported.
         """
         for key in keys:
             if self.value(key):
@@ -91,7 +91,7 @@ class Settings:
 
 
 def is_token_id(value: object) -> bool:
-    """Returns whether this can be a token's id; MLX keeps ids in 32 bits with a sign."""
+    """Returns whether this can be a token's id. MLX holds ids in signed 32 bits."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
@@ -99,7 +99,7 @@ def read_text(path: Path, most: int = LARGEST) -> str:
     """Returns a file's text.
 
     Raises:
-        TokenizerError: it can't be read, isn't UTF-8, or has more than `most` bytes.
+        TokenizerError: if it can't be read, isn't UTF-8, or has more than `most` bytes.
     """
     try:
         text = read_bounded(path, most).decode()
@@ -110,5 +110,5 @@ def read_text(path: Path, most: int = LARGEST) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
         raise TokenizerError(f"{path} can't be read ({reason}); check the file and its permissions.") from error
-    # As Python, and so transformers, reads text.
+    # Python, and so transformers, reads text in this way.
     return text.replace("\r\n", "\n").replace("\r", "\n")

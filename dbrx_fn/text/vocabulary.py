@@ -1,4 +1,4 @@
-"""The vocabulary of a tokenizer, whatever library encodes with it."""
+"""A tokenizer's vocabulary, independent of the library that encodes."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,23 +10,23 @@ from dbrx_fn.text.literal_text import Ranges
 from dbrx_fn.text.tokenizer_settings import Settings
 
 Encode = Callable[[str, Ranges], list[int]]
-"""From a text and the ranges of it in which no control token is recognized, to tokens."""
+"""Encodes a text. The ranges are those in which control tokens aren't recognized."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What one form of a tokenizer's files makes.
+    """A vocabulary, read from either form of a tokenizer's files.
 
     Attributes:
-        encoder: from the control tokens' texts and ids to the function that encodes.
+        encoder: makes the encoding function, from the control tokens' texts and ids.
         ordinary: the bytes of each token that decoding never leaves out.
-        special: the bytes of each token that it may leave out.
+        special: the bytes of each token that decoding may leave out.
         added: texts and ids of all added tokens.
-        marked: the texts of those that a file marks as special.
-        named: the texts of the tokens that have a name, such as `eos_token`.
-        before: the tokens that are put before a raw text.
-        behind: the tokens that are put behind it.
-        definition: makes the bytes that tell two vocabularies apart.
+        marked: the texts of the added tokens that a file marks as special.
+        named: the texts of the named tokens, such as `eos_token`.
+        before: the tokens put before a raw text.
+        behind: the tokens put after a raw text.
+        definition: makes bytes that identify the vocabulary.
     """
 
     encoder: Callable[[Mapping[str, int]], Encode]
@@ -40,10 +40,10 @@ class Vocabulary:
     definition: Callable[[], bytes]
 
     def token(self, name: str, settings: Settings) -> int:
-        """Returns the id of the token that the settings give this name.
+        """Returns the id of the token with this name in the settings.
 
         Raises:
-            TokenizerError: they name none, or one that the vocabulary doesn't have.
+            TokenizerError: if there is none, or the vocabulary doesn't have it.
         """
         content = self.named.get(name)
         if content is None:
@@ -64,7 +64,7 @@ class Vocabulary:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Returns the byte that each character of a byte-level vocabulary stands for (GPT-2's `bytes_to_unicode`)."""
+    """Returns the byte for each character of a byte-level vocabulary (the inverse of GPT-2's `bytes_to_unicode`)."""
     visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
@@ -74,14 +74,14 @@ BYTES = byte_alphabet()
 
 
 def check_ids(claims: Iterable[tuple[Path, Mapping[int, str]]], ids: Mapping[str, int]) -> None:
-    """Makes sure that the ids that files give to added tokens are the tokenizer's.
+    """Checks that the files' ids of added tokens agree with the tokenizer's.
 
     Args:
-        claims: each file with the tokens that it gives ids to.
-        ids: the tokenizer's.
+        claims: each file with its tokens by id.
+        ids: the tokenizer's ids.
 
     Raises:
-        TokenizerError: one isn't.
+        TokenizerError: if one differs.
     """
     for path, claimed in claims:
         for number, content in claimed.items():
