@@ -236,6 +236,8 @@ class Engine:
             served.fail(self._failure)
         self._forget_device_state()
         self._beginnings.close()
+        # MLX asks for this at a thread's end (mlx 4110): on CUDA the process can crash without.
+        mx.clear_streams()
 
     def _take_messages(self) -> bool:
         """Waits for something to do; whether to go on."""
@@ -268,10 +270,12 @@ class Engine:
         before, self._launched = self._launched, []
         for decoding in self._decoding:
             self._decode(decoding)
-        if step.read is not None and step.read in self._reading:
-            self._read(self._reading[step.read])
         for launched in before:
             self._hand_out(launched)
+        # The step that was just launched keeps the device busy until the chunk is there. Were the chunk launched before
+        # the tokens are handed out, the device would be a turn further ahead, and whoever comes next would wait for it.
+        if step.read is not None and step.read in self._reading:
+            self._read(self._reading[step.read])
         self._beginnings.write_some()
 
     def _state(self) -> State:

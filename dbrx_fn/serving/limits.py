@@ -12,16 +12,16 @@ from dbrx_fn.model.shapes import capacity_bucket
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import memory_size, on_cpu
 
-_GPU_CHUNK, _CPU_CHUNK = 512, 128
+_GPU_CHUNK, _CPU_CHUNK = 256, 128
 """A GPU reads all weights for each chunk, so it wants long ones; a CPU computes in proportion to the tokens."""
 
 
-FREE_CHUNKS = 4
+FREE_CHUNKS = 8
 """How many chunks of a prompt are read at once while nobody decodes. The exact mode reads one at a time."""
 
 
 _USED = 0.94
-"""What part of memory weights and caches may take. DBRX computes a chunk of 2,048 tokens in 4 GB (`docs/serving.md`)."""
+"""What part of memory weights and caches may take. The rest is for what a chunk computes (`docs/serving.md`)."""
 
 
 @dataclass(frozen=True)
