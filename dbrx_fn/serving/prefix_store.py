@@ -91,7 +91,7 @@ class PrefixStore:
 
         Args:
             config: the model's.
-            fingerprint: any text; another text for whatever else changes keys and values (`weights_fingerprint`).
+            fingerprint: any text; another text for whatever else changes keys and values (`fingerprint`).
             chunk: tokens in a chunk.
             memory: bytes of keys and values that are kept in memory, at most.
             folder: where they are kept on disk; one process at a time may use it. Nowhere, if not given.

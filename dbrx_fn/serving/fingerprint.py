@@ -1,7 +1,9 @@
-"""A short text that is another one for other weights."""
+"""Short texts that are others for other weights, and for whatever else changes the bits of keys and values."""
 
 import hashlib
 import json
+import os
+from importlib.metadata import version
 
 import mlx.core as mx
 import numpy as np
@@ -10,9 +12,39 @@ from mlx.utils import tree_flatten
 from dbrx_fn.generation.cache_file import cache_fields
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.blas import FAST_BLAS
+from dbrx_fn.runtime.device import backend
+from dbrx_fn.serving.limits import Limits
 
 _SAMPLE = 4096
 """Words that are taken of each leaf."""
+
+
+_SETTINGS = ("DBRX_FN_", "MLX_", "OPENBLAS_", "OMP_", "MKL_")
+
+
+def fingerprint(params: Params, config: Config, limits: Limits, release: str) -> str:
+    """64 hexadecimal digits for a `PrefixStore`: the same only where an engine computes the same keys and values.
+
+    They depend on `weights_fingerprint`, and on what rounding depends on (`docs/exactness.md`): this package's release,
+    MLX's, the device, the BLAS, the number of cores, and environment variables for these. The exact mode has prefixes
+    of its own for each capacity, since in the other mode what was decoded is kept too.
+
+    Args:
+        params: the tree; all of it is evaluated.
+        config: the model's.
+        limits: the engine's.
+        release: `dbrx_fn.__version__`.
+    """
+    facts = {
+        "weights": weights_fingerprint(params, config),
+        "releases": [release, version("mlx")],
+        "device": [backend(), *(str(mx.device_info().get(name)) for name in ("device_name", "architecture"))],
+        "blas": [FAST_BLAS, os.cpu_count()],
+        "settings": {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)},
+        "exact": limits.capacity if limits.exact else None,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def weights_fingerprint(params: Params, config: Config) -> str:

@@ -15,7 +15,8 @@ from dbrx_fn import SMALL, dequantize, load
 from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.tree import Params
-from dbrx_fn.serving.weights_fingerprint import weights_fingerprint
+from dbrx_fn.serving.fingerprint import fingerprint, weights_fingerprint
+from dbrx_fn.serving.limits import Limits
 
 # Rows of odd size, and more words in a leaf than the sample has.
 CONFIG = Config(
@@ -81,3 +82,19 @@ def test_equal_trees_have_one_and_quantized_ones_their_own() -> None:
     again, _ = load(SMALL)
     assert weights_fingerprint(loaded, config) == weights_fingerprint(again, config)
     assert weights_fingerprint(dequantize(loaded, config), config) != weights_fingerprint(loaded, config)
+
+
+def test_what_rounding_depends_on_counts_for_prefixes(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(rows=4, positions=10_000, capacity=512)
+    exact = replace(limits, exact=True)
+    told = fingerprint(params, CONFIG, limits, "1.0")
+    assert fingerprint(params, CONFIG, replace(limits, rows=8, capacity=1024), "1.0") == told
+    others = [
+        fingerprint(params, CONFIG, limits, "1.1"),
+        fingerprint(init_params(CONFIG, mx.random.key(1)), CONFIG, limits, "1.0"),
+        fingerprint(params, CONFIG, exact, "1.0"),
+        fingerprint(params, CONFIG, replace(exact, capacity=1024), "1.0"),
+    ]
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    others.append(fingerprint(params, CONFIG, limits, "1.0"))
+    assert len({told, *others}) == 6
