@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -12,18 +13,22 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import urlsplit
 
+import dbrx_fn
 from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, local_path, tokenizer_folder
 from dbrx_fn.checkpoints.loader import computing_dtype, load
 from dbrx_fn.cli.command import Parser, Terminated, program, run
 from dbrx_fn.cli.stop_signals import deferred_stop
 from dbrx_fn.cli.terminal import byte_progress, print_message, print_result, size_text
 from dbrx_fn.errors import InputError
+from dbrx_fn.files.json_file import shown
 from dbrx_fn.generation.generation_config import GenerationConfig, read_generation_config
 from dbrx_fn.generation.sampling import Sampling
 from dbrx_fn.model.costs import cache_bytes
 from dbrx_fn.serving.access import KEY_VARIABLE, Access, read_keys
 from dbrx_fn.serving.engine import Engine
+from dbrx_fn.serving.fingerprint import fingerprint
 from dbrx_fn.serving.limits import Limits, default_limits
+from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.served_model import ServedModel
 from dbrx_fn.text.tokenizer import read_tokenizer
 
@@ -76,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
         " float32 where memory allows",
     )
     _add_limits(options)
+    _add_prompt_cache(options)
     _add_access(options)
     _add_defaults(options)
     return options
@@ -94,6 +100,21 @@ def _add_limits(options: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long texts may go on after SIGTERM or Ctrl-C, %(default)g if not given",
     )
+
+
+def _add_prompt_cache(options: argparse.ArgumentParser) -> None:
+    add = options.add_argument_group(
+        "prompt cache", "Beginnings of prompts are kept, so that the next request with the same needn't compute them."
+    ).add_argument
+    add(
+        "--prompt-cache-bytes",
+        type=_size,
+        default=2**30,
+        metavar="SIZE",
+        help="memory for them, such as 500M or 4G; 1G if not given, 0 for none",
+    )
+    add("--prompt-cache-folder", type=Path, metavar="FOLDER", help="keep them on disk too, for the next start")
+    add("--prompt-cache-disk", type=_size, metavar="SIZE", help="room in that folder, 10G if not given")
 
 
 def _add_access(options: argparse.ArgumentParser) -> None:
@@ -140,6 +161,8 @@ def _run(options: argparse.Namespace) -> int | None:
             raise InputError(f"--{name.replace('_', '-')} is {value} where it must be at least 1.")
     if not 0 <= options.drain <= _LONGEST_DRAIN:
         raise InputError(f"--drain is {options.drain:g} where it must be from 0 to {_LONGEST_DRAIN} seconds.")
+    if options.prompt_cache_disk is not None and options.prompt_cache_folder is None:
+        raise InputError("--prompt-cache-disk is the room in a folder: name it with --prompt-cache-folder.")
     keys = read_keys(options.api_key_file, os.environ.get(KEY_VARIABLE))
     access = Access(keys, frozenset(options.allowed_origins), frozenset(options.allowed_hosts))
     _defaults(options, GenerationConfig(Sampling(), None, ()))
@@ -151,7 +174,20 @@ def _run(options: argparse.Namespace) -> int | None:
     with byte_progress("loading") as progress:
         params, config = load(path, dtype=options.dtype or computing_dtype(path), progress=progress)
     limits = default_limits(
-        params, config, rows=options.decode_concurrency, capacity=options.capacity, exact=options.exact
+        params,
+        config,
+        rows=options.decode_concurrency,
+        capacity=options.capacity,
+        exact=options.exact,
+        reserved=options.prompt_cache_bytes,
+    )
+    prefixes = PrefixStore(
+        config,
+        fingerprint(params, config, limits, dbrx_fn.__version__),
+        chunk=limits.chunk,
+        memory=options.prompt_cache_bytes,
+        folder=options.prompt_cache_folder,
+        disk=10 * 2**30 if options.prompt_cache_disk is None else options.prompt_cache_disk,
     )
     model = ServedModel(
         name=options.served_model_name or _name(options.model, path),
@@ -177,7 +213,7 @@ def _run(options: argparse.Namespace) -> int | None:
         if not keys and not _is_own_machine(url):
             print_message("warning: whoever reaches this address can ask: set API keys with --api-key-file.")
 
-    with Engine(params, config, limits, queue=options.queue) as engine:
+    with Engine(params, config, limits, prefixes=prefixes, queue=options.queue) as engine:
         engine.wait_until_ready()
         server = server_module.Server(model, engine, settings)
 
@@ -226,6 +262,13 @@ def _budget(model: ServedModel, limits: Limits) -> str:
 
 def _is_own_machine(url: str) -> bool:
     return ipaddress.ip_address(urlsplit(url).hostname or "").is_loopback
+
+
+def _size(option: str) -> int:
+    found = re.fullmatch(r"(\d{1,15})([kmg]?)", option.lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{shown(option)} is no size: give a number of bytes, or such as 500M or 4G")
+    return int(found[1]) * 1024 ** " kmg".index(found[2] or " ")
 
 
 def _names(option: str) -> tuple[str, ...]:
