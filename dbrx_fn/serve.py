@@ -268,7 +268,7 @@ def _size(option: str) -> int:
     found = re.fullmatch(r"(\d{1,15})([kmg]?)", option.lower())
     if found is None:
         raise argparse.ArgumentTypeError(f"{shown(option)} is no size: give a number of bytes, or such as 500M or 4G")
-    return int(found[1]) * 1024 ** " kmg".index(found[2] or " ")
+    return int(found[1]) << 10 * " kmg".index(found[2] or " ")
 
 
 def _names(option: str) -> tuple[str, ...]:
