@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.config import Config
 from dbrx_fn.serving.prefix_chunks import restored
-from dbrx_fn.serving.prefix_store import Lookup, PrefixStore
+from dbrx_fn.serving.prefix_store import Lookup, PrefixStatistics, PrefixStore
 from dbrx_fn.serving.served import Served
 
 _AHEAD = 4
@@ -52,6 +52,10 @@ class Beginnings:
     def write_some(self) -> bool:
         """`PrefixStore.write_some`."""
         return self._store is not None and self._store.write_some()
+
+    def statistics(self) -> PrefixStatistics | None:
+        """`PrefixStore.statistics`, if there is one. Any thread may ask."""
+        return None if self._store is None else self._store.statistics()
 
     def forget(self) -> None:
         """Forgets what the device may have failed to compute."""

@@ -179,6 +179,7 @@ class Engine:
             cached_tokens=counts["cached tokens"],
             made_tokens=counts["made tokens"],
             put_aside=counts["put aside"],
+            prefixes=self._beginnings.statistics(),
         )
 
     def wait_until_ready(self) -> None:

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from dbrx_fn.serving.prefix_store import PrefixStatistics
 from dbrx_fn.serving.statistics import Statistics
 
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30, 60)
@@ -94,6 +95,8 @@ class _EngineCollector(Collector):
             tokens.add_metric([kind], count)
         yield tokens
         yield CounterMetricFamily("dbrx_fn_put_aside", "Times that a text lost its cache to others.", now.put_aside)
+        if now.prefixes is not None:
+            yield from _prefix_figures(now.prefixes)
         memory = GaugeMetricFamily("dbrx_fn_device_memory_bytes", "Memory that MLX holds.", labels=["kind"])
         for kind, nbytes in (
             ("active", mx.get_active_memory()),
@@ -102,3 +105,18 @@ class _EngineCollector(Collector):
         ):
             memory.add_metric([kind], nbytes)
         yield memory
+
+
+def _prefix_figures(now: PrefixStatistics) -> Iterable[Metric]:
+    lookups = CounterMetricFamily("dbrx_fn_prefix_lookups", "Texts looked up.", labels=["result"])
+    lookups.add_metric(["hit"], now.hits)
+    lookups.add_metric(["miss"], now.misses)
+    held = GaugeMetricFamily("dbrx_fn_prefix_bytes", "Beginnings that are kept.", labels=["place"])
+    held.add_metric(["memory"], now.memory_bytes)
+    held.add_metric(["disk"], now.disk_bytes)
+    given_up = CounterMetricFamily("dbrx_fn_prefix_evictions", "Chunks given up for others.", labels=["place"])
+    given_up.add_metric(["memory"], now.memory_evictions)
+    given_up.add_metric(["disk"], now.disk_evictions)
+    yield from (lookups, held, given_up)
+    yield CounterMetricFamily("dbrx_fn_prefix_dropped", "Chunks that couldn't be written to disk.", now.dropped)
+    yield CounterMetricFamily("dbrx_fn_prefix_spoilt", "Files that were damaged or missing.", now.spoilt)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from dbrx_fn.serving.prefix_store import PrefixStatistics
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -12,6 +14,7 @@ class Statistics:
     `finished`: requests that ended, by how: "stop", "length", "cancelled", "failed".
     `prompt_tokens`, `cached_tokens`, `made_tokens`: so far. Cached ones are among the prompts'.
     `put_aside`: how often a request lost its cache to others.
+    `prefixes`: of the store of prefixes, if there is one.
     """
 
     waiting: int = 0
@@ -24,3 +27,4 @@ class Statistics:
     cached_tokens: int = 0
     made_tokens: int = 0
     put_aside: int = 0
+    prefixes: PrefixStatistics | None = None

@@ -51,6 +51,11 @@ def test_a_server_keeps_prompts_in_memory_unless_told_otherwise() -> None:
         again, known = completed(server)
         assert known >= 128
         assert again == text
+        with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
+            figures = response.read().decode()
+    assert 'dbrx_fn_prefix_lookups_total{result="hit"} 1.0' in figures
+    assert 'dbrx_fn_prefix_lookups_total{result="miss"} 1.0' in figures
+    assert 'dbrx_fn_prefix_bytes{place="disk"} 0.0' in figures
 
 
 @pytest.mark.parametrize(
