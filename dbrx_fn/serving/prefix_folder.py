@@ -225,7 +225,8 @@ class PrefixFolder:
             if opened is not None:
                 with opened:
                     return read_chunk(opened, self._form, chunk)
-        except MemoryError:
+        except (MemoryError, RuntimeError):
+            # MLX's error where it lacks memory.
             return None
         except (OSError, ValueError, InputError):
             # A link, and what else isn't a regular file, is an InputError.
