@@ -153,8 +153,35 @@ def _add_defaults(options: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, help="the most tokens of a text; 512 if neither says")
 
 
-def _run(options: argparse.Namespace) -> int | None:
+def _run(options: argparse.Namespace) -> None:
     server_module = _server_module()
+    _check(options)
+    keys = read_keys(options.api_key_file, os.environ.get(KEY_VARIABLE))
+    access = Access(keys, frozenset(options.allowed_origins), frozenset(options.allowed_hosts))
+    # Before the weights, which can take minutes.
+    with server_module.bound(options.host, options.port) as address:
+        model, engine = _loaded(options)
+        most_open = options.queue + engine.limits.rows + _ARRIVING
+        server = server_module.Server(address, model, engine, server_module.Settings(access, most_open, options.drain))
+
+        def ready(url: str) -> None:
+            print_result(url)
+            print_message(_budget(model, engine.limits))
+            if not keys and not _is_own_machine(url):
+                print_message("warning: whoever reaches this address can ask: set API keys with --api-key-file.")
+
+        def tell() -> None:
+            print_message(f"ending: what runs has {options.drain:g} seconds.")
+            server.stop()
+
+        with deferred_stop(tell) as stop:
+            server.run(ready)
+    if stop.requested and not isinstance(stop.error(), Terminated):
+        raise stop.error()
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuses what can be refused before a checkpoint is looked at."""
     for name in ("decode_concurrency", "capacity", "queue", "max_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -163,13 +190,14 @@ def _run(options: argparse.Namespace) -> int | None:
         raise InputError(f"--drain is {options.drain:g} where it must be from 0 to {_LONGEST_DRAIN} seconds.")
     if options.prompt_cache_disk is not None and options.prompt_cache_folder is None:
         raise InputError("--prompt-cache-disk is the room in a folder: name it with --prompt-cache-folder.")
-    keys = read_keys(options.api_key_file, os.environ.get(KEY_VARIABLE))
-    access = Access(keys, frozenset(options.allowed_origins), frozenset(options.allowed_hosts))
-    _defaults(options, GenerationConfig(Sampling(), None, ()))
+    _with_options(options, GenerationConfig(Sampling(), None, ()))
 
+
+def _loaded(options: argparse.Namespace) -> tuple[ServedModel, Engine]:
+    """The model, and an engine that is ready for it."""
     path = checkpoint_path(options.model)
     folder = tokenizer_folder(path)
-    defaults = _defaults(options, read_generation_config(folder))
+    defaults = _with_options(options, read_generation_config(folder))
     tokenizer = read_tokenizer(folder)
     with byte_progress("loading") as progress:
         params, config = load(path, dtype=options.dtype or computing_dtype(path), progress=progress)
@@ -199,33 +227,13 @@ def _run(options: argparse.Namespace) -> int | None:
         max_tokens=options.max_tokens or defaults.max_tokens or _MAX_TOKENS,
         most_choices=min(_MOST_CHOICES, options.queue),
     )
-    settings = server_module.Settings(
-        host=options.host,
-        port=options.port,
-        access=access,
-        most_open=options.queue + limits.rows + _ARRIVING,
-        drain=options.drain,
-    )
-
-    def ready(url: str) -> None:
-        print_result(url)
-        print_message(_budget(model, limits))
-        if not keys and not _is_own_machine(url):
-            print_message("warning: whoever reaches this address can ask: set API keys with --api-key-file.")
-
-    with Engine(params, config, limits, prefixes=prefixes, queue=options.queue) as engine:
+    engine = Engine(params, config, limits, prefixes=prefixes, queue=options.queue)
+    try:
         engine.wait_until_ready()
-        server = server_module.Server(model, engine, settings)
-
-        def tell() -> None:
-            print_message(f"ending: what runs has {options.drain:g} seconds.")
-            server.stop()
-
-        with deferred_stop(tell) as stop:
-            server.run(ready)
-    if stop.requested and not isinstance(stop.error(), Terminated):
-        raise stop.error()
-    return 0
+    except BaseException:
+        engine.close()
+        raise
+    return model, engine
 
 
 def _server_module() -> ModuleType:
@@ -239,7 +247,7 @@ def _server_module() -> ModuleType:
         raise
 
 
-def _defaults(options: argparse.Namespace, defaults: GenerationConfig) -> GenerationConfig:
+def _with_options(options: argparse.Namespace, defaults: GenerationConfig) -> GenerationConfig:
     given = {"temperature": options.temp, "top_p": options.top_p, "top_k": options.top_k, "min_p": options.min_p}
     chosen = {name: value for name, value in given.items() if value is not None}
     return replace(defaults, sampling=replace(defaults.sampling, **chosen))

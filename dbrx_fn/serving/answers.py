@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from dbrx_fn.errors import DbrxError
-from dbrx_fn.serving.answering import Answering
+from dbrx_fn.serving.answering import Answering, ClientGone
 from dbrx_fn.serving.asked import Asked
 from dbrx_fn.serving.choice import Delta
 from dbrx_fn.serving.event_stream import EventStream
@@ -51,6 +51,9 @@ class Answers:
                     else:
                         answer = await _whole(asked, answering, self._form())
                         await json_response(answer)(scope, receive, send)
+            except ClientGone:
+                # Nobody is there to be told.
+                pass
             finally:
                 watcher.cancel()
 

@@ -13,7 +13,6 @@ from starlette.routing import Route
 
 from dbrx_fn.errors import DbrxError
 from dbrx_fn.serving.access import Access
-from dbrx_fn.serving.answering import ClientGone
 from dbrx_fn.serving.answers import Answers
 from dbrx_fn.serving.chat_completions import read_chat
 from dbrx_fn.serving.completions import read_completion
@@ -52,7 +51,6 @@ def make_app(service: Service, access: Access) -> Starlette:
             HTTPException: no_endpoint,
             DbrxError: refused,
             ClientDisconnect: client_gone,
-            ClientGone: client_gone,
             Exception: fault,
         },
     )

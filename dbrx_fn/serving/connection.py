@@ -5,7 +5,6 @@ request or sends its head slowly, and for one that doesn't read its answer.
 """
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -14,7 +13,7 @@ import h11
 from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dbrx_fn.serving.openai_objects import error_object
+from dbrx_fn.serving.openai_objects import error_object, json_bytes
 
 HEAD_SECONDS = 10.0
 """How long a request's head may take to come, from the connection's beginning or the head's first byte."""
@@ -98,9 +97,11 @@ class Connection(H11Protocol):
             self._head.clear()
 
     def on_response_complete(self) -> None:
-        """An answer has ended; the next request may take its time."""
+        """An answer has ended; the next request may take its time, unless it has begun."""
         self._idle_since = time.monotonic()
         super().on_response_complete()
+        if self.is_idle and self.conn.trailing_data[0]:
+            self._watch_head()
 
     def pause_writing(self) -> None:
         """The client doesn't read as fast as it gets."""
@@ -117,7 +118,7 @@ class Connection(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        body = json.dumps(error_object("This is no HTTP/1.1 request.", "invalid_request_error")).encode()
+        body = json_bytes(error_object("This is no HTTP/1.1 request.", "invalid_request_error"))
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         events: list[Any] = [h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()]
         self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))

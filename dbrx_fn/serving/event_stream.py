@@ -1,11 +1,10 @@
 """An answer as server-sent events."""
 
-import json
 from collections.abc import Iterable
 
 from starlette.types import Send
 
-from dbrx_fn.serving.openai_objects import Object
+from dbrx_fn.serving.openai_objects import Object, json_bytes
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -32,7 +31,7 @@ class EventStream:
 
     async def put(self, objects: Iterable[Object]) -> None:
         """Sends an event for each object, all at once."""
-        body = b"".join(b"data: " + json.dumps(one, separators=(",", ":")).encode() + b"\n\n" for one in objects)
+        body = b"".join(b"data: " + json_bytes(one) + b"\n\n" for one in objects)
         if body:
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
 

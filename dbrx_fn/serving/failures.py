@@ -4,19 +4,20 @@ from collections.abc import Mapping
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from dbrx_fn.errors import DbrxError
 from dbrx_fn.files.json_file import shown
-from dbrx_fn.serving.openai_objects import HttpError, Object, error_object, status_of, told
+from dbrx_fn.serving.openai_objects import HttpError, Object, error_object, json_bytes, status_of, told
 
 _RETRY_AFTER = "2"
 """Seconds after which a client that was sent away may come again. Some text or other has ended by then."""
 
 
-def json_response(content: Object, status: int = 200, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def json_response(content: Object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """An object that no browser takes for anything else."""
-    return JSONResponse(content, status, {"X-Content-Type-Options": "nosniff", **(headers or {})})
+    own = {"X-Content-Type-Options": "nosniff", **(headers or {})}
+    return Response(json_bytes(content), status, own, media_type="application/json")
 
 
 def refusal(error: DbrxError) -> Response:

@@ -3,6 +3,7 @@
 https://platform.openai.com/docs/api-reference
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -112,6 +113,11 @@ def one_model(model: ServedModel) -> Object:
         "owned_by": "dbrx_fn",
         "max_model_len": model.capacity,
     }
+
+
+def json_bytes(content: Object) -> bytes:
+    """An object as it is sent: in ASCII, since clients can put lone surrogates into texts."""
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
 
 
 def error_object(message: str, kind: str, field: str | None = None, code: str | None = None) -> Object:

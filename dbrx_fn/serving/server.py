@@ -35,18 +35,45 @@ _GLANCE = 0.1
 """Seconds between two looks at whether to go on."""
 
 
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that has an address, and answers nobody yet.
+
+    Args:
+        host: a name or address of this machine.
+        port: 0 for any free one.
+
+    Raises:
+        InputError: if the address can't be had.
+    """
+    try:
+        if not 0 <= port < 2**16:
+            raise OverflowError("ports are numbers from 0 to 65535")
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        opened = socket.socket(family, socket.SOCK_STREAM)
+        # As after an earlier server, whose connections the system still remembers.
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            opened.bind(address)
+        except BaseException:
+            opened.close()
+            raise
+        return opened
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"The address {host[:80]!r}, port {port}, can't be used ({reason}): take others with --host and --port."
+        ) from None
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to serve.
 
-    `host`, `port`: the address; port 0 takes any free one.
     `access`: who may ask.
     `most_open`: requests that may be open at once.
     `drain`: seconds that requests get to end when the server does.
     """
 
-    host: str
-    port: int
     access: Access
     most_open: int
     drain: float = 30.0
@@ -56,13 +83,14 @@ class Server:
     """Serves a model over HTTP. One thread runs it, and any may stop it.
 
     Args:
+        address: of `bound`; closed at the end.
         model: what is served.
         engine: what serves it; closed at the end.
         settings: how.
     """
 
-    def __init__(self, model: ServedModel, engine: Engine, settings: Settings) -> None:
-        self._model, self._engine, self._settings = model, engine, settings
+    def __init__(self, address: socket.socket, model: ServedModel, engine: Engine, settings: Settings) -> None:
+        self._address, self._model, self._engine, self._settings = address, model, engine, settings
         self._stopping = False
 
     def run(self, ready: Callable[[str], None]) -> None:
@@ -72,26 +100,25 @@ class Server:
             ready: called with the server's URL once it can be asked.
 
         Raises:
-            InputError: if the address can't be used.
             EngineError: if the engine has failed.
         """
         try:
-            listener = _listener(self._settings.host, self._settings.port)
-            asyncio.run(self._serve(listener, ready))
+            asyncio.run(self._serve(ready))
         finally:
+            self._address.close()
             self._engine.close()
 
     def stop(self) -> None:
         """Ends the server: open requests get their time to end, and new ones are refused. Any thread may call it."""
         self._stopping = True
 
-    async def _serve(self, listener: socket.socket, ready: Callable[[str], None]) -> None:
+    async def _serve(self, ready: Callable[[str], None]) -> None:
         service = Service(self._model, self._engine, most_open=self._settings.most_open)
         server = _Uvicorn(_config(service, self._settings.access))
-        serving = asyncio.create_task(server.serve([listener]))
+        serving = asyncio.create_task(server.serve([self._address]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.01)
-        ready(_url(listener))
+        ready(_url(self._address))
         while not (self._stopping or self._engine.failure or serving.done()):
             await asyncio.sleep(_GLANCE)
         service.draining = True
@@ -123,6 +150,7 @@ def _config(service: Service, access: Access) -> ServerConfig:
         make_app(service, access),
         http=Connection,
         ws="none",
+        lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -135,20 +163,8 @@ def _config(service: Service, access: Access) -> ServerConfig:
     return config
 
 
-def _listener(host: str, port: int) -> socket.socket:
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server((str(address[0]), int(address[1])), family=family, backlog=2048)
-    except (OSError, OverflowError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(
-            f"The address {host[:80]!r}, port {port}, can't be used ({reason or error}): take others with --host and"
-            " --port."
-        ) from None
-
-
-def _url(listener: socket.socket) -> str:
-    host, port, *_ = listener.getsockname()
+def _url(address: socket.socket) -> str:
+    host, port, *_ = address.getsockname()
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

@@ -22,8 +22,10 @@ from tests.support.tiny_runs import write_config, write_text
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
     *("generate", "train", "convert", "inspect", "evaluate", "check", "bench"),
-    *("train_tokenizer", "random_checkpoint", "small.recipe"),
+    *("train_tokenizer", "random_checkpoint", "small.recipe", "serve"),
 )
+WORKERS = tuple(name for name in COMMANDS if name != "serve")
+"""Commands whose work ends; a server's doesn't."""
 NOWHERE = "~nobody-of-this-name/x"
 STRANGE = "x\x1b[31m\u202e\ny"
 
@@ -46,6 +48,7 @@ def jobs(folder: Path) -> dict[str, list[str]]:
         "train_tokenizer": ["--data", text, "--vocab-size", "300", "--out", str(folder / "tokenizer")],
         "random_checkpoint": [str(folder / "random"), "--d-model", "32"],
         "small.recipe": ["--out", str(folder / "recipe"), "--only", "texts"],
+        "serve": ["--port", "0"],
     }
 
 
@@ -69,6 +72,7 @@ def with_path(path: str, folder: Path) -> dict[str, list[list[str]]]:
         "train_tokenizer": [["--data", path, "--vocab-size", "300", "--out", str(folder / "tokenizer")]],
         "random_checkpoint": [],
         "small.recipe": [],
+        "serve": [["--model", path], ["--api-key-file", path]],
     }
 
 
@@ -118,8 +122,8 @@ def test_help_ends_well_whatever_its_output_is() -> None:
 @pytest.mark.parametrize("output", ["gone", "full", "closed"])
 def test_work_ends_well_whatever_its_output_is(output: str, tmp_path: Path) -> None:
     given = jobs(tmp_path)
-    cases = [{"name": name, "arguments": given[name], "output": output} for name in COMMANDS]
-    for name, ended in zip(COMMANDS, run(cases), strict=True):
+    cases = [{"name": name, "arguments": given[name], "output": output} for name in WORKERS]
+    for name, ended in zip(WORKERS, run(cases), strict=True):
         assert "Traceback" not in ended.error, name
         # The recipe's texts are there, of which it says nothing.
         assert ended.status == (0 if output == "gone" or name == "small.recipe" else 2), (name, ended)
@@ -133,8 +137,8 @@ def test_work_ends_well_whatever_its_output_is(output: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("error", ["gone", "closed"])
 def test_messages_that_nobody_reads_do_not_end_the_work(error: str, tmp_path: Path) -> None:
     given = jobs(tmp_path)
-    cases = [{"name": name, "arguments": given[name], "error": error} for name in COMMANDS]
-    for name, ended in zip(COMMANDS, run(cases), strict=True):
+    cases = [{"name": name, "arguments": given[name], "error": error} for name in WORKERS]
+    for name, ended in zip(WORKERS, run(cases), strict=True):
         assert ended.status == 0, (name, ended)
         assert ended.output or name == "small.recipe", name
         assert "error: " not in ended.output, name

@@ -115,13 +115,14 @@ def test_a_full_queue_is_a_rate_limit_that_the_client_waits_out(server: ServerPr
     asked: Any = {"model": "small", "prompt": PROMPT, "max_tokens": 300, "extra_body": {"ignore_eos": True}}
     with ThreadPoolExecutor() as threads, client.completions.create(**asked, n=4, stream=True) as stream:
         next(iter(stream))
-        waiting = threads.submit(client.completions.create, **{**asked, "max_tokens": 1}, n=8)
+        waiting = threads.submit(lambda: client.completions.create(**{**asked, "max_tokens": 1}, n=8))
         while 'requests{state="waiting"} 8.0' not in figures(server):
             time.sleep(0.01)
         with pytest.raises(openai.RateLimitError) as busy:
             client.completions.create(**asked)
         assert int(busy.value.response.headers["retry-after"]) > 0
-        patient = threads.submit(client.with_options(max_retries=5).completions.create, **{**asked, "max_tokens": 1})
+        stubborn = client.with_options(max_retries=5)
+        patient = threads.submit(lambda: stubborn.completions.create(**{**asked, "max_tokens": 1}))
         stream.close()
         assert len(waiting.result(60).choices) == 8
         assert patient.result(60).choices[0].finish_reason == "length"

@@ -16,7 +16,7 @@ from dbrx_fn.serving.access import Access
 from dbrx_fn.serving.engine import Engine
 from dbrx_fn.serving.limits import Limits
 from dbrx_fn.serving.served_model import ServedModel
-from dbrx_fn.serving.server import Server, Settings
+from dbrx_fn.serving.server import Server, Settings, bound
 from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
 
 
@@ -59,7 +59,7 @@ def running_server(
         max_tokens=24,
         most_choices=min(128, queue),
     )
-    server = Server(model, engine, Settings("127.0.0.1", 0, access or Access(), most_open, drain))
+    server = Server(bound("127.0.0.1", 0), model, engine, Settings(access or Access(), most_open, drain))
     is_ready = threading.Event()
 
     def run() -> None:
