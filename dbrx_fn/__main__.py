@@ -22,7 +22,7 @@ COMMANDS = {
     "evaluate": "measure how well checkpoints predict a text, and how they differ",
     "train": "train or fine-tune a model on text",
     "train_tokenizer": "make a tokenizer from text",
-    "check": "whether this machine computes what is right, and how fast",
+    "check": "check whether this machine computes correctly, and how fast",
     "bench": "measure the speed of inference and training on this machine",
     "random_checkpoint": "write a checkpoint of random weights, to try things with",
     "small.recipe": "train the small model of this package again",

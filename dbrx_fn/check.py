@@ -1,6 +1,6 @@
-"""`python -m dbrx_fn.check`: whether this machine computes what is right, and how fast, as a report of a page.
+"""`python -m dbrx_fn.check`: checks whether this machine computes correctly, and how fast. Prints a one-page report.
 
-`docs/check.md` says what is compared, and with what.
+`docs/check.md` describes the comparisons.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from dbrx_fn.cli.terminal import print_result
 from dbrx_fn.errors import InputError
 
 WRONG = 1
-"""The exit status where a check isn't right."""
+"""The exit status if a check is wrong."""
 _SECONDS = 95.0
 _FOR_SPEED = 25.0
-"""Seconds that are kept for measuring speed."""
+"""Seconds reserved for measuring speed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,14 +37,14 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = Parser(
         prog=program("check"),
-        description="Compare what this machine computes with what is right, and measure its speed, in two minutes.",
+        description="Compare this machine's results with correct ones, and measure its speed, in two minutes.",
     )
     options.add_argument("--json", action="store_true", help="print JSON instead of a page")
     options.add_argument(
-        "--only", metavar="TEXT", help="make only the checks whose row of the report holds this text; no speed"
+        "--only", metavar="TEXT", help="run only the checks with this text in their row of the report, without speed"
     )
     options.add_argument(
-        "--seconds", type=float, default=_SECONDS, help="about how long it may take; default: %(default)g"
+        "--seconds", type=float, default=_SECONDS, help="about how long it may take (default: %(default)g)"
     )
     return options
 
@@ -59,7 +59,7 @@ def _run(chosen: argparse.Namespace) -> int:
         if not checks:
             raise InputError(f"--only is {chosen.only!r}, which no row of the report holds: take a part of one's name.")
     machine = this_machine(dbrx_fn.__version__)
-    # Or a GPU may round float32 to 10 bits in products. MLX reads it at the first one.
+    # With TF32 a GPU may round float32 to 10 bits in products. MLX reads the setting at the first product.
     os.environ["MLX_ENABLE_TF32"] = "0"
     kept = 0.0 if chosen.only is not None else min(_FOR_SPEED, chosen.seconds / 2)
     outcomes = run_checks(checks, start + chosen.seconds - kept)
@@ -76,7 +76,7 @@ def _speed(until: float) -> Speed | str:
         return "not measured, for want of time"
     try:
         return measure_speed()
-    # Speed decides nothing, so a failure is a line of the report.
+    # Speed doesn't affect the verdict, so a failure is only a line of the report.
     except Exception as error:
         return f"not measured, {type(error).__name__}: {error}"
 

@@ -68,17 +68,16 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--model",
         default=str(SMALL),
-        help="folder of a checkpoint, a GGUF file with a tokenizer's files beside it, or a Hugging Face repository as"
-        " owner/name; if not given, the small model that ships with this package",
+        help="a checkpoint's folder, a GGUF file with tokenizer files beside it, or a Hugging Face repository as"
+        " owner/name (default: the small model of this package)",
     )
-    add("--served-model-name", help="what requests call the model; if not given, its repository's or folder's name")
-    add("--host", default="127.0.0.1", help="address to listen at, %(default)s if not given; 0.0.0.0 for all")
-    add("--port", type=int, default=8080, help="port to listen at, %(default)s if not given; 0 for any free one")
+    add("--served-model-name", help="the model's name in requests (default: the name of its repository or folder)")
+    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 means all (default: %(default)s)")
+    add("--port", type=int, default=8080, help="port to listen at; 0 means any free one (default: %(default)s)")
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="convert the parameters to this when loading; if not given they stay as they are, and on a CPU become"
-        " float32 where memory allows",
+        help="dtype to load the parameters in (default: as stored, but float32 on a CPU if memory allows)",
     )
     _add_limits(options)
     _add_prompt_cache(options)
@@ -89,32 +88,37 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_limits(options: argparse.ArgumentParser) -> None:
     add = options.add_argument_group("limits").add_argument
-    add("--decode-concurrency", type=int, metavar="ROWS", help="texts made at once; 32 if not given, 8 with --exact")
-    add("--capacity", type=int, metavar="TOKENS", help="the longest text; what context and memory allow if not given")
-    add("--exact", action="store_true", help="answers that are the same bits whoever else is served; slower")
-    add("--queue", type=int, default=256, help="texts that may wait, %(default)s if not given; others get status 429")
+    add(
+        "--decode-concurrency",
+        type=int,
+        metavar="ROWS",
+        help="texts generated at once (default: 32, or 8 with --exact)",
+    )
+    add("--capacity", type=int, metavar="TOKENS", help="the longest text (default: what context and memory allow)")
+    add("--exact", action="store_true", help="make answers independent of other requests, bit for bit; slower")
+    add("--queue", type=int, default=256, help="texts that may wait; others get status 429 (default: %(default)s)")
     add(
         "--drain",
         type=float,
         default=30.0,
         metavar="SECONDS",
-        help="how long texts may go on after SIGTERM or Ctrl-C, %(default)g if not given",
+        help="how long texts may continue after SIGTERM or Ctrl-C (default: %(default)g)",
     )
 
 
 def _add_prompt_cache(options: argparse.ArgumentParser) -> None:
     add = options.add_argument_group(
-        "prompt cache", "Beginnings of prompts are kept, so that the next request with the same needn't compute them."
+        "prompt cache", "The caches of prompts' beginnings are kept, and reused by later requests with the same ones."
     ).add_argument
     add(
         "--prompt-cache-bytes",
         type=_size,
         default=2**30,
         metavar="SIZE",
-        help="memory for them, such as 500M or 4G; 1G if not given, 0 for none",
+        help="memory for the caches, such as 500M or 4G; 0 means none (default: 1G)",
     )
-    add("--prompt-cache-folder", type=Path, metavar="FOLDER", help="keep them on disk too, for the next start")
-    add("--prompt-cache-disk", type=_size, metavar="SIZE", help="room in that folder, 10G if not given")
+    add("--prompt-cache-folder", type=Path, metavar="FOLDER", help="keep the caches on disk too, for the next start")
+    add("--prompt-cache-disk", type=_size, metavar="SIZE", help="the most bytes in that folder (default: 10G)")
 
 
 def _add_access(options: argparse.ArgumentParser) -> None:
@@ -123,34 +127,34 @@ def _add_access(options: argparse.ArgumentParser) -> None:
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help="API keys, one a line; the environment's DBRX_FN_API_KEY is one too. Without any, no key is needed",
+        help="file of API keys, one per line; DBRX_FN_API_KEY in the environment is one too (default: no key needed)",
     )
     add(
         "--allowed-origins",
         type=_names,
         default=(),
         metavar="ORIGINS",
-        help="other servers' pages whose scripts may ask, as https://a.example,https://b.example, or * for all",
+        help="other sites whose scripts may send requests, as https://a.example,https://b.example, or * for all",
     )
     add(
         "--allowed-hosts",
         type=_names,
         default=(),
         metavar="NAMES",
-        help="names that the server goes by beside localhost and addresses; needed where there is no API key",
+        help="the server's names besides localhost and addresses; needed without an API key",
     )
 
 
 def _add_defaults(options: argparse.ArgumentParser) -> None:
     defaults = options.add_argument_group(
-        "defaults", "What requests leave open. What isn't given is as the checkpoint's generation_config.json says."
+        "defaults", "Defaults of requests. Without these options they are those of generation_config.json."
     )
     add = defaults.add_argument
-    add("--temp", type=float, help="temperature; 0 always takes the likeliest token")
-    add("--top-p", type=float, help="draw among the likeliest tokens of this probability together")
-    add("--top-k", type=int, help="draw among this many likeliest tokens; 0 for all")
-    add("--min-p", type=float, help="draw among tokens at least this fraction as likely as the likeliest")
-    add("--max-tokens", type=int, help="the most tokens of a text; 512 if neither says")
+    add("--temp", type=float, help="temperature; 0 always takes the most likely token")
+    add("--top-p", type=float, help="draw among the most likely tokens of this total probability")
+    add("--top-k", type=int, help="draw among this many most likely tokens; 0 means all")
+    add("--min-p", type=float, help="draw among tokens with at least this fraction of the highest probability")
+    add("--max-tokens", type=int, help="the most tokens of a text (default: generation_config.json's, or 512)")
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""A check, and running many of them: each to an outcome, within a time."""
+"""Checks, and running them within a time limit. Each check gets an outcome."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,13 +14,13 @@ from dbrx_fn.runtime.device import Backend, as_if
 
 @dataclass(frozen=True)
 class Check:
-    """Something to compute and compare.
+    """A computation to compare with the reference.
 
-    `group`: the report's row that it belongs to.
-    `case`: what is computed there, so that a developer can do it again.
-    `limit`: of the error.
-    `compared`: computes it.
-    `backend`, `compiles`, `kernels`: as for `as_if`.
+    `group`: its row of the report.
+    `case`: a description with which a developer can repeat it.
+    `limit`: the largest error that counts as right.
+    `compared`: computes the comparison.
+    `backend`, `compiles`, `kernels`: as in `as_if`.
     """
 
     group: str
@@ -34,7 +34,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a check: a comparison, or why there is none. Seconds."""
+    """A check's outcome: a comparison, or the reason why there is none; and its time in seconds."""
 
     check: Check
     seconds: float = 0.0
@@ -43,20 +43,20 @@ class Outcome:
 
     @property
     def left_out(self) -> bool:
-        """Whether there was no time for it."""
+        """Whether the check didn't run, for lack of time."""
         return self.compared is None and self.problem is None
 
     @property
     def wrong(self) -> bool:
-        """Whether it was computed, and not right."""
+        """Whether the check ran, and its result isn't right."""
         if self.compared is None:
             return self.problem is not None
-        # NaN is not below anything.
+        # A comparison with NaN is false, so NaN counts as wrong.
         return not self.compared.error <= self.check.limit
 
 
 def run_checks(checks: Sequence[Check], until: float) -> list[Outcome]:
-    """Runs checks in their order; those that would begin after `until` (`time.monotonic`) are left out."""
+    """Runs checks in order. Those that would start after `until` (`time.monotonic`) are left out."""
     shown: Iterable[Check] = tqdm(checks, desc="checking", unit="check", disable=None, leave=False)
     return [_outcome(check) if time.monotonic() < until else Outcome(check) for check in shown]
 
@@ -67,7 +67,7 @@ def _outcome(check: Check) -> Outcome:
     try:
         with as_if(backend=check.backend, compiles=check.compiles, kernels=check.kernels):
             compared = check.compared()
-    # Whatever goes wrong in one is what the report is for.
+    # The report shows every error.
     except Exception as error:
         problem = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" …")
         mx.clear_cache()

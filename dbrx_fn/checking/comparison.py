@@ -1,4 +1,4 @@
-"""How far what was computed is from what is right, and where."""
+"""Compares results with the reference: the largest error, and its place."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,17 @@ from numpy.typing import ArrayLike
 from dbrx_fn.model.config import Dtype
 
 LIMITS: dict[Dtype, float] = {"float32": 5e-6, "bfloat16": 2**-5, "float16": 2**-8}
-"""For logits and what leads to them: float32's is that of `docs/exactness.md`, the others are eight roundings."""
+"""Limits for logits and intermediate results: float32's is that of `docs/exactness.md`, the others are 8 roundings."""
 GRADIENT_LIMIT = 1e-5
-"""In float32."""
+"""The limit for gradients in float32."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The largest difference as a part of the largest expected number; NaN where a number isn't finite.
+    """The largest difference, divided by the largest expected number. NaN if a number isn't finite.
 
-    `place`: its index, where `found` was computed and `expected` is right.
+    `place`: the index of the largest difference.
+    `found`, `expected`: the numbers at that place.
     """
 
     error: float
@@ -34,7 +35,7 @@ def compare(found: mx.array, expected: ArrayLike) -> Comparison:
         ValueError: if the shapes differ.
     """
     right = np.asarray(expected, dtype=np.float64)
-    # NumPy knows no bfloat16.
+    # NumPy has no bfloat16.
     made = np.array(found.astype(mx.float32), dtype=np.float64)
     if made.shape != right.shape:
         raise ValueError(f"the result is {list(made.shape)} where {list(right.shape)} is expected")

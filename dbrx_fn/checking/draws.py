@@ -1,8 +1,7 @@
-"""Numbers that are the same on every machine: bits of PCG64, made into weights by integers and powers of two.
+"""Random weights that are the same on every machine: PCG64's bits, scaled by integers and powers of two.
 
-Neither MLX's random numbers nor NumPy's distributions promise their bits on every back end and in every version; a bit
-generator's raw output does. Each weight here is an exact bfloat16 and float16 too, so that one reference serves all
-dtypes.
+MLX's random numbers and NumPy's distributions aren't guaranteed to be equal on every back end and in every version. A
+bit generator's raw output is. Each weight is exact in bfloat16 and float16 too, so one reference serves all dtypes.
 """
 
 import math
@@ -20,9 +19,9 @@ Array = NDArray[np.generic]
 _SPREAD = 255 / math.sqrt(12)
 """Standard deviation of whole numbers from -127 to 127."""
 _FINITE_E4M3 = 0xBFBFBFBF
-"""Without the upper half of their exponents, which holds NaN, 8-bit floats (e4m3) are at most 1.875."""
+"""A mask that clears the exponents' upper bit. Without it, 8-bit floats (e4m3) are at most 1.875 and never NaN."""
 _ROOTS = {"mxfp4": 2.9, "mxfp8": 0.8, "nvfp4": 2.9}
-"""Root of the mean square of all numbers that a format stores, before its scales."""
+"""The root mean square of a format's stored numbers, before scaling."""
 
 
 def whole_numbers(seed: tuple[int, ...], below: int, *shape: int) -> NDArray[np.int64]:
@@ -38,7 +37,7 @@ def floats(seed: tuple[int, ...], fan_in: int, *shape: int) -> NDArray[np.float3
 
 
 def leaves(config: Config, formats: Mapping[str, Format], seed: int) -> dict[str, Array]:
-    """A model's weights by the tree's paths, floats as float32; the matrices in `formats` are quantized."""
+    """A model's weights by the tree's paths, with floats in float32. The matrices in `formats` are quantized."""
     drawn: dict[str, Array] = {}
     for place, (path, leaf) in enumerate(param_spec(config).items()):
         own = (seed, place)
@@ -53,7 +52,7 @@ def leaves(config: Config, formats: Mapping[str, Format], seed: int) -> dict[str
 
 
 def quantized(seed: tuple[int, ...], leaf: Leaf, form: Format) -> dict[str, Array]:
-    """A quantized matrix of about the same variance: every stored number is drawn, and few-bit scales around one."""
+    """A quantized matrix of about the same variance, with random stored numbers and scales of a few bits."""
     parts = leaf.quantized(form)
     words = whole_numbers((*seed, 0), 2**32, *parts["weight"].shape).astype(np.uint32)
     steps = whole_numbers((*seed, 1), 4, *parts["scales"].shape)

@@ -1,4 +1,4 @@
-"""What a developer has to know of the machine that was checked."""
+"""The description of the checked machine in the report."""
 
 import os
 import platform
@@ -19,12 +19,12 @@ _SETTINGS = ("DBRX_FN_", "MLX_", "OPENBLAS_", "OMP_", "MKL_")
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine and what runs there.
+    """The machine and its software.
 
-    `commit`: of the source, if it lies in a clone.
-    `memory`: in bytes, of the device.
-    `blas`: what multiplies matrices on a CPU; `None` on a GPU.
-    `settings`: environment variables that change what is computed, or how.
+    `commit`: the source's commit, if it is in a clone.
+    `memory`: the device's memory in bytes.
+    `blas`: the library that multiplies matrices on a CPU; `None` on a GPU.
+    `settings`: environment variables that affect the computation.
     """
 
     dbrx_fn: str
@@ -43,7 +43,7 @@ class Machine:
 
 
 def this_machine(package_version: str) -> Machine:
-    """What can be found out without a wait."""
+    """The machine's description, as far as it is available without a wait."""
     info = mx.device_info()
     return Machine(
         dbrx_fn=package_version,

@@ -1,4 +1,4 @@
-"""The models that are checked, and what they are given."""
+"""The models to check, and their inputs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,11 +19,11 @@ from dbrx_fn.training.step import Recipe
 
 @dataclass(frozen=True)
 class Model:
-    """One random model, with the rows of tokens that it is given.
+    """A random model, with rows of tokens as its input.
 
-    `seed`: of weights and tokens; one at which no choice of experts is close, so that rounding can't change it.
-    `form`: of all matrices but the routers'; `None` for a dense model.
-    `lengths`: of the rows.
+    `seed`: seed of weights and tokens, for which no choice of experts is close, so rounding can't change a choice.
+    `form`: the format of all matrices except the routers'; `None` for a dense model.
+    `lengths`: the rows' lengths.
     """
 
     name: str
@@ -84,7 +84,7 @@ SHAPES = (
 )
 """Dense models for all dtypes."""
 DBRX_EXPERTS = Model("DBRX's experts", _config(128, 8, 2, 2, 80, 2.0, 5e5, FFNConfig(56, 16, 4)), 32)
-"""A dense model for float32 alone: of 16 experts two are always close."""
+"""A dense model for float32 only, since of 16 experts two are always close."""
 
 _QUANTIZED = _config(256, 4, 2, 2, 128, 2.0, 5e5, FFNConfig(128, 4, 2))
 _SEEDS: tuple[tuple[Mode, int, dict[int, int]], ...] = (
@@ -96,18 +96,18 @@ _SEEDS: tuple[tuple[Mode, int, dict[int, int]], ...] = (
     ("affine", 32, {4: 0, 8: 0, 6: 0, 3: 0, 5: 0, 2: 4}),
     ("affine", 128, {4: 1, 8: 0, 6: 3, 3: 4, 5: 0, 2: 7}),
 )
-"""Of each mode and group size, the model's seed by the bits; the most common first."""
+"""For each mode and group size, the model's seeds by bits. The most common formats come first."""
 QUANTIZED = tuple(
     Model(f"{mode}, {bits} bits, groups of {size}", _QUANTIZED, seed, Format(bits, size, mode), (12, 5))
     for mode, size, seeds in _SEEDS
     for bits, seed in seeds.items()
 )
-"""A model in each format that there is."""
+"""One model in each format."""
 TRAINED = Model("trained", _config(8, 2, 1, 2, 11, 2.0, 1e4, FFNConfig(6, 3, 2, moe_loss_weight=0.5)), 0, None, (7, 7))
 MASK = tuple(
     tuple(bool(bit) for bit in whole_numbers((TRAINED.seed, 2000 + row), 4, length))
     for row, length in enumerate(TRAINED.lengths)
 )
-"""Which of its tokens are targets: about three in four."""
+"""The targets among its tokens, about three in four."""
 RECIPE = Recipe(steps=10, learning_rate=0.1, warmup=0, eps=0.01, weight_decay=0.1, clip_norm=0.5, z_loss_weight=0.1)
-"""`eps` is so large that a small gradient's sign doesn't decide how far a weight moves."""
+"""The training recipe. With this large `eps`, the sign of a tiny gradient hardly moves a weight."""

@@ -1,4 +1,4 @@
-"""Checks of whole models: the logits of rows of tokens, however the tokens are handed to `forward`."""
+"""Checks of whole models: the logits of rows of tokens, for every way of passing tokens to `forward`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,7 +20,7 @@ from dbrx_fn.ops.formats import Mode
 
 Rows = Sequence[NDArray[np.int64]]
 Way = Callable[[Params, Config, Rows], mx.array]
-"""A model and rows of tokens to the logits of some of these rows, one row behind the other, `[token vocab]`."""
+"""Takes a model and rows of tokens, and returns the logits of some rows, one row after the other, `[token vocab]`."""
 
 FIRST = slice(0, 1)
 ALL = slice(None)
@@ -47,7 +47,7 @@ def _token_by_token(params: Params, config: Config, rows: Rows) -> mx.array:
 
 
 def _ragged_batch(params: Params, config: Config, rows: Rows) -> mx.array:
-    """In two calls, between which rows stand at different positions; the longest row fills the cache to the last."""
+    """Two calls, with rows at different positions in between. The longest row fills the cache completely."""
     firsts = [2 * len(row) // 3 for row in rows]
     cache = init_cache(config, len(rows), max(map(len, rows)))
     made: list[list[mx.array]] = [[] for _ in rows]
@@ -68,7 +68,7 @@ WAYS: dict[str, tuple[Way, slice]] = {
     "token by token": (_token_by_token, FIRST),
     "ragged batch": (_ragged_batch, ALL),
 }
-"""Each with the rows whose logits it makes."""
+"""The ways, each with the rows whose logits it makes."""
 
 
 def check_models(
@@ -111,7 +111,7 @@ def _compared(model: Model, dtype: Dtype, way: str) -> Comparison:
 
 def _padded(params: Params, cache: Cache, parts: Rows) -> tuple[mx.array, Cache]:
     lengths = [len(part) for part in parts]
-    # Other ids than 0, as padding may hold.
+    # Padding may hold ids other than 0.
     tokens = np.full((len(parts), max(lengths) + 1), 1)
     for row, part in enumerate(parts):
         tokens[row, : len(part)] = part

@@ -40,7 +40,7 @@ def check_positions() -> Iterator[Check]:
 
 def _experts(mixture: Mixture, dtype: Dtype) -> Comparison:
     params, x, weights, experts = mixture.arrays(dtype)
-    # As what goes into a cache, which has kernels on some GPUs.
+    # As with a cache, which uses kernels on some GPUs.
     mixed = mix_experts(params, x, weights, experts, activation="silu", cached=True)
     compared = compare(mixed.reshape(-1)[:: mixture.step], expected(mixture.name))
     return replace(compared, place=divmod(compared.place[0] * mixture.step, WIDTH))

@@ -1,4 +1,4 @@
-"""Checks of the small model that ships: its logits, and the text that it makes."""
+"""Checks of the small model: its logits, and its generated text."""
 
 from collections.abc import Iterator
 from functools import cache, partial

@@ -1,4 +1,4 @@
-"""Checks of training: the loss, its gradients, and where a step of AdamW takes the weights."""
+"""Checks of training: the loss, its gradients, and the weights after a step of AdamW."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -70,7 +70,7 @@ def _tokens() -> mx.array:
 
 
 def _largest(name: str, tree: Params) -> Comparison:
-    """The leaf's comparison that is worst."""
+    """The comparison of the worst leaf."""
     found: dict[str, mx.array] = dict(tree_flatten(tree))
     compared = [compare(leaf, expected(f"{name}/{path}")) for path, leaf in found.items()]
     return max(compared, key=lambda one: np.inf if np.isnan(one.error) else one.error)

@@ -1,4 +1,4 @@
-"""What single operations are given, where a whole model would take too long: many rows for experts, far positions."""
+"""Inputs of single operations, for checks that would take too long with a whole model: many tokens, far positions."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -19,20 +19,20 @@ _KEPT = 1200
 
 @dataclass(frozen=True)
 class Mixture:
-    """Experts, and tokens that go to two of them each; some experts get many more than others."""
+    """Experts, and tokens that go to two of them each. Some experts get many more tokens than others."""
 
     tokens: int
     form: Format | None = None
 
     @property
     def name(self) -> str:
-        """As the reference and the report have it."""
+        """Its name in the reference and the report."""
         kind = "dense" if self.form is None else f"{self.form.mode} {self.form.bits} bits"
         return f"{self.tokens} {'token' if self.tokens == 1 else 'tokens'}, {kind} experts"
 
     @property
     def step(self) -> int:
-        """The reference has every `step`-th number of the results, counted row by row: some of each token's."""
+        """The reference holds every `step`-th number of the results, row by row, so some for each token."""
         return min(WIDTH - 1, max(1, self.tokens * WIDTH // _KEPT) | 1)
 
     def matrices(self) -> dict[str, dict[str, Array]]:
@@ -54,7 +54,7 @@ class Mixture:
         return x, weights, np.minimum(experts // 2, EXPERTS - 1)
 
     def arrays(self, dtype: Dtype) -> tuple[ExpertsParams, mx.array, mx.array, mx.array]:
-        """What `mix_experts` takes, in a dtype."""
+        """The arguments of `mix_experts`, in a dtype."""
         x, weights, experts = self.inputs()
         params = {
             name: {leaf: in_dtype(part, dtype) for leaf, part in parts.items()}
@@ -74,12 +74,12 @@ MIXTURES = (
     *(Mixture(tokens, Format(4, 64)) for tokens in (1, 9, 40, 200, 600)),
     Mixture(40, Format(4, 32, "mxfp4")),
 )
-"""So many tokens that segments have each length that a machine chooses."""
+"""Numbers of tokens for which segments have each length that a machine can choose."""
 
 POSITIONS = (0, 1, 2, 63, 1000, 8191, 20_000, 32_767)
 HEAD_DIM, THETA = 128, 5e5
 
 
 def turned_heads() -> NDArray[np.float32]:
-    """What is turned, `[position head_dim]`."""
+    """The heads to rotate, `[position head_dim]`."""
     return floats((7,), 1, len(POSITIONS), HEAD_DIM)

@@ -1,4 +1,4 @@
-"""All checks of this machine, what matters most first: a machine that is too slow for all leaves out the last."""
+"""All checks of this machine, the most important first. A machine that is too slow leaves out the last ones."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,9 +16,9 @@ from dbrx_fn.ops.kernels.cuda_module import on_hopper
 from dbrx_fn.runtime.device import Backend, on_cpu
 
 _BRIEFLY = ("whole", "token by token")
-"""Ways that hand tokens to `forward`, where there is no time for all."""
+"""The ways of passing tokens to `forward` when there isn't time for all."""
 _COMMON = 5
-"""Quantized formats that most models have."""
+"""Number of the most common quantized formats."""
 
 
 def planned() -> list[Check]:
@@ -57,7 +57,7 @@ def _row(name: str, *_: str) -> str:
 
 
 def _otherwise_on_a_cpu() -> Iterator[Check]:
-    """As other back ends choose."""
+    """Checks with the choices of other back ends."""
     for other in get_args(Backend):
         if other != "cpu":
             yield from _arranged_as_on(other)
@@ -72,8 +72,10 @@ def _arranged_as_on(other: Backend) -> Iterator[Check]:
 
 
 def _otherwise_on_a_gpu() -> Iterator[Check]:
-    """Without kernels of this project's, where they run, and without compiling. Other back ends' choices aren't made
-    there, since MLX's own kernels are for those of each."""
+    """Checks without this project's kernels, if they run here, and without compiling.
+
+    Other back ends' choices aren't checked on a GPU, since its MLX kernels are made for its own.
+    """
     if on_hopper():
         row = "without this project's kernels"
         yield from check_models(lambda *_: row, SHAPES, dtypes=["bfloat16"], ways=_BRIEFLY, kernels=False)
@@ -82,6 +84,6 @@ def _otherwise_on_a_gpu() -> Iterator[Check]:
 
 
 def _compiled() -> Iterator[Check]:
-    """As on a GPU. MLX builds each kernel with g++, which takes half a second."""
+    """Checks with compiled layers, as on a GPU. MLX builds each kernel with g++, which takes half a second."""
     if shutil.which("g++"):
         yield from check_models(lambda *_: "compiled", SHAPES[:1], dtypes=["float32"], ways=_BRIEFLY, compiles=True)

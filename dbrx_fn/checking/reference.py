@@ -1,4 +1,4 @@
-"""What is right: numbers of the float64 oracle, made by `python -m tests.support.make_check_reference`."""
+"""The reference: numbers of the float64 oracle, made by `python -m tests.support.make_check_reference`."""
 
 from functools import cache
 from pathlib import Path
@@ -10,16 +10,16 @@ from dbrx_fn.errors import CheckpointError
 
 FILE = Path(__file__).with_name("reference.npz")
 COLUMNS = 48
-"""Logits of about so many tokens of the vocabulary are kept."""
+"""The reference holds the logits of about this many tokens of the vocabulary."""
 
 PROMPT = (509, 301, 11, 533, 338, 293, 301)
-"""What the small model continues: "To be, or not to be"."""
+"""The small model's prompt: "To be, or not to be"."""
 MADE = 16
-"""Tokens that it makes."""
+"""Number of tokens that it generates."""
 
 
 def kept(vocab_size: int) -> slice:
-    """The columns of logits that are in the reference."""
+    """The columns of logits in the reference."""
     return slice(0, None, -(-vocab_size // COLUMNS))
 
 

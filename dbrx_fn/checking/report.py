@@ -1,4 +1,4 @@
-"""The report: a page for people, and the same for a script."""
+"""The report: a page for people, and JSON for scripts."""
 
 import math
 from collections import Counter
@@ -12,7 +12,7 @@ from dbrx_fn.checking.machine import Machine
 from dbrx_fn.checking.speed import Speed
 
 _MOST_FAULTS = 10
-"""Wrong checks that are told one by one."""
+"""The most wrong checks that the page lists."""
 _FIGURES = {
     "prefill": "a prompt of {} tokens",
     "first token": "the same to its first token",
@@ -22,10 +22,10 @@ _FIGURES = {
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """The outcomes of all checks.
 
-    `speed`: the measurement, or why there is none.
-    `seconds`: that all of it took.
+    `speed`: the measurement, or the reason why there is none.
+    `seconds`: the time of everything.
     """
 
     machine: Machine
@@ -35,17 +35,17 @@ class Report:
 
     @property
     def wrong(self) -> list[Outcome]:
-        """The checks that weren't right."""
+        """The wrong checks."""
         return [outcome for outcome in self.outcomes if outcome.wrong]
 
     @property
     def left_out(self) -> int:
-        """How many checks there was no time for."""
+        """The number of checks left out for lack of time."""
         return sum(outcome.left_out for outcome in self.outcomes)
 
 
 def described(report: Report) -> dict[str, Any]:
-    """The report as JSON has it: every check, every figure. Errors that are no numbers are texts."""
+    """The report as an object for JSON: every check and figure. Errors that aren't finite are texts."""
     speed: Any = {"missing": report.speed} if isinstance(report.speed, str) else asdict(report.speed)
     return {
         "right": not report.wrong,
@@ -57,7 +57,7 @@ def described(report: Report) -> dict[str, Any]:
 
 
 def report_text(report: Report, again: str) -> str:
-    """The page; `again` is the command without options."""
+    """The page. `again` is the command without options."""
     wrong = report.wrong
     lines = [*_machine_lines(report.machine), "", *_table(report.outcomes)]
     if wrong:
@@ -105,7 +105,7 @@ def _one_of_each_row_first(wrong: Sequence[Outcome]) -> list[Outcome]:
 
 
 def _row(members: Sequence[Outcome]) -> tuple[str, str, str, str]:
-    """Number, error and limit of the check that is nearest to its limit or furthest past it, and the verdict."""
+    """The number of checks, the error and limit of the worst check in relation to its limit, and the verdict."""
     left_out = sum(outcome.left_out for outcome in members)
     wrong = sum(outcome.wrong for outcome in members)
     done = len(members) - left_out

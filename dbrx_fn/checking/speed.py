@@ -1,4 +1,4 @@
-"""A short measurement of speed, beside what the machine can do; it decides nothing about right and wrong."""
+"""A short measurement of speed beside the machine's limits. It doesn't affect the verdict."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ _LAYERS = (4, 20)
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured, of which model. Sizes in bytes."""
+    """The measured model and its figures. Sizes are in bytes."""
 
     model: str
     size: int
@@ -31,9 +31,9 @@ class Speed:
 
 
 def measure_speed() -> Speed:
-    """Measures a prompt and decoding with some hundred MB of random weights, which takes 10 to 30 s.
+    """Measures a prompt and decoding with some hundred MB of random weights. This takes 10 to 30 s.
 
-    In 4 bits, as large models run; on a CPU, where quantized products are slow, as floats.
+    The weights are in 4 bits, as in large models. On a CPU, where quantized products are slow, they are floats.
     """
     quantization = None if on_cpu() else Quantization()
     config = _sized(512 if on_cpu() else 1024, quantization)
@@ -52,7 +52,7 @@ def measure_speed() -> Speed:
 
 
 def _sized(d_model: int, quantization: Quantization | None) -> Config:
-    """DBRX's proportions, and layers by the machine's memory."""
+    """A config with DBRX's proportions. The number of layers depends on the machine's memory."""
     fewest, most = _LAYERS
     one = Config(
         d_model=d_model,

@@ -1,4 +1,4 @@
-"""Beam search: each step keeps the likeliest continuations, by choosing rows of the cache."""
+"""Beam search: each step keeps the most likely continuations, by choosing rows of the cache."""
 
 import dbrx_fn
 import mlx.core as mx

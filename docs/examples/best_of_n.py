@@ -1,4 +1,4 @@
-"""Best of n: eight answers to one prompt, which is read once, in one batch; the likeliest is the best."""
+"""Best of n: generates eight answers to one prompt in a batch, which computes the prompt once, and takes the best."""
 
 import dbrx_fn
 import mlx.core as mx

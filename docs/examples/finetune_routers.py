@@ -1,4 +1,4 @@
-"""Fine-tunes the routers alone, 0.3% of the parameters: the same experts, chosen otherwise, for another text."""
+"""Fine-tunes only the routers, 0.3% of the parameters, on another kind of text. The experts don't change."""
 
 from pathlib import Path
 

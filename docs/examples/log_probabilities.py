@@ -1,4 +1,4 @@
-"""How likely a model finds each token of a text, and which tokens it would rather have seen there."""
+"""Prints the log-probability of each token of a text, and the most likely tokens at its place."""
 
 import dbrx_fn
 import mlx.core as mx

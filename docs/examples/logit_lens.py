@@ -1,4 +1,4 @@
-"""The logit lens: what the model would say after each layer, were that its last. Drawn as a picture.
+"""Draws a logit lens: the model's predictions after each layer, read as if it were the last.
 
 Method: https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens
 """

@@ -1,4 +1,4 @@
-"""Saves what a model made of a long prompt, loads it, and goes on from there several times without reading it again."""
+"""Saves the cache of a long prompt, loads it, and continues from it several times without computing it again."""
 
 import tempfile
 import time

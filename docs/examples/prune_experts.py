@@ -1,4 +1,4 @@
-"""Prunes experts: each layer loses those that a text uses least, and what that costs is measured on another text."""
+"""Prunes the experts of each layer that a text uses least, and measures the loss of quality on another text."""
 
 from dataclasses import replace
 from pathlib import Path

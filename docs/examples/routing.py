@@ -1,4 +1,4 @@
-"""Which experts each token of a text goes to, and with how much weight: a picture, a panel for each layer."""
+"""Draws each token's experts and their weights, with a panel for each layer."""
 
 import dbrx_fn
 import matplotlib.pyplot as plt
