@@ -1,4 +1,4 @@
-"""The options of every command that makes texts: how long they get, what ends them, how tokens are chosen."""
+"""The options of all commands that generate text: its length, its end, and the choice of tokens."""
 
 import argparse
 from dataclasses import replace
@@ -14,7 +14,7 @@ MOST_TOKENS = 100
 
 
 def add_generation_options(options: argparse.ArgumentParser, most_tokens: int = MOST_TOKENS) -> None:
-    """Adds the options; those that mlx-lm has too are named as there.
+    """Adds the options. Those that mlx-lm has too have mlx-lm's names.
 
     Args:
         options: the command's parser.
@@ -73,10 +73,10 @@ def _add_sampling(options: argparse.ArgumentParser) -> None:
 
 
 def check_generation_options(options: argparse.Namespace) -> None:
-    """Checks all that can be checked before a checkpoint is read.
+    """Makes all checks that don't need the checkpoint.
 
     Raises:
-        InputError: naming an option whose value can't work.
+        InputError: if an option has an impossible value. It names the option.
     """
     chosen_sampling(options, Sampling())
     check_limits(1 if options.max_tokens is None else options.max_tokens, options.stop)
@@ -85,10 +85,10 @@ def check_generation_options(options: argparse.Namespace) -> None:
 
 
 def chosen_sampling(options: argparse.Namespace, default: Sampling) -> Sampling:
-    """How to choose tokens: as the options say, and where they don't as `default` does.
+    """How to choose tokens: by the options, and by `default` for those that aren't given.
 
     Raises:
-        InputError: naming an option whose value can't work.
+        InputError: if an option has an impossible value. It names the option.
     """
     given = {
         "temperature": options.temp,
@@ -110,7 +110,7 @@ def chosen_stop_tokens(options: argparse.Namespace, tokenizer: Tokenizer) -> fro
     """The tokens that end a text: the tokenizer's, and those of `--extra-eos-token`.
 
     Raises:
-        InputError: if one of these is no single token.
+        InputError: if one of these isn't a single token.
     """
     return tokenizer.stop_tokens | {_one_token(tokenizer, token) for token in options.extra_eos_token}
 

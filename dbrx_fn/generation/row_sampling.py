@@ -1,11 +1,11 @@
-"""Choosing the next token for rows of different requests, each with its own numbers, in one compiled function.
+"""Sampling for rows of different requests, each with its own settings, in one compiled function.
 
-What a row gets depends on its own logits, numbers, seed and position, and never on its neighbours: a step that one row
-needs leaves the others' logits as they are, bit for bit. So any mix of requests can be in a batch, and which steps
-there are (`Steps`) is all that is compiled in.
+A row's token depends only on its own logits, settings, seed and position, never on the other rows: a step that one row
+needs leaves the others' logits unchanged, bit for bit. So a batch can mix any requests. Only the set of steps (`Steps`)
+is compiled in.
 
-The steps and their order are those of `dbrx_fn.generation.sampling`. Draws differ from it: a row draws with a key made
-of its seed and its position, in an array of shape `[vocab]`, whatever the batch.
+The steps and their order are those of `dbrx_fn.generation.sampling`. The draws differ: each row draws an array of shape
+`[vocab]`, with a key made from its seed and position.
 """
 
 import math
@@ -25,12 +25,12 @@ Numbers = Float32[mx.array, " batch"]
 
 
 class RowNumbers(TypedDict):
-    """A number of each request, one entry a row.
+    """The requests' settings, with one entry per row.
 
-    `keys`: uint32 `[batch 2]`, made of the seeds.
-    `temperatures`: float32 `[batch]`; 0 takes the likeliest token.
-    `top_k`: int32 `[batch]`, the vocabulary's size for all.
-    `top_p`, `min_p`, `repetition`, `presence`, `frequency`: float32 `[batch]`, as of `Sampling`.
+    `keys`: uint32 `[batch 2]`, made from the seeds.
+    `temperatures`: float32 `[batch]`; 0 takes the most likely token.
+    `top_k`: int32 `[batch]`; the vocabulary's size means all.
+    `top_p`, `min_p`, `repetition`, `presence`, `frequency`: float32 `[batch]`, as in `Sampling`.
     """
 
     keys: mx.array
@@ -45,11 +45,11 @@ class RowNumbers(TypedDict):
 
 @dataclass(frozen=True)
 class Steps:
-    """Which steps any row of a batch needs. Each set of them is one compiled function.
+    """The steps that any row of a batch needs. Each set of steps is one compiled function.
 
-    `draws`: some row has a temperature.
-    `filters`: some row that draws has a top_k, top_p or min_p.
-    `top_logprobs`: of how many likeliest tokens log-probabilities are wanted; `None` if of no token, 0 of the chosen.
+    `draws`: whether a row has a temperature.
+    `filters`: whether a drawing row has a top_k, top_p or min_p.
+    `top_logprobs`: number of most likely tokens with log-probabilities. 0 means only the chosen token's, `None` none.
     """
 
     draws: bool = False
@@ -58,10 +58,10 @@ class Steps:
 
 
 class RowLogprobs(NamedTuple):
-    """Natural logarithms of probabilities by the model's own logits, before bias, penalties, mask and temperature.
+    """Log-probabilities (natural) by the model's own logits, before bias, penalties, mask and temperature.
 
-    `chosen`: float32 `[rows]`, of each row's token.
-    `top_tokens`, `top`: int32 and float32 `[rows top]`, the likeliest tokens, the likeliest first.
+    `chosen`: float32 `[rows]`, each row's token's.
+    `top_tokens`, `top`: int32 and float32 `[rows top]`, the most likely tokens and their log-probabilities, in order.
     """
 
     chosen: mx.array
@@ -70,9 +70,9 @@ class RowLogprobs(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What was chosen for each row.
+    """Each row's choice.
 
-    `tokens`: int32 `[batch]`; the vocabulary's size, which is no token, where logits aren't usable (as of `sample`).
+    `tokens`: int32 `[batch]`. If logits aren't usable it is the vocabulary's size, which is no token (as in `sample`).
     `logprobs`: `None` if not wanted.
     """
 
@@ -81,10 +81,10 @@ class Choice(NamedTuple):
 
 
 def row_numbers(requests: Sequence[tuple[Sampling, int]], vocab_size: int) -> RowNumbers:
-    """The numbers of requests, one `Sampling` and seed for each row.
+    """The settings of requests, from one `Sampling` and seed per row.
 
     Raises:
-        InputError: if a seed is negative or doesn't fit 64 bits.
+        InputError: if a seed is negative or doesn't fit into 64 bits.
     """
     samplings = [sampling for sampling, _ in requests]
 
@@ -104,14 +104,14 @@ def row_numbers(requests: Sequence[tuple[Sampling, int]], vocab_size: int) -> Ro
 
 
 def steps_of(samplings: Iterable[Sampling], top_logprobs: int | None = None) -> Steps:
-    """The steps that these need together."""
+    """The steps that these settings need together."""
     drawn = [sampling for sampling in samplings if sampling.temperature]
     filters = any(sampling.top_k or sampling.top_p < 1 or sampling.min_p for sampling in drawn)
     return Steps(bool(drawn), filters, top_logprobs)
 
 
 def biases(samplings: Sequence[Sampling], vocab_size: int) -> mx.array | None:
-    """What `logit_bias` adds, float32 `[batch vocab]`; `None` if no row has any."""
+    """The logit biases, float32 `[batch vocab]`, or `None` if no row has any."""
     if not any(sampling.logit_bias for sampling in samplings):
         return None
     added = np.zeros((len(samplings), vocab_size), np.float32)
@@ -122,7 +122,7 @@ def biases(samplings: Sequence[Sampling], vocab_size: int) -> mx.array | None:
 
 
 def take_numbers(numbers: RowNumbers, rows: mx.array) -> RowNumbers:
-    """The numbers of the rows in `rows` int32 `[chosen]`, in this order."""
+    """The settings of the rows in `rows`, int32 `[chosen]`, in this order."""
     taken = {name: mx.take(cast(mx.array, array), rows, axis=0) for name, array in numbers.items()}
     return cast(RowNumbers, taken)
 
@@ -141,16 +141,16 @@ def sample_rows(
     """Chooses each row's next token.
 
     Args:
-        logits: of any float dtype; computed on in float32.
-        numbers: of each row's request.
-        positions: how many tokens each row has made; with its seed it says what is drawn.
-        history: what penalties look at; `None` if no row has any.
-        bias: what is added to logits; `None` if nothing.
-        allowed: a bit for each token, 32 to a word, the lowest first: tokens of bit 0 are excluded. `None` if none is.
-        steps: what the rows need together.
+        logits: of any float dtype. The computation is in float32.
+        numbers: each row's settings.
+        positions: number of tokens that each row has generated. Together with the seed it determines the draw.
+        history: the tokens so far, for penalties; `None` if no row has penalties.
+        bias: added to the logits; `None` if no row has any.
+        allowed: one bit per token, 32 per word, lowest first. Tokens with bit 0 are excluded. `None` excludes none.
+        steps: the steps that the rows need together.
 
     Returns:
-        What was chosen, and the history with it.
+        The choice, and the history with it.
     """
     own = logits.astype(mx.float32)
     logits = own
@@ -160,7 +160,7 @@ def sample_rows(
         logits = _penalized(logits, numbers, history)
     if allowed is not None:
         logits = mx.where(_unpacked(allowed, logits.shape[-1]), logits, -math.inf)
-    # The maximum is NaN where any logit is, on all back ends; argmax overlooks NaN on some.
+    # On every back end the maximum is NaN if a logit is. On some, argmax overlooks NaN.
     usable = mx.abs(logits.max(axis=-1)) < math.inf
     tokens = logits.argmax(axis=-1).astype(mx.int32)
     if steps.draws:
@@ -178,10 +178,10 @@ def sample_rows(
 
 @compiled
 def row_logprobs(logits: Float[mx.array, "rows vocab"], tokens: Int32[mx.array, " rows"], *, top: int) -> RowLogprobs:
-    """Log-probabilities of each row's token and of its `top` likeliest ones, computed in float32."""
+    """Log-probabilities of each row's token and of its `top` most likely tokens, computed in float32."""
     logprobs = logits.astype(mx.float32)
     logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
-    # Equal logits stand in the order of their ids, whichever tokens share the batch.
+    # Equal logits are ordered by their ids, independent of the batch.
     likeliest = (
         mx.argsort(-logprobs, axis=-1)[:, :top].astype(mx.int32) if top else mx.zeros((len(tokens), 0), mx.int32)
     )
@@ -190,7 +190,7 @@ def row_logprobs(logits: Float[mx.array, "rows vocab"], tokens: Int32[mx.array, 
 
 
 def packed(allowed: NDArray[np.bool_]) -> NDArray[np.uint32]:
-    """A bit for each bool `[batch vocab]`, as `sample_rows` takes them, uint32 `[batch words]`."""
+    """Bools `[batch vocab]` as the bits that `sample_rows` takes, uint32 `[batch words]`."""
     padded = np.pad(allowed, [(0, 0), (0, -allowed.shape[1] % 32)])
     return np.packbits(padded, axis=1, bitorder="little").view(np.uint32)
 
@@ -211,11 +211,11 @@ def _penalized(logits: mx.array, numbers: RowNumbers, history: History) -> mx.ar
 
 
 def _filtered(logits: mx.array, numbers: RowNumbers) -> mx.array:
-    """What is drawn from; the rest is -inf. A row whose numbers exclude nothing keeps its logits."""
+    """The logits to draw from, with -inf for excluded tokens. A row without filters keeps its logits."""
     vocab = logits.shape[-1]
     order = mx.argsort(logits, axis=-1)
     ascending = mx.take_along_axis(logits, order, axis=-1)
-    # What ties with the last of the top k stays, as in `apply_top_k`.
+    # Tokens that tie with the last of the top k stay, as in `apply_top_k`.
     smallest = mx.take_along_axis(ascending, vocab - numbers["top_k"][:, None], axis=-1)
     ascending = mx.where(ascending < smallest, -math.inf, ascending)
     up_to_here = mx.cumsum(mx.softmax(ascending, axis=-1), axis=-1)
@@ -226,8 +226,8 @@ def _filtered(logits: mx.array, numbers: RowNumbers) -> mx.array:
 
 
 def _drawn(logits: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
-    # A key is hashed before the position is added: seeds are small numbers too, and seed 3 at position 1 must not draw
-    # what seed 4 draws at position 0.
+    # The key is hashed before the position is added. Otherwise seed 3 at position 1 would draw the same as seed 4 at
+    # position 0, since seeds are small numbers too.
     own = mx.vmap(lambda key: mx.random.split(key)[0])(keys)
     at_position = own + mx.stack([mx.zeros_like(positions), positions], axis=1).astype(mx.uint32)
     draw = mx.vmap(lambda row, key: mx.random.categorical(row, key=key))

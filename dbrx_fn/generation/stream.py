@@ -28,7 +28,7 @@ from dbrx_fn.text.tokenizer import Tokenizer
 FinishReason = Literal["stop", "length"]
 T = TypeVar("T")
 _AHEAD = 256
-"""The cache has room for this many new tokens at first, and grows later. Short answers so attend over fewer slots."""
+"""The cache has room for this many new tokens at first, and grows later. So short answers attend to fewer slots."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Piece:
 
 @dataclass(eq=False)
 class _Held:
-    """Where a generation keeps its cache, so that nobody else holds one while it is written to."""
+    """Holds a generation's only reference to its cache, so that MLX can write to it in place."""
 
     cache: Cache
 
 
 class Stream(Iterator[T], Generic[T]):
-    """Tokens or pieces as they are made. Whoever has enough stops asking.
+    """An iterator of tokens or pieces, which are made when they are asked for. It also gives the cache.
 
     stream = stream_tokens(params, config, prompt)
     text = [*prompt, *stream]
@@ -69,15 +69,15 @@ class Stream(Iterator[T], Generic[T]):
         return next(self._made)
 
     def close(self) -> None:
-        """Ends it before its end."""
+        """Ends the stream early."""
         self._made.close()
 
     @property
     def cache(self) -> Cache:
-        """Keys and values of the text so far: the prompt, then what was made.
+        """Keys and values of the text so far: the prompt, then the generated tokens.
 
-        The last token that was made may be missing. While the stream goes on, one may be there that hasn't been yielded
-        yet: `rewind` forgets it.
+        The last generated token may be missing. Before the end of the stream, a token that hasn't been yielded yet may
+        be included; `rewind` removes it.
         """
         return self._held.cache
 
@@ -106,8 +106,7 @@ def stream_tokens(
         key: an `mx.random.key`. Required if `sampling` has a temperature.
         stop_tokens: ids that end the text.
         chunk_size: number of prompt tokens computed at once.
-        cache: keys and values of the prompt's first tokens, which aren't computed again. Nothing is known, if not
-            given.
+        cache: keys and values of the prompt's first tokens, which aren't computed again.
 
     Raises:
         InputError: if an argument has an impossible value.
@@ -285,8 +284,8 @@ def _check_known(cache: Cache, prompt: Sequence[int], config: Config) -> None:
         raise CacheError("The cache isn't one row of this model's config: make it with init_cache(config, 1, …).")
     if cache.lengths[0] >= len(prompt):
         raise CacheError(
-            f"The cache holds {cache.lengths[0]} tokens and the prompt has {len(prompt)}, all of the text from its"
-            " beginning: rewind the cache to fewer than that."
+            f"The cache holds {cache.lengths[0]} tokens and the prompt has {len(prompt)} where the whole text is"
+            " expected: give it from its beginning, or rewind the cache to fewer tokens than that."
         )
 
 

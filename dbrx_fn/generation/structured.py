@@ -1,9 +1,9 @@
-"""Texts that are what somebody needs: JSON, JSON of a schema, what a regular expression matches, one of a few strings.
+"""Structured output: texts that must be JSON, fit a JSON schema or a regular expression, or be one of some strings.
 
-A `Structure` says what the text must be. A `Matcher` follows one text as it is made and says which tokens may come
-next, for `sample` and `sample_rows` to choose among. It needs a `TokenTrie`, which is made once for a tokenizer.
+A `Structure` describes the text. A `Matcher` follows one text and gives the tokens that may come next, among which
+`sample` and `sample_rows` choose. It needs a `TokenTrie`, which is made once per tokenizer.
 
-The work is llguidance's (https://github.com/guidance-ai/llguidance), which is needed for nothing else.
+llguidance (https://github.com/guidance-ai/llguidance) does the matching. Nothing else needs it.
 """
 
 import functools
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     import llguidance
 
 _LARGEST = 128 * 2**10
-"""Characters of a structure. `json_schema` bounds what else makes one costly to compile."""
+"""The most characters of a structure. `json_schema` bounds other causes of costly compilation."""
 
 _LONGEST_REGEX = 10_000
-"""Characters; the time to compile grows with the square."""
+"""The most characters of a regular expression. The time to compile it grows with their square."""
 
 _MOST_CHOICES = 1000
 _PATIENCE = 2.0
-"""Seconds spent on finding out which keyword of a schema can't be enforced."""
+"""The most seconds for finding the keyword of a schema that can't be enforced."""
 
 _LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 500_000,
@@ -44,10 +44,10 @@ _LIMITS: dict[str, Any] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
-"""What a grammar may cost: work to compile it, work for one token, and states in memory, of 1 to 2 KB each."""
+"""A grammar's limits: work to compile it, work for one token, and states in memory, of 1 to 2 KB each."""
 
 _JSON_OPTIONS: dict[str, Any] = {
-    # Where white space may go on without end, a weak model makes nothing else.
+    # If white space may continue without end, a weak model may generate nothing else.
     "whitespace_pattern": r" |\r?\n[ \t]{0,64}",
     # A key written with \u could be that of another property, and not fit that one's schema.
     "json_allowed_escapes": 'nrbtf\\"',
@@ -56,9 +56,9 @@ _JSON_OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Structure:
-    """What a text must be, from its first character to its last; made by one of its functions.
+    """The form of an entire text. Its static methods make one.
 
-    `grammar`: for llguidance.
+    `grammar`: the form as llguidance reads it.
     """
 
     grammar: str
@@ -74,7 +74,7 @@ class Structure:
 
     @staticmethod
     def json_schema(schema: Schema) -> "Structure":
-        """JSON that is valid by a schema, its properties in the schema's order.
+        """JSON that is valid under a schema, with properties in the schema's order.
 
         Args:
             schema: as parsed from JSON, of a draft from 4 to 2020-12.
@@ -98,7 +98,7 @@ class Structure:
 
     @staticmethod
     def regex(pattern: str) -> "Structure":
-        """What a regular expression matches from its first character to its last.
+        """A text that a regular expression matches completely.
 
         Args:
             pattern: in the syntax of Rust's crate regex (https://docs.rs/regex/latest/regex/#syntax), without

@@ -1,4 +1,4 @@
-"""Tokens to text as they come, up to a stop token or stop string."""
+"""Turns a stream of tokens into text, up to a stop token or stop string."""
 
 from collections.abc import Collection, Sequence
 
@@ -6,12 +6,12 @@ from dbrx_fn.text.tokenizer import Tokenizer
 
 
 class TextCutter:
-    """One text in the making. It gives out characters that are complete and certain to stay.
+    """One text in progress. It returns characters when they are complete and certain.
 
     Args:
         tokenizer: the checkpoint's.
-        stop_tokens: ids that end the text. Nothing of them is given out.
-        stop_strings: strings that end the text, none of them empty. Nothing of them is given out.
+        stop_tokens: ids that end the text. Their text is never returned.
+        stop_strings: non-empty strings that end the text. They are never returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_tokens: Collection[int], stop_strings: Sequence[str]) -> None:
@@ -20,11 +20,11 @@ class TextCutter:
         self._held = ""
 
     def push(self, token: int, *, last: bool) -> tuple[str, bool]:
-        """What the next token adds, and whether the text ends here by a stop token or string.
+        """The text that the next token adds, and whether a stop token or string ends the text here.
 
         Args:
             token: its id.
-            last: whether no token follows, so that all that was held back is given out.
+            last: whether no token follows. Then all text held back is returned.
         """
         stops = token in self._stop_tokens
         new = "" if stops else self._stream.push(token)

@@ -61,8 +61,8 @@ def put_rows(cache: Cache, rows: Sequence[int], other: Cache) -> Cache:
     places = _checked_rows(cache, rows)
     if len(places) != other.batch_size or len(set(places)) != len(places):
         raise CacheError(
-            f"rows is {list(places)} where {other.batch_size} different rows are expected, one for each of the cache"
-            " that is put there."
+            f"rows is {list(places)} where {other.batch_size} different rows are expected, one for each row of the"
+            " other cache."
         )
     if other.config != cache.config:
         raise CacheError("The two caches were made for different configs: make both with init_cache of the same one.")
@@ -104,7 +104,7 @@ def rewind(cache: Cache, lengths: Sequence[int]) -> Cache:
         not 0 <= new <= held for new, held in zip(kept, cache.lengths, strict=True)
     ):
         raise CacheError(
-            f"lengths is {lengths} where a whole number for each row is expected, at most what it holds:"
+            f"lengths is {lengths} where a whole number for each row is expected, at most its current length:"
             f" {list(cache.lengths)}."
         )
     return replace(cache, lengths=kept)

@@ -24,7 +24,7 @@ _LARGEST = 2**31
 # bound that memory for a config.json that gives absurd numbers.
 _MOST_LAYERS = 10_000
 _MOST_EXPERTS = 2**15
-_ROTARY = "since the rotary embedding turns halves of a head against each other"
+_ROTARY = "since the rotary embedding rotates pairs of a head's entries"
 
 
 def require(ok: bool, name: str, value: object, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""Best of n: generates eight answers to one prompt in a batch, which computes the prompt once, and takes the best."""
+"""Best of n: generates eight answers to one prompt, which is computed once, and ranks them by likelihood."""
 
 import dbrx_fn
 import mlx.core as mx

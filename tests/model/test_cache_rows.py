@@ -190,5 +190,5 @@ def test_a_row_too_long_for_the_cache_is_refused() -> None:
 
 @pytest.mark.parametrize("lengths", [[], [1], [3, 2], [2, -1], [1, 1, 1], [0.5, 1], None])
 def test_lengths_that_no_cache_can_be_rewound_to(lengths: list[int]) -> None:
-    with pytest.raises(CacheError, match=r"a whole number for each row is expected, at most what it holds: \[2, 1\]"):
+    with pytest.raises(CacheError, match=r"each row is expected, at most its current length: \[2, 1\]"):
         rewind(batch_of([1, 2], [3]), lengths)
