@@ -22,7 +22,7 @@ from dbrx_fn.serving.openai_objects import Object, models, one_model
 from dbrx_fn.serving.page import read_page
 from dbrx_fn.serving.served_model import ServedModel
 from dbrx_fn.serving.service import Service
-from dbrx_fn.serving.token_requests import detokenized, tokenized
+from dbrx_fn.serving.token_requests import detokenized, tokenized, tokenizer_info
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -68,6 +68,7 @@ def _routes(service: Service) -> list[Route]:
         Route("/v1/models/{name:path}", _one_model(service)),
         Route("/v1/completions", Answers(service, "completion", read_completion), methods=["POST"]),
         Route("/v1/chat/completions", Answers(service, "chat", read_chat), methods=["POST"]),
+        Route("/tokenizer_info", _tokenizer_info(service)),
         Route("/tokenize", _reading(service, tokenized), methods=["POST"]),
         Route("/detokenize", _reading(service, detokenized), methods=["POST"]),
     ]
@@ -114,6 +115,13 @@ def _one_model(service: Service) -> Endpoint:
         return json_response(one_model(service.model))
 
     return model
+
+
+def _tokenizer_info(service: Service) -> Endpoint:
+    async def info(request: Request) -> Response:
+        return json_response(tokenizer_info(service.model))
+
+    return info
 
 
 def _reading(service: Service, answer: Callable[[bytes, ServedModel], Object]) -> Endpoint:

@@ -9,7 +9,10 @@ from dbrx_fn.serving.failures import refusal
 from dbrx_fn.serving.service import Service
 
 _ENDPOINTS = frozenset(
-    ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+    (
+        *("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"),
+        *("/tokenize", "/detokenize", "/tokenizer_info"),
+    )
 )
 _WHILE_ENDING = ("/health", "/metrics")
 """Endpoints that still answer while the server ends."""

@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`, in vLLM's form: text to token ids and back, without a model."""
+"""`/tokenize`, `/detokenize` and `/tokenizer_info`, in vLLM's form: text to token ids and back, without a model."""
 
 from dbrx_fn.serving.chat_completions import read_messages
 from dbrx_fn.serving.completions import checked_ids
@@ -47,3 +47,13 @@ def detokenized(body: bytes, model: ServedModel) -> Object:
     tokens = checked_ids("tokens", fields.required("tokens"), model)
     fields.finish()
     return {"prompt": model.tokenizer.decode(tokens, skip_special_tokens=False)}
+
+
+def tokenizer_info(model: ServedModel) -> Object:
+    """What lm-evaluation-harness asks before it has its texts tokenized here."""
+    form, end = model.tokenizer.chat_format, model.tokenizer.end_of_text
+    return {
+        "bos_token": form.special_tokens.get("bos_token"),
+        "eos_token": None if end is None else model.tokenizer.decode([end], skip_special_tokens=False),
+        "chat_template": form.template,
+    }
