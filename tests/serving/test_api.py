@@ -353,7 +353,7 @@ def test_what_is_not_there_is_an_error_object(client: httpx.Client) -> None:
 
 
 def test_log_likelihoods_as_lm_evaluation_harness_asks_for_them_are_those_of_score(client: httpx.Client) -> None:
-    params, config, tokenizer = small_model()
+    params, config, _ = small_model()
     info = client.get("/tokenizer_info").json()
     assert info.keys() == {"bos_token", "eos_token", "chat_template"}
     pairs = [("To be, or not", " to be"), ("And God said,", " Let there be light"), ("x", "zebra")]
