@@ -17,6 +17,7 @@ from dbrx_fn.errors import InputError
 COMMANDS = {
     "generate": "continue a prompt, or answer it",
     "serve": "serve a model to OpenAI's clients, over HTTP",
+    "chat": "talk with a model in the terminal",
     "inspect": "show what a checkpoint holds, and whether it fits this machine",
     "convert": "write a checkpoint in another layout, quantized or not",
     "evaluate": "measure how well checkpoints predict a text, and how they differ",

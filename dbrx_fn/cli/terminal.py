@@ -74,6 +74,13 @@ def byte_progress(name: str) -> Iterator[Callable[[int, int], None]]:
         yield progress
 
 
+@contextmanager
+def show_waiting(what: str) -> Iterator[None]:
+    """Shows what the user waits for while the block runs, on a terminal only."""
+    with tqdm(desc=what, bar_format="{desc}", disable=None, leave=False):
+        yield
+
+
 def size_text(nbytes: float) -> str:
     """A number of bytes with a unit, such as `245.1 GiB`."""
     for unit in ("bytes", "KiB", "MiB"):
