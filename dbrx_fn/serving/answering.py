@@ -1,9 +1,9 @@
 """An answer on its way: a request's choices in the engine, from their beginning to the end of the last one."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from types import TracebackType
 
-from dbrx_fn.errors import DbrxError
 from dbrx_fn.serving.asked import Asked
 from dbrx_fn.serving.choice import Choice, Delta
 from dbrx_fn.serving.engine import Engine
@@ -53,7 +53,9 @@ class Answering:
         try:
             for index, request in enumerate(self._asked.requests):
                 self._numbers.append(self._engine.submit(request, self._relay.receiver(self._inbox, index)))
-        except DbrxError:
+                # Each prompt is looked through once more: others go on in between.
+                await asyncio.sleep(0)
+        except BaseException:
             self._cancel()
             raise
         return self

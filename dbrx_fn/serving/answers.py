@@ -3,23 +3,29 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from typing import Literal
+from typing import Literal, TypeVar
 
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dbrx_fn.errors import DbrxError
 from dbrx_fn.serving.answering import Answering, ClientGone
 from dbrx_fn.serving.asked import Asked
 from dbrx_fn.serving.choice import Delta
-from dbrx_fn.serving.event_stream import EventStream
+from dbrx_fn.serving.event_stream import EventStream, as_events
 from dbrx_fn.serving.failures import json_response
-from dbrx_fn.serving.openai_objects import Form, Object, told
+from dbrx_fn.serving.openai_objects import Form, told
 from dbrx_fn.serving.relay import Inbox
 from dbrx_fn.serving.served_model import ServedModel
 from dbrx_fn.serving.service import Service
+
+_MANY = 256
+"""Tokens with log-probabilities that are made into JSON on the event loop, in a millisecond or two."""
+
+Written = TypeVar("Written")
 
 
 class Answers:
@@ -47,10 +53,10 @@ class Answers:
             try:
                 async with Answering(asked, inbox, service.engine, service.relay, service.model, clock) as answering:
                     if asked.stream:
-                        await _stream(asked, answering, self._form(), send)
+                        await self._stream(asked, answering, send)
                     else:
-                        answer = await _whole(asked, answering, self._form())
-                        await json_response(answer)(scope, receive, send)
+                        response = await self._whole(asked, answering)
+                        await response(scope, receive, send)
             except ClientGone:
                 # Nobody is there to be told.
                 pass
@@ -61,45 +67,56 @@ class Answers:
         prefix = "cmpl" if self._kind == "completion" else "chatcmpl"
         return Form(self._kind, f"{prefix}-{secrets.token_hex(12)}", int(time.time()), self._service.model)
 
+    async def _whole(self, asked: Asked, answering: Answering) -> Response:
+        parts: list[list[Delta]] = [[] for _ in asked.requests]
+        async with aclosing(answering.deltas()) as deltas:
+            async for some in deltas:
+                for index, delta in some:
+                    parts[index].append(delta)
+        form = self._form()
+
+        def response() -> Response:
+            return json_response(form.answer(parts, answering.usage(), logprobs=asked.wants_logprobs))
+
+        return await self._written(response, [delta for deltas in parts for delta in deltas])
+
+    async def _stream(self, asked: Asked, answering: Answering, send: Send) -> None:
+        stream, form = EventStream(send), self._form()
+        begun: set[int] = set()
+
+        def events(some: list[tuple[int, Delta]]) -> bytes:
+            made = []
+            for index, delta in some:
+                if delta.text or delta.entries or delta.finish_reason or index not in begun:
+                    made.append(form.chunk(index, delta, asked, first=index not in begun))
+                    begun.add(index)
+            return as_events(made)
+
+        async def put(some: list[tuple[int, Delta]]) -> None:
+            await stream.put(await self._written(lambda: events(some), [delta for _, delta in some]))
+
+        async with aclosing(answering.deltas()) as deltas:
+            # What fails before the first token has a status of its own.
+            first = await anext(deltas)
+            await stream.begin()
+            await put(first)
+            try:
+                async for some in deltas:
+                    await put(some)
+            except DbrxError as error:
+                await stream.put(as_events([told(error)]))
+            else:
+                if asked.include_usage:
+                    await stream.put(as_events([form.last_chunk(answering.usage())]))
+        await stream.end()
+
+    async def _written(self, write: Callable[[], Written], deltas: Sequence[Delta]) -> Written:
+        """What is written of these parts, on another thread if they are large."""
+        many = sum(len(delta.entries) for delta in deltas) > _MANY
+        return await self._service.aside(write, large=True) if many else write()
+
 
 async def _leave_when_gone(receive: Receive, inbox: Inbox) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     inbox.leave()
-
-
-async def _whole(asked: Asked, answering: Answering, form: Form) -> Object:
-    parts: list[list[Delta]] = [[] for _ in asked.requests]
-    async with aclosing(answering.deltas()) as deltas:
-        async for some in deltas:
-            for index, delta in some:
-                parts[index].append(delta)
-    return form.answer(parts, answering.usage(), logprobs=asked.wants_logprobs)
-
-
-async def _stream(asked: Asked, answering: Answering, form: Form, send: Send) -> None:
-    stream = EventStream(send)
-    begun: set[int] = set()
-
-    def chunks(some: list[tuple[int, Delta]]) -> list[Object]:
-        made = []
-        for index, delta in some:
-            if delta.text or delta.entries or delta.finish_reason or index not in begun:
-                made.append(form.chunk(index, delta, asked, first=index not in begun))
-                begun.add(index)
-        return made
-
-    async with aclosing(answering.deltas()) as deltas:
-        # What fails before the first token has a status of its own.
-        first = await anext(deltas)
-        await stream.begin()
-        await stream.put(chunks(first))
-        try:
-            async for some in deltas:
-                await stream.put(chunks(some))
-        except DbrxError as error:
-            await stream.put([told(error)])
-        else:
-            if asked.include_usage:
-                await stream.put([form.last_chunk(answering.usage())])
-    await stream.end()

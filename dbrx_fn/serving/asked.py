@@ -60,12 +60,12 @@ def choices_of(
     return tuple(
         replace(
             request,
-            prompt=tuple(prompt),
+            prompt=prompt,
             # A length that nobody asked for is no reason to refuse a long prompt.
             max_tokens=max_tokens or max(1, min(model.max_tokens, model.capacity + 1 - len(prompt))),
             seed=(request.seed + choice) % 2**64,
         )
-        for prompt in prompts
+        for prompt in map(tuple, prompts)
         for choice in range(n)
     )
 

@@ -11,6 +11,9 @@ from dbrx_fn.text.prompt_length import encode_prompt
 _MOST_LOGPROBS = 5
 """Likeliest tokens for which OpenAI's older API tells log-probabilities."""
 
+_MOST_SCORED = 2**18
+"""Prompt tokens whose log-probabilities one answer may tell; in JSON each takes some 100 bytes."""
+
 Prompt = str | list[int]
 
 
@@ -42,6 +45,12 @@ def read_completion(body: bytes, model: ServedModel) -> Asked:
     given = _prompts(fields.required("prompt"), model, n)
     fields.finish()
     prompts = [_encoded(prompt, model) for prompt in given]
+    if request.prompt_logprobs and n * sum(map(len, prompts)) > _MOST_SCORED:
+        raise FieldError(
+            "echo",
+            f"The log-probabilities of {n * sum(map(len, prompts))} prompt tokens are asked for, where at most"
+            f" {_MOST_SCORED} are told at once: split the request.",
+        )
     return Asked(
         choices_of(request, prompts, n, 1 if max_tokens == 0 else max_tokens, model),
         n,

@@ -29,12 +29,16 @@ class EventStream:
         """Sends the response's head."""
         await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
 
-    async def put(self, objects: Iterable[Object]) -> None:
-        """Sends an event for each object, all at once."""
-        body = b"".join(b"data: " + json_bytes(one) + b"\n\n" for one in objects)
-        if body:
-            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+    async def put(self, events: bytes) -> None:
+        """Sends events, if there are any."""
+        if events:
+            await self._send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def end(self) -> None:
         """Tells that nothing follows."""
         await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+def as_events(objects: Iterable[Object]) -> bytes:
+    """An event for each object."""
+    return b"".join(b"data: " + json_bytes(one) + b"\n\n" for one in objects)

@@ -15,10 +15,13 @@ from dbrx_fn.serving.metrics import Metrics
 from dbrx_fn.serving.relay import Relay
 from dbrx_fn.serving.served_model import ServedModel
 
-_ENCODERS = 2
-"""Threads that read bodies and encode prompts, so that a long one doesn't hold up others' streams."""
+_WORKERS = 2
+"""Threads for small work, and as many for large: bodies are read there, prompts encoded, long answers written."""
 
-Read = TypeVar("Read")
+_LARGE = 2**14
+"""Bytes of a body from which on it is large work: it has some thousands of tokens."""
+
+Result = TypeVar("Result")
 
 
 class Service:
@@ -40,7 +43,8 @@ class Service:
         self.open = 0
         self.draining = False
         self._bodies = Bodies()
-        self._encoders = ThreadPoolExecutor(_ENCODERS, "dbrx_fn encoder")
+        self._small_workers = ThreadPoolExecutor(_WORKERS, "dbrx_fn small work")
+        self._large_workers = ThreadPoolExecutor(_WORKERS, "dbrx_fn large work")
 
     @property
     def is_well(self) -> bool:
@@ -62,15 +66,26 @@ class Service:
         finally:
             self.open -= 1
 
-    async def read(self, request: Request, reader: Callable[[bytes, ServedModel], Read]) -> Read:
+    async def read(self, request: Request, reader: Callable[[bytes, ServedModel], Result]) -> Result:
         """Reads a request's body with a function that may take long.
 
         Raises:
             DbrxError: as of `Bodies.read`, and what the function raises.
         """
         body = await self._bodies.read(request)
-        return await asyncio.get_running_loop().run_in_executor(self._encoders, reader, body, self.model)
+        return await self.aside(lambda: reader(body, self.model), large=len(body) > _LARGE)
+
+    async def aside(self, work: Callable[[], Result], *, large: bool) -> Result:
+        """Does some work on a thread of its own, while the event loop goes on.
+
+        Args:
+            work: the work.
+            large: whether it may take long. Small work doesn't wait for large.
+        """
+        workers = self._large_workers if large else self._small_workers
+        return await asyncio.get_running_loop().run_in_executor(workers, work)
 
     def close(self) -> None:
         """Ends the threads, which have nothing to do by then."""
-        self._encoders.shutdown(wait=False, cancel_futures=True)
+        for workers in (self._small_workers, self._large_workers):
+            workers.shutdown(wait=False, cancel_futures=True)

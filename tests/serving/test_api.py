@@ -357,19 +357,20 @@ def test_log_likelihoods_as_lm_evaluation_harness_asks_for_them_are_those_of_sco
     info = client.get("/tokenizer_info").json()
     assert info.keys() == {"bos_token", "eos_token", "chat_template"}
     pairs = [("To be, or not", " to be"), ("And God said,", " Let there be light"), ("x", "zebra")]
-    contexts, wholes = [], []
+    contexts: list[list[int]] = []
+    wholes: list[list[int]] = []
     for context, continuation in pairs:
-        for texts, text in ((contexts, context), (wholes, context + continuation)):
-            texts.append(post(client, "/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"])
+        for which, asked_text in ((contexts, context), (wholes, context + continuation)):
+            which.append(post(client, "/tokenize", {"prompt": asked_text, "add_special_tokens": False})["tokens"])
     # Its `LocalCompletionsAPI._create_payload` and `parse_logprobs`.
     asked = {"model": "small", "prompt": wholes, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234}
     choices = post(client, "/v1/completions", {**asked, "echo": True})["choices"]
-    for context, whole, choice in zip(contexts, wholes, choices, strict=True):
-        told = choice["logprobs"]["token_logprobs"][len(context) : -1]
-        tops = choice["logprobs"]["top_logprobs"][len(context) : -1]
+    for before, whole, choice in zip(contexts, wholes, choices, strict=True):
+        told = choice["logprobs"]["token_logprobs"][len(before) : -1]
+        tops = choice["logprobs"]["top_logprobs"][len(before) : -1]
         is_greedy = all(logprob == max(top.values()) for logprob, top in zip(told, tops, strict=True))
         logits = np.array(score(params, mx.array([whole]), config)[0][0], np.float64)
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        places = range(len(context) - 1, len(whole) - 1)
+        places = range(len(before) - 1, len(whole) - 1)
         np.testing.assert_allclose(sum(told), sum(logprobs[place, whole[place + 1]] for place in places), atol=1e-4)
         assert is_greedy == all(logprobs[place].argmax() == whole[place + 1] for place in places)

@@ -26,6 +26,9 @@ OPTIONS = ("--exact", "--decode-concurrency", "8", "--capacity", "512", "--queue
 TOGETHER = 24
 """Clients at once. Their texts are more than there are rows and places in the queue, so some have to come again."""
 
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""glibc's settings by which it gives back what is free. Otherwise it keeps some MiB of large bodies, as it likes."""
+
 BUSY = "told to come again"
 
 Json = dict[str, Any]
@@ -247,7 +250,7 @@ def main() -> int:
     parser.add_argument("count", type=int)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with server_process(*OPTIONS) as server:
+    with server_process(*OPTIONS, **ALLOCATOR) as server:
         print(asyncio.run(soak(server, options.count, options.seed)))
     return 0
 
