@@ -1,6 +1,7 @@
 """The HTTP API over a real connection: what is asked is done or refused by name, streamed or whole alike."""
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from dbrx_fn.model.transformer import score
+from dbrx_fn.serving.server import bound
 from dbrx_fn.text.chat import encode_chat
 from tests.support.running_server import Running, running_server, small_model
 
@@ -374,3 +376,10 @@ def test_log_likelihoods_as_lm_evaluation_harness_asks_for_them_are_those_of_sco
         places = range(len(before) - 1, len(whole) - 1)
         np.testing.assert_allclose(sum(told), sum(logprobs[place, whole[place + 1]] for place in places), atol=1e-4)
         assert is_greedy == all(logprobs[place].argmax() == whole[place + 1] for place in places)
+
+
+def test_connections_are_such_that_asyncio_sends_each_token_at_once() -> None:
+    with bound("127.0.0.1", 0) as address:
+        address.listen()
+        with socket.create_connection(address.getsockname()), address.accept()[0] as accepted:
+            assert (accepted.type, accepted.proto) == (socket.SOCK_STREAM, socket.IPPROTO_TCP)
