@@ -26,7 +26,7 @@ from dbrx_fn.runtime.memory import wired
 from dbrx_fn.serving.batch import Batch, decoded
 from dbrx_fn.serving.beginnings import Beginnings
 from dbrx_fn.serving.decoding import Decoding, rearranged
-from dbrx_fn.serving.limits import Limits, chunk_width, default_limits
+from dbrx_fn.serving.limits import FREE_CHUNKS, Limits, default_limits
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.reading import Reading, in_words
 from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Event, Failed, Receive, Request, TokenMade
@@ -318,7 +318,8 @@ class Engine:
         reading = served.reading
         assert reading is not None
         self._passed_over = 0 if served.number == min(self._reading) else self._passed_over + 1
-        reading.read(self._params, chunk_width(self.limits, sum(len(one.rows) for one in self._decoding)))
+        free = not self._decoding and not self.limits.exact
+        reading.read(self._params, self.limits.chunk * (FREE_CHUNKS if free else 1))
         if not reading.is_done:
             return
         del self._reading[served.number]

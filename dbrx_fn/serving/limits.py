@@ -16,11 +16,8 @@ _GPU_CHUNK, _CPU_CHUNK = 256, 128
 """A GPU reads all weights for each chunk, so it wants long ones; a CPU computes in proportion to the tokens."""
 
 
-_FREE_CHUNKS = 8
-"""How many chunks of a prompt are read at once while nobody decodes."""
-
-_MANY_ROWS = 16
-"""Rows that decode so slowly that only half a chunk is read between their steps."""
+FREE_CHUNKS = 8
+"""How many chunks of a prompt are read at once while nobody decodes. The exact mode reads one at a time."""
 
 
 _USED = 0.94
@@ -43,15 +40,6 @@ class Limits:
     capacity: int
     exact: bool = False
     chunk: int = 512
-
-
-def chunk_width(limits: Limits, rows: int) -> int:
-    """Prompt tokens that are read at once while so many rows decode. The exact mode always reads the same number."""
-    if limits.exact:
-        return limits.chunk
-    if rows == 0:
-        return limits.chunk * _FREE_CHUNKS
-    return limits.chunk if rows < _MANY_ROWS else limits.chunk // 2
 
 
 def default_limits(

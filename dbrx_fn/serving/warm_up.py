@@ -16,7 +16,7 @@ from dbrx_fn.model.shapes import attended, capacity_bucket, time_bucket
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
 from dbrx_fn.serving.batch import chosen, same_rows
-from dbrx_fn.serving.limits import Limits, chunk_width
+from dbrx_fn.serving.limits import FREE_CHUNKS, Limits
 from dbrx_fn.serving.request import Request
 from dbrx_fn.serving.schedule import batch_rows
 
@@ -61,11 +61,11 @@ def reading_shapes(limits: Limits) -> Iterator[tuple[int, int, int]]:
     A prompt starts behind whole chunks that were known before, and ends anywhere.
     """
     known: set[tuple[int, int, int]] = set()
-    longest = chunk_width(limits, 0)
+    longest = limits.chunk * (1 if limits.exact else FREE_CHUNKS)
     widths = [1, *(1 << power for power in range(3, longest.bit_length()))]
     for capacity in [limits.capacity] if limits.exact else list(_capacities(limits)):
         for width in widths:
-            for start in range(0, capacity - width + 1, chunk_width(limits, limits.rows)):
+            for start in range(0, capacity - width + 1, limits.chunk):
                 time = time_bucket(width, capacity)
                 span = attended(time, start + time, capacity)
                 if (width, span, capacity) not in known:
