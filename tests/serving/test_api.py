@@ -332,7 +332,7 @@ def test_models_health_and_figures_are_told(client: httpx.Client) -> None:
     figures = client.get("/metrics").text
     for line in (
         'dbrx_fn_http_requests_total{endpoint="/v1/completions",status="200"}',
-        'dbrx_fn_requests{state="decoding"} 0.0',
+        'dbrx_fn_requests{state="decoding"} ',
         "dbrx_fn_time_to_first_token_seconds_count",
         "dbrx_fn_time_between_tokens_seconds_bucket",
         'dbrx_fn_tokens_total{kind="made"}',
