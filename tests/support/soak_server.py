@@ -26,7 +26,7 @@ OPTIONS = ("--exact", "--decode-concurrency", "8", "--capacity", "512", "--queue
 TOGETHER = 24
 """Clients at once. Their texts are more than there are rows and places in the queue, so some have to come again."""
 
-ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 """glibc's settings by which it gives back what is free. Otherwise it keeps some MiB of large bodies, as it likes."""
 
 BUSY = "told to come again"
