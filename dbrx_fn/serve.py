@@ -203,7 +203,7 @@ def _loaded(options: argparse.Namespace) -> tuple[ServedModel, Engine]:
     folder = tokenizer_folder(path)
     defaults = _with_options(options, read_generation_config(folder))
     tokenizer = read_tokenizer(folder)
-    # What this makes takes a second for a large vocabulary, and the first message that spells a token would wait for it.
+    # The first message that spells a control token would wait for what this makes: a second for a large vocabulary.
     spelled = "".join(tokenizer.control_tokens)
     tokenizer.encode(spelled, literal=[(0, len(spelled))])
     with byte_progress("loading") as progress:
