@@ -15,9 +15,9 @@ from dbrx_fn.model.quantization import Quantization, wanted_formats
 from dbrx_fn.runtime.device import memory_size, on_cpu
 
 _SHARE = 100
-"""The weights take about this part of the memory,"""
+"""The weights take about one hundredth of the memory."""
 _LAYERS = (4, 20)
-"""with at least and at most so many layers."""
+"""The smallest and the largest number of layers."""
 
 
 @dataclass(frozen=True)

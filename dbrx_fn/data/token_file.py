@@ -101,8 +101,8 @@ def write_token_file(
         raise InputError("There are no documents to make tokens of; give at least one.")
     if tokenizer.end_of_text is None:
         raise InputError(
-            "The tokenizer has no <|endoftext|> and its tokenizer_config.json names no 'eos_token', one of which has "
-            "to stand between documents: add 'eos_token' there."
+            "The tokenizer has no <|endoftext|>, and its tokenizer_config.json names no 'eos_token' to put between "
+            "documents: add 'eos_token' there."
         )
     fingerprint = _fingerprint(documents, tokenizer)
     try:
