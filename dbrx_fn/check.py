@@ -73,7 +73,7 @@ def _run(chosen: argparse.Namespace) -> int:
 
 def _speed(until: float) -> Speed | str:
     if time.monotonic() > until:
-        return "not measured, for want of time"
+        return "not measured, for lack of time"
     try:
         return measure_speed()
     # Speed doesn't affect the verdict, so a failure is only a line of the report.

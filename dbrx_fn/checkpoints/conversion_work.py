@@ -86,7 +86,7 @@ class ConversionWork:
                 kept.append(shard)
             else:
                 name = shown_path(checkpoint.path / shard.file)
-                warnings.warn(f"{name} isn't as it was finished: it is made anew.", stacklevel=4)
+                warnings.warn(f"{name} isn't as it was finished: it is written again.", stacklevel=4)
         checkpoint.remove_own(CHECKPOINT_FILES, but={shard.file for shard in kept})
         return kept
 

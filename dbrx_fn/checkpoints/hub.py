@@ -110,15 +110,15 @@ def refusal(repository: str, revision: str | None, error: Exception) -> Checkpoi
         case errors.GatedRepoError():
             said = f"is gated: ask for access at https://huggingface.co/{repository}, and log in with `hf auth login`"
         case errors.RepositoryNotFoundError():
-            said = "is no folder here and no repository that you may see: check it, or log in with `hf auth login`"
+            said = "is not a folder here and no repository that you may see: check it, or log in with `hf auth login`"
         case errors.RevisionNotFoundError():
             said = f"has no revision {shown(revision)}: name a branch, tag or commit of it"
         case errors.HFValidationError():
-            said = "is no folder here and can't be a repository's name: check it"
+            said = "is not a folder here and can't be a repository's name: check it"
         case errors.LocalEntryNotFoundError(__cause__=errors.OfflineModeIsEnabled()):
-            said = "is no folder here and not in the Hub's cache, and HF_HUB_OFFLINE forbids a download: check the name"
+            said = "is not a folder here or in the Hub's cache, and HF_HUB_OFFLINE forbids a download: check the name"
         case errors.LocalEntryNotFoundError():
-            said = f"is no folder here, and the Hugging Face Hub can't be reached ({text}): check name and network"
+            said = f"is not a folder here, and the Hugging Face Hub can't be reached ({text}): check name and network"
         case _:
             said = f"can't be had from the Hugging Face Hub ({text}): check the network and your access to it"
     return CheckpointError(f"{repository} {said}.")

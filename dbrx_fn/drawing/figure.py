@@ -35,7 +35,7 @@ def check_picture(file: Path) -> None:
     """Raises `InputError` if matplotlib isn't installed, or the name has no picture's ending."""
     check_matplotlib()
     if file.suffix not in (".png", ".svg"):
-        raise InputError(f"{file} is no name of a picture: end it with .png or .svg.")
+        raise InputError(f"{file} is not the name of a picture: end it with .png or .svg.")
 
 
 def check_new_picture(file: Path) -> None:
@@ -44,7 +44,7 @@ def check_new_picture(file: Path) -> None:
     if os.path.lexists(file):
         raise InputError(f"{file} exists already: name a new picture.")
     if not file.parent.is_dir():
-        raise InputError(f"{file.parent} is no folder: name a picture in one that exists.")
+        raise InputError(f"{file.parent} is not a folder: name a picture in one that exists.")
 
 
 def new_figure(width: float, height: float) -> "Figure":

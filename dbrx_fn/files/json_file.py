@@ -37,7 +37,7 @@ def read_bounded(path: Path, most: int = LARGEST) -> bytes:
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     if status.st_size > most:
         raise ValueError(f"its {status.st_size} bytes are more than the {most} that are read")
     content = path.read_bytes()

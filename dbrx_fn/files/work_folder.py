@@ -47,11 +47,11 @@ class WorkFolder:
         except OSError as error:
             # ELOOP means that it is a link.
             if error.errno == errno.ELOOP:
-                raise self.refusal(name, "no regular file") from None
+                raise self.refusal(name, "not a regular file") from None
             raise
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise self.refusal(name, "no regular file")
+            raise self.refusal(name, "not a regular file")
         return open(descriptor, "rb")
 
     def read(self, name: str) -> bytes | None:
@@ -111,7 +111,7 @@ class WorkFolder:
         try:
             descriptor = os.open(name, OPEN_FOLDER, dir_fd=self.descriptor)
         except NotADirectoryError:
-            raise self.refusal(name, "no folder") from None
+            raise self.refusal(name, "not a folder") from None
         try:
             yield WorkFolder(self.path / name, descriptor)
         finally:
@@ -134,7 +134,7 @@ class WorkFolder:
             if not _is_own(name, files):
                 raise self.refusal(name, "none of its own files")
             if not stat.S_ISREG(mode):
-                raise self.refusal(name, "no regular file")
+                raise self.refusal(name, "not a regular file")
 
     def refusal(self, name: str, what: str) -> InputError:
         """The error for a foreign entry."""

@@ -179,13 +179,13 @@ class RunFolder:
             except (OSError, ValueError) as error:
                 raise InputError(
                     f"{file} can't be read ({getattr(error, 'strerror', None) or error}): put it back as it was, or"
-                    " start the run anew elsewhere."
+                    " start the run again elsewhere."
                 ) from None
         found = difference({"tokenizer": sums, "data": dict(data)}, noted)
         if found:
             raise InputError(
                 f"{self.path} isn't made of what {self.settings_file.name} notes ({found}): put back what was changed,"
-                " or start the run anew elsewhere."
+                " or start the run again elsewhere."
             )
 
     def _write_settings(self, settings: Mapping[str, Any]) -> None:
@@ -198,7 +198,7 @@ class RunFolder:
                 raise ValueError(f"it holds {shown(settings)} where an object is expected")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{self.settings_file} can't be read ({reason}): start the run anew elsewhere.") from None
+            raise InputError(f"{self.settings_file} can't be read ({reason}): start the run again elsewhere.") from None
         return settings
 
     # Checkpoints
@@ -287,7 +287,7 @@ class RunFolder:
         after = (
             f"the last good checkpoint is {self.checkpoint(saved[-1])}: start from it with --model and a lower"
             if saved
-            else "no checkpoint was saved yet: start anew with sound weights, or a lower"
+            else "no checkpoint was saved yet: start again with sound weights, or a lower"
         )
         return TrainingError(f"{what} step {step}, so training stops; {after} --learning-rate.")
 

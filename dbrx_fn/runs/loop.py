@@ -246,8 +246,8 @@ def _step(state: State, batches: Batches, step: int, plan: Plan, *, first: bool)
         if not first:
             raise
         raise InputError(
-            f"The first step can't be computed ({shorten(str(error), 200, placeholder='…')}), most likely for want of"
-            " memory: start anew in another --out with a smaller --batch-size, more --micro-batches, or --recompute."
+            f"The first step can't be computed ({shorten(str(error), 200, placeholder='…')}), most likely for lack of"
+            " memory: start again in another --out with a smaller --batch-size, more --micro-batches, or --recompute."
         ) from None
     return state, measured
 

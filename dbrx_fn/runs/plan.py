@@ -88,7 +88,7 @@ class Plan:
             return Plan(**{**raw, **checked})
         except (DbrxError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{source} isn't what a run notes there ({str(error).rstrip('.')}): start the run anew elsewhere."
+                f"{source} isn't what a run notes there ({str(error).rstrip('.')}): start the run again elsewhere."
             ) from None
 
 

@@ -87,7 +87,8 @@ def test_a_mistyped_folder_that_looks_like_a_repository_is_one_short_sentence_of
     command = [sys.executable, "-m", "dbrx_fn.generate", "--model", "models/dbxr", "-p", "x"]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith("error: models/dbxr is no folder here, and the Hugging Face Hub can't be reached (")
+    beginning = "error: models/dbxr is not a folder here, and the Hugging Face Hub can't be reached ("
+    assert ended.stderr.startswith(beginning)
     assert ended.stderr.endswith("): check name and network.\n")
     assert len(ended.stderr) < 250
 
@@ -99,12 +100,12 @@ def test_a_mistyped_folder_that_looks_like_a_repository_is_one_short_sentence_of
             GatedRepoError,
             "someone/dbrx is gated: ask for access at https://huggingface.co/someone/dbrx, and log in with",
         ),
-        (RepositoryNotFoundError, "someone/dbrx is no folder here and no repository that you may see: check it, or"),
+        (RepositoryNotFoundError, "someone/dbrx is not a folder here and no repository that you may see: check it, or"),
         (RevisionNotFoundError, "someone/dbrx has no revision 'v9': name a branch, tag or commit of it."),
-        (HFValidationError, "someone/dbrx is no folder here and can't be a repository's name: check it."),
+        (HFValidationError, "someone/dbrx is not a folder here and can't be a repository's name: check it."),
         (
             LocalEntryNotFoundError,
-            "someone/dbrx is no folder here, and the Hugging Face Hub can't be reached (no route",
+            "someone/dbrx is not a folder here, and the Hugging Face Hub can't be reached (no route",
         ),
         (ConnectionError, "someone/dbrx can't be had from the Hugging Face Hub (no route to host): check the network"),
     ],

@@ -784,7 +784,7 @@ def test_repository_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(CheckpointError) as caught:
             read("nobody/dbrx")
         text = str(caught.value)
-        assert text.startswith("nobody/dbrx is no folder here and not in the Hub's cache, and HF_HUB_OFFLINE forbids")
+        assert text.startswith("nobody/dbrx is not a folder here or in the Hub's cache, and HF_HUB_OFFLINE forbids")
 
 
 @pytest.mark.parametrize("name", ["dbrx", "a/b/c", "../dbrx", "a/.", "-a/b", "a b/c", "https://huggingface.co/a/b"])

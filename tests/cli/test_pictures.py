@@ -249,6 +249,6 @@ def test_without_matplotlib_the_error_says_how_to_get_it(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", ["loss", "loss.jpg", "loss.PDF", ".png"])
 def test_files_that_are_no_picture_are_refused(name: str, tmp_path: Path) -> None:
     figure = draw_losses({"model": LINES})
-    with pytest.raises(InputError, match=r"is no name of a picture: end it with \.png or \.svg\.$"):
+    with pytest.raises(InputError, match=r"is not the name of a picture: end it with \.png or \.svg\.$"):
         write_picture(figure, tmp_path / name)
     assert list(tmp_path.iterdir()) == []

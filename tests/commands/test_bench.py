@@ -208,8 +208,8 @@ def test_a_picture_shows_every_case(config_file: Path, tmp_path: Path, capsys: p
         (["inference", "--layers", "7"], "--layers is 7 where 1 to 5"),
         (["inference", "--shape", "small", "--quantize", "7"], "--quantize is 7"),
         (["inference", "--shape", "small", "--quantize", "4:128"], "group_size is 128 where a divisor of 64"),
-        (["inference", "--picture", "roof.pdf"], "roof.pdf is no name of a picture"),
-        (["inference", "--picture", "nowhere/roof.png"], "nowhere is no folder"),
+        (["inference", "--picture", "roof.pdf"], "roof.pdf is not the name of a picture"),
+        (["inference", "--picture", "nowhere/roof.png"], "nowhere is not a folder"),
     ],
 )
 def test_what_cannot_be_measured(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

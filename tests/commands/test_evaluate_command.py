@@ -269,9 +269,9 @@ def error_of(given: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (["--batch-size", "0"], "--batch-size is 0 where it must be at least 1"),
         (["--sequence-length", "-1"], "--sequence-length is -1 where it must be at least 1"),
-        (["--picture", "{}/picture.jpg"], "picture.jpg is no name of a picture: end it with .png or .svg"),
+        (["--picture", "{}/picture.jpg"], "picture.jpg is not the name of a picture: end it with .png or .svg"),
         (["--picture", "{}/there.png"], "there.png exists already: name a new picture"),
-        (["--picture", "{}/nowhere/new.png"], "nowhere is no folder"),
+        (["--picture", "{}/nowhere/new.png"], "nowhere is not a folder"),
         (["--data", "{}/nothing.txt"], "nothing.txt doesn't exist"),
         (["--data", "{}/empty.txt"], "empty.txt holds no text at all"),
         (["--data", "{}/untold.jsonl"], "nothing to predict"),

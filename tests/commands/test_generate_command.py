@@ -398,7 +398,7 @@ def test_repository_out_of_reach(tmp_path: Path) -> None:
     ended = process("--model", "nobody/dbrx", "-p", "x", env=environment)
     out, err = ended.communicate(timeout=30)
     assert (ended.returncode, out) == (2, b"")
-    assert err.decode().startswith("error: nobody/dbrx is no folder here and not in the Hub's cache")
+    assert err.decode().startswith("error: nobody/dbrx is not a folder here or in the Hub's cache")
     assert err.count(b"\n") == 1
 
 

@@ -676,14 +676,14 @@ def test_nothing_to_resume(tmp_path: Path, refused: Refused) -> None:
 )
 def test_damaged_settings(content: bytes, word: str, copy: Path, refused: Refused) -> None:
     (copy / "run.json").write_bytes(content)
-    refused(["--out", str(copy), "--resume"], "run.json", "start the run anew", word)
+    refused(["--out", str(copy), "--resume"], "run.json", "start the run again", word)
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", "4"), ("keep", 0), ("seed", None), ("extra", 1)])
 def test_settings_that_cannot_be(name: str, value: object, copy: Path, refused: Refused) -> None:
     settings = json.loads((copy / "run.json").read_text()) | {name: value}
     (copy / "run.json").write_text(json.dumps(settings))
-    refused(["--out", str(copy), "--resume"], "run.json", name.replace("_", "-"), "start the run anew")
+    refused(["--out", str(copy), "--resume"], "run.json", name.replace("_", "-"), "start the run again")
 
 
 @pytest.mark.parametrize(

@@ -136,12 +136,12 @@ def hostile(folder: Path) -> Iterator[tuple[Path, str]]:
     (folder / "pipe.jsonl").symlink_to(pipe)
     (folder / "pipe.json").symlink_to(pipe)
     for name in ("pipe.txt", "pipe.jsonl", "pipe.json"):
-        yield folder / name, "no regular file"
+        yield folder / name, "not a regular file"
     for device in ("/dev/zero", "/dev/urandom", "/dev/full", "/dev/stdin"):
-        yield Path(device), "no regular file"
+        yield Path(device), "not a regular file"
     for ending in ("txt", "jsonl", "json"):
         (folder / f"zero.{ending}").symlink_to("/dev/zero")
-        yield folder / f"zero.{ending}", "no regular file"
+        yield folder / f"zero.{ending}", "not a regular file"
     for ending in ("txt", "jsonl", "json", "ndjson"):
         for size in (2 * 2**30, 100 * 2**30):
             sparse = folder / f"sparse{size}.{ending}"

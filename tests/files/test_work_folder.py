@@ -180,10 +180,10 @@ def test_a_link_that_is_put_there_meanwhile_leads_nowhere(victim: Path, tmp_path
         (tmp_path / "moved" / hidden("finished.json")).symlink_to(victim / "finished.json")
         work.write("finished.json", b"ours")
         (tmp_path / "moved" / "lock").symlink_to(victim / "lock")
-        with pytest.raises(InputError, match="'lock' in it is no regular file"):
+        with pytest.raises(InputError, match="'lock' in it is not a regular file"):
             work.read("lock")
         work.remove("lock")
-        with pytest.raises(InputError, match=r"'plan\.json' in it is no folder"), work.folder("plan.json"):
+        with pytest.raises(InputError, match=r"'plan\.json' in it is not a folder"), work.folder("plan.json"):
             pass
     assert contents(victim) == before
     assert (tmp_path / "moved" / "plan.json").read_bytes() == b"ours again"
@@ -268,7 +268,7 @@ def test_a_finished_shard_that_changed_is_made_anew_and_told(
     if damage == "no note":
         assert len(warned) == len(rest) + 2
     else:
-        assert warned == [f"warning: {first} isn't as it was finished: it is made anew."]
+        assert warned == [f"warning: {first} isn't as it was finished: it is written again."]
         assert lines[-1] == f"going on after {len(rest) + 1} of 19 shards"
     assert main([str(source), str(tmp_path / "other"), *ALONE]) == 0
     assert contents(tmp_path / "new") == contents(tmp_path / "other")

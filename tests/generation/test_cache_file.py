@@ -189,9 +189,9 @@ def refusal(file: Path, config: Config = CONFIG) -> str:
 def test_files_that_are_none(tmp_path: Path) -> None:
     assert "(No such file or directory): name a file that save_cache wrote" in refusal(tmp_path / "none")
     (tmp_path / "folder").mkdir()
-    assert "it is no regular file" in refusal(tmp_path / "folder")
+    assert "it is not a regular file" in refusal(tmp_path / "folder")
     os.mkfifo(tmp_path / "pipe")
-    assert "it is no regular file" in refusal(tmp_path / "pipe")
+    assert "it is not a regular file" in refusal(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "none")
     refusal(tmp_path / "link")
     (tmp_path / "empty").touch()
