@@ -51,6 +51,7 @@ from dbrx_fn.generation.stream import Piece as Piece
 from dbrx_fn.generation.stream import Stream as Stream
 from dbrx_fn.generation.stream import stream_text as stream_text
 from dbrx_fn.generation.stream import stream_tokens as stream_tokens
+from dbrx_fn.generation.structured import Structure as Structure
 from dbrx_fn.model.cache import Cache as Cache
 from dbrx_fn.model.cache import grow_cache as grow_cache
 from dbrx_fn.model.cache import init_cache as init_cache

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -24,9 +25,11 @@ from dbrx_fn.cli.generation_options import (
 )
 from dbrx_fn.cli.terminal import byte_progress, dimmed, print_message, show_waiting, size_text, visible
 from dbrx_fn.errors import InputError
+from dbrx_fn.files.json_file import parse_json, read_bounded, shown_path
 from dbrx_fn.generation.generation_config import read_generation_config
 from dbrx_fn.generation.sampling import random_key
 from dbrx_fn.generation.stream import Piece, stream_text, token_budget, warm_up
+from dbrx_fn.generation.structured import Structure
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import backend
@@ -123,6 +126,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--system", "--system-prompt", help="system prompt instead of the model's default; implies --chat")
     add_generation_options(options)
+    structures = options.add_mutually_exclusive_group()
+    structures.add_argument(
+        "--json-schema", metavar="FILE", help="the text must be JSON that is valid by the schema in this file"
+    )
+    structures.add_argument("--regex", metavar="TEXT", help="the text must be what this regular expression matches")
     add(
         "--json",
         action="store_true",
@@ -135,6 +143,7 @@ def _run(options: argparse.Namespace) -> None:
     report = Report(options.model, secrets.randbits(32) if options.seed is None else options.seed)
     check_generation_options(options)
     key = random_key(report.seed)
+    structure = _structure(options)
     text = _prompt(options.prompt)
 
     start = time.perf_counter()
@@ -164,6 +173,7 @@ def _run(options: argparse.Namespace) -> None:
             len(prompt),
             max_tokens=budget,
             sampling=sampling,
+            structured=structure is not None,
             chunk_size=options.prefill_step_size,
         )
     report.warm_up_time = time.perf_counter() - start
@@ -179,10 +189,17 @@ def _run(options: argparse.Namespace) -> None:
         sampling=sampling,
         key=key,
         stop_tokens=stop_tokens,
-        stop_strings=options.stop or defaults.stop_strings,
+        # Those of the checkpoint may stand anywhere in a text of this structure.
+        stop_strings=options.stop or (() if structure else defaults.stop_strings),
+        structure=structure,
         chunk_size=options.prefill_step_size,
     )
     _print_pieces(pieces, report, options, drawn=sampling.temperature > 0)
+    if structure is not None and report.finish_reason == "length":
+        print_message(
+            f"warning: the text has only the beginning of its structure, since it ended after {budget} tokens: give a"
+            " larger --max-tokens."
+        )
 
 
 def _print_pieces(pieces: Iterator[Piece], report: Report, options: argparse.Namespace, *, drawn: bool) -> None:
@@ -242,6 +259,24 @@ def _prompt(option: str) -> str:
     if not text:
         raise InputError(f"The prompt from {source} is empty: give some text to continue.")
     return text
+
+
+def _structure(options: argparse.Namespace) -> Structure | None:
+    """What the text must be, from the options."""
+    if options.regex is not None:
+        return Structure.regex(options.regex)
+    if options.json_schema is None:
+        return None
+    file = Path(options.json_schema)
+    try:
+        schema: Any = parse_json(read_bounded(file), unique=True)
+        return Structure.json_schema(schema)
+    except ValueError as error:
+        raise InputError(f"--json-schema {shown_path(file)} isn't a JSON schema: {error}.") from None
+    except InputError as error:
+        raise InputError(f"--json-schema {shown_path(file)}: {error}") from None
+    except OSError as error:
+        raise InputError(f"--json-schema {shown_path(file)} can't be read ({error.strerror}).") from None
 
 
 def _load(path: Path, dtype: Dtype | None) -> tuple[Params, Config]:

@@ -26,6 +26,10 @@ _COSTS = {"schemas": 2000, "patternProperties": 100, "pattern": 10_000, "multipl
 how many remainders its divisors may have: with each of them compiling takes a second at most, with more soon minutes.
 """
 
+_MOST_DIGITS = 15
+_JOINED = {("pattern", "format"): 8, ("multipleOf",): 1}
+"""How many of these one value may have to fit at once: work and memory to compile are exponential in it."""
+
 _FORMATS = ("date", "date-time", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 _TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 _OLD_DRAFTS = (
@@ -64,28 +68,9 @@ def enforceable(schema: Schema) -> Schema:
             f"The JSON schema has {levels} levels, those behind each $ref counted, where {_LEVELS} are the most: make"
             " it flatter."
         )
+    walk.check_joined()
     # With an address of its own, references would be looked for elsewhere.
     return {name: value for name, value in written.items() if name not in _IDS}
-
-
-def keywords(schema: Any, path: Path = ()) -> Iterator[Path]:
-    """Where each constraining keyword of a checked schema is: the innermost first, types last."""
-    if not isinstance(schema, dict):
-        return
-    for keyword, value in schema.items():
-        for steps, inner in _schemas_in(keyword, value):
-            yield from keywords(inner, (*path, keyword, *steps))
-    constraining = [keyword for keyword in schema if keyword in _VALUES and keyword not in _DEFINITIONS]
-    yield from ((*path, keyword) for keyword in sorted(constraining, key=lambda keyword: keyword == "type"))
-
-
-def without(schema: Any, path: Path) -> Any:
-    """The schema without the keyword that is there."""
-    step, *rest = path
-    if isinstance(schema, list):
-        return [without(item, tuple(rest)) if place == step else item for place, item in enumerate(schema)]
-    kept = {name: value for name, value in schema.items() if rest or name != step}
-    return {name: without(value, tuple(rest)) if name == step else value for name, value in kept.items()}
 
 
 def described(path: Path) -> str:
@@ -94,12 +79,18 @@ def described(path: Path) -> str:
     return f"{shown(str(path[-1]))} at {shown('/'.join(('#', *steps)), 200)[1:-1]}"
 
 
+def reference_path(reference: str) -> tuple[str, ...]:
+    """The names and numbers in a $ref."""
+    return tuple(unquote(step).replace("~1", "/").replace("~0", "~") for step in reference.split("/")[1:])
+
+
 class _Walk:
     """What is met on the way through a schema.
 
     `levels`: how many levels of schemas are in each, by its id.
     `references`: where each $ref is and what it leads to, one for each target.
     `spent`: how much there was of each of `_COSTS`.
+    `visited`: the schemas and where they are, inner ones first.
     """
 
     def __init__(self, root: Schema) -> None:
@@ -109,6 +100,7 @@ class _Walk:
         self.references: list[tuple[Path, Any]] = []
         self.referred: set[str] = set()
         self.spent: Counter[str] = Counter()
+        self.visited: list[tuple[Schema, Path]] = []
 
     def rewritten(self, schema: Any, path: Path) -> Any:
         """The schema that is there as llguidance shall have it."""
@@ -118,12 +110,40 @@ class _Walk:
             _refuse(path, f"holds {shown(schema)} where a schema is expected, an object or a boolean")
         self._check(schema, path)
         written = {keyword: self._inside(value, (*path, keyword)) for keyword, value in schema.items()}
-        inner = [id(below) for keyword, value in schema.items() for _, below in _schemas_in(keyword, value)]
+        inner = [id(below) for keyword, value in schema.items() for _, below in schemas_in(keyword, value)]
         self.levels[id(schema)] = 1 + max((self.levels.get(below, 0) for below in inner), default=0)
+        self.visited.append((schema, path))
         return self._completed(written)
 
+    def check_joined(self) -> None:
+        """Refuses schemas that join too many of `_JOINED`. A value's own ones, and those of its parts, count."""
+        for counted, most in _JOINED.items():
+            known: dict[int, int] = {}
+            for schema, path in self.visited:
+                if self._joined(schema, counted, known) > most:
+                    by = next((name for name in ("allOf", "$ref", "anyOf", "oneOf") if name in schema), counted[0])
+                    _refuse((*path, by), f"joins more than {most} of {' and '.join(counted)}")
+
+    def _joined(self, schema: Any, counted: tuple[str, ...], known: dict[int, int]) -> int:
+        if not isinstance(schema, dict):
+            return 0
+        if id(schema) not in known:
+            # A schema inside of itself is counted once.
+            known[id(schema)] = 0
+
+            def inside(*keywords: str) -> list[int]:
+                inner = [one for name in keywords if name in schema for _, one in schemas_in(name, schema[name])]
+                return [self._joined(one, counted, known) for one in inner]
+
+            own = sum(name in schema for name in counted) + sum(inside("allOf"))
+            own += max(inside("anyOf", "oneOf"), default=0)
+            if "$ref" in schema:
+                own += self._joined(self._target(schema["$ref"], ()), counted, known)
+            known[id(schema)] = own + max(inside("properties", "patternProperties", "prefixItems", *_SINGLE), default=0)
+        return known[id(schema)]
+
     def _inside(self, value: Any, path: Path) -> Any:
-        new = {steps: self.rewritten(inner, (*path, *steps)) for steps, inner in _schemas_in(str(path[-1]), value)}
+        new = {steps: self.rewritten(inner, (*path, *steps)) for steps, inner in schemas_in(str(path[-1]), value)}
         if () in new:
             return new[()]
         if not new:
@@ -180,12 +200,11 @@ class _Walk:
         if reference != "#" and not reference.startswith("#/"):
             _refuse(path, f"is {shown(reference)} where a pointer into this schema is expected, such as #/$defs/name")
         found: Any = self.root
-        for step in reference.split("/")[1:]:
-            name = unquote(step).replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
-                found = found[int(name)]
-            elif isinstance(found, dict) and name in found:
-                found = found[name]
+        for step in reference_path(reference):
+            if isinstance(found, list) and step.isdecimal() and int(step) < len(found):
+                found = found[int(step)]
+            elif isinstance(found, dict) and step in found:
+                found = found[step]
             else:
                 _refuse(path, f"is {shown(reference)}, which isn't there")
         return found
@@ -212,7 +231,7 @@ def _has_list(schema: dict[str, Any]) -> bool:
     return isinstance(schema.get("items"), list)
 
 
-def _schemas_in(keyword: str, value: Any) -> Iterator[tuple[Path, Any]]:
+def schemas_in(keyword: str, value: Any) -> Iterator[tuple[Path, Any]]:
     """The schemas in a keyword's value, and the steps to each."""
     if keyword in _MAPS:
         yield from (((name,), inner) for name, inner in value.items())
@@ -227,11 +246,11 @@ def _refuse(path: Path, what: str) -> NoReturn:
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a number that float64 holds, as which llguidance reads it."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and float(value) == value
-    except OverflowError:
+    """Whether llguidance reads the number exactly: it computes its digits times a power of ten in float64."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
         return False
+    _, digits, exponent = Decimal(str(value)).normalize().as_tuple()
+    return len(digits) <= _MOST_DIGITS and abs(int(exponent)) <= 22
 
 
 def _remainders(divisor: float) -> int:
@@ -270,12 +289,13 @@ _COMMENTS = {
 """Keywords that constrain nothing."""
 
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
-_DEFINITIONS = ("$defs", "definitions")
-_MAPS = ("properties", "patternProperties", *_DEFINITIONS)
+DEFINITIONS = ("$defs", "definitions")
+_MAPS = ("properties", "patternProperties", *DEFINITIONS)
 _SINGLE = ("items", "additionalItems", "additionalProperties")
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 
-_CONSTANT = "that a text can hold, with numbers that float64 holds and without control characters"
+_NUMBER = f"a number of at most {_MOST_DIGITS} digits"
+_CONSTANT = f"that a text can hold, with numbers of at most {_MOST_DIGITS} digits and without control characters"
 _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "type": (f"one or more of {', '.join(_TYPES)}", _is_types),
     "enum": (
@@ -291,10 +311,10 @@ _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "format": (f"one of {', '.join(_FORMATS)}", lambda value: value in _FORMATS),
     "$ref": ("a text", lambda value: isinstance(value, str)),
     "multipleOf": ("a number above 0", lambda value: _is_number(value) and value > 0),
-    **dict.fromkeys(("minimum", "maximum"), ("a number that float64 holds", _is_number)),
+    **dict.fromkeys(("minimum", "maximum"), (_NUMBER, _is_number)),
     **dict.fromkeys(
         ("exclusiveMinimum", "exclusiveMaximum"),
-        ("a number that float64 holds", lambda value: isinstance(value, bool) or _is_number(value)),
+        (_NUMBER, lambda value: isinstance(value, bool) or _is_number(value)),
     ),
     **dict.fromkeys(_COUNTS, ("an integer from 0 on", _is_count)),
     **dict.fromkeys(_LISTS, ("a list of schemas", lambda value: isinstance(value, list) and bool(value))),
@@ -302,3 +322,5 @@ _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(_SINGLE, ("a schema", lambda value: isinstance(value, bool | dict | list))),
 }
 """The keywords that are enforced, with what their values must be."""
+
+CONSTRAINING = _VALUES.keys() - set(DEFINITIONS)

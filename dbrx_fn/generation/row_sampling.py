@@ -15,10 +15,10 @@ from typing import NamedTuple, TypedDict, cast
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Float, Float32, Int32, UInt32
+from jaxtyping import Float, Float32, Int32
 from numpy.typing import NDArray
 
-from dbrx_fn.generation.sampling import COLDEST, LARGEST, History, Sampling, random_key
+from dbrx_fn.generation.sampling import COLDEST, LARGEST, Allowed, History, Sampling, apply_allowed, random_key
 from dbrx_fn.runtime.compile import compiled
 
 Numbers = Float32[mx.array, " batch"]
@@ -134,7 +134,7 @@ def sample_rows(
     positions: Int32[mx.array, " batch"],
     history: History | None,
     bias: Float32[mx.array, "batch vocab"] | None,
-    allowed: UInt32[mx.array, "batch words"] | None,
+    allowed: Allowed | None,
     *,
     steps: Steps,
 ) -> tuple[Choice, History | None]:
@@ -146,7 +146,7 @@ def sample_rows(
         positions: number of tokens that each row has generated. Together with the seed it determines the draw.
         history: the tokens so far, for penalties; `None` if no row has penalties.
         bias: added to the logits; `None` if no row has any.
-        allowed: one bit per token, 32 per word, lowest first. Tokens with bit 0 are excluded. `None` excludes none.
+        allowed: the tokens to choose from, as in `apply_allowed`. `None` for all.
         steps: the steps that the rows need together.
 
     Returns:
@@ -159,7 +159,7 @@ def sample_rows(
     if history is not None:
         logits = _penalized(logits, numbers, history)
     if allowed is not None:
-        logits = mx.where(_unpacked(allowed, logits.shape[-1]), logits, -math.inf)
+        logits = apply_allowed(logits, allowed)
     # On every back end the maximum is NaN if a logit is. On some, argmax overlooks NaN.
     usable = mx.abs(logits.max(axis=-1)) < math.inf
     tokens = logits.argmax(axis=-1).astype(mx.int32)
@@ -193,12 +193,6 @@ def packed(allowed: NDArray[np.bool_]) -> NDArray[np.uint32]:
     """Bools `[batch vocab]` as the bits that `sample_rows` takes, uint32 `[batch words]`."""
     padded = np.pad(allowed, [(0, 0), (0, -allowed.shape[1] % 32)])
     return np.packbits(padded, axis=1, bitorder="little").view(np.uint32)
-
-
-def _unpacked(allowed: mx.array, vocab: int) -> mx.array:
-    """A bool for each bit, `[batch vocab]`."""
-    bits = (allowed[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
-    return bits.reshape(allowed.shape[0], -1)[:, :vocab] == 1
 
 
 def _penalized(logits: mx.array, numbers: RowNumbers, history: History) -> mx.array:

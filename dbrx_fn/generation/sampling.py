@@ -23,6 +23,7 @@ from dbrx_fn.runtime.compile import compiled, typed
 Logits = Float32[mx.array, "batch vocab"]
 Number = Float32[mx.array, ""]
 Key = UInt32[mx.array, "2"]
+Allowed = UInt32[mx.array, "batch words"]
 
 COLDEST = 1e-6
 """The lowest temperature that logits are divided by. A lower one could overflow float32."""
@@ -134,7 +135,7 @@ def init_history(prompts: list[list[int]], vocab_size: int) -> History:
 
 
 def sample(
-    logits: mx.array, key: mx.array, history: History | None, *, sampling: Sampling
+    logits: mx.array, key: mx.array, history: History | None, allowed: mx.array | None = None, *, sampling: Sampling
 ) -> tuple[mx.array, mx.array, History | None]:
     """Chooses each row's next token.
 
@@ -159,6 +160,7 @@ def sample(
         logits,
         key,
         history,
+        allowed,
         _numbers(sampling),
         greedy=sampling.temperature == 0,
         top_k=sampling.top_k,
@@ -200,6 +202,7 @@ def _sample(
     logits: Float[mx.array, "batch vocab"],
     key: Key,
     history: History | None,
+    allowed: Allowed | None,
     numbers: _Numbers,
     *,
     greedy: bool,
@@ -215,6 +218,8 @@ def _sample(
         logits = apply_repetition_penalty(logits, seen, numbers["repetition_penalty"])
         logits = apply_presence_penalty(logits, history["made"], numbers["presence_penalty"])
         logits = apply_frequency_penalty(logits, history["made"], numbers["frequency_penalty"])
+    if allowed is not None:
+        logits = apply_allowed(logits, allowed)
     key, this_key = mx.random.split(key)
     # On every back end the maximum is NaN if a logit is. On some, argmax overlooks NaN.
     usable = mx.abs(logits.max(axis=-1)) < math.inf
@@ -258,6 +263,13 @@ def apply_presence_penalty(logits: Logits, made: Int32[mx.array, "batch vocab"],
 def apply_frequency_penalty(logits: Logits, made: Int32[mx.array, "batch vocab"], penalty: Number) -> Logits:
     """Subtracts `penalty` from a token's logit for each time that it has been generated."""
     return logits - penalty * made
+
+
+@typed
+def apply_allowed(logits: Logits, allowed: Allowed) -> Logits:
+    """Keeps tokens whose bit is 1 in `allowed`, which holds 32 to a word, the lowest first."""
+    bits = (allowed[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    return mx.where(bits.reshape(allowed.shape[0], -1)[:, : logits.shape[-1]] == 1, logits, -math.inf)
 
 
 @typed

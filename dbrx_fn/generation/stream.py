@@ -14,6 +14,7 @@ import mlx.core as mx
 from dbrx_fn.errors import CacheError, GenerationError, InputError
 from dbrx_fn.files.json_file import shown
 from dbrx_fn.generation.sampling import GREEDY, Key, Sampling, init_history, sample
+from dbrx_fn.generation.structured import Matcher, Structure, token_trie
 from dbrx_fn.generation.text_cutter import TextCutter
 from dbrx_fn.model.cache import Cache, grow_cache, init_cache
 from dbrx_fn.model.config import Config
@@ -92,6 +93,7 @@ def stream_tokens(
     sampling: Sampling = GREEDY,
     key: Key | None = None,
     stop_tokens: Iterable[int] = (),
+    matcher: Matcher | None = None,
     chunk_size: int = CHUNK_SIZE,
     cache: Cache | None = None,
 ) -> Stream[int]:
@@ -105,13 +107,15 @@ def stream_tokens(
         sampling: how to choose tokens. The most likely ones, if not given.
         key: an `mx.random.key`. Required if `sampling` has a temperature.
         stop_tokens: ids that end the text.
+        matcher: allows only tokens that its structure asks for. It is advanced behind each token. The text ends as soon
+            as nothing but a stop token can follow.
         chunk_size: number of prompt tokens computed at once.
         cache: keys and values of the prompt's first tokens, which aren't computed again.
 
     Raises:
         InputError: if an argument has an impossible value.
         CacheError: if the cache isn't one row of this model's, or isn't shorter than the prompt.
-        GenerationError: at a token, if the model's logits aren't finite, so none can be chosen.
+        GenerationError: at a token, if the model's logits aren't finite, or no token fits the structure.
     """
     _check_drawing(sampling, key)
     prompt = token_ids("The prompt", prompt, config)
@@ -123,7 +127,7 @@ def stream_tokens(
     _check_known(cache, prompt, config)
     held = _Held(grow_cache(cache, capacity))
     key = mx.random.key(0) if key is None else key
-    return Stream(_tokens(params, config, prompt, held, max_tokens, sampling, key, ends, chunk_size), held)
+    return Stream(_tokens(params, config, prompt, held, max_tokens, sampling, key, ends, matcher, chunk_size), held)
 
 
 def _tokens(
@@ -135,30 +139,50 @@ def _tokens(
     sampling: Sampling,
     key: Key,
     stop_tokens: frozenset[int],
+    matcher: Matcher | None,
     chunk_size: int,
 ) -> Generator[int]:
     history = init_history([prompt], config.vocab_size) if sampling.uses_history else None
     with wired(params):
         unread = mx.array([prompt[held.cache.lengths[0] :]], mx.int32)
         logits, held.cache = forward(params, unread, held.cache, last_only=True, chunk_size=chunk_size)
-        token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
+        if matcher is not None:
+            # With a structure, the device computes logits while the host finds the tokens that may follow.
+            mx.async_eval(logits)
+        token, key, history = sample(logits[:, 0], key, history, _allowed(matcher), sampling=sampling)
         mx.async_eval(token)
         for remaining in reversed(range(max_tokens)):
             current = token
             if remaining:
                 held.cache = grow_cache(held.cache, held.cache.lengths[0] + 1)
                 logits, held.cache = forward(params, current[:, None], held.cache)
-                token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
-                mx.async_eval(token)
-            made = cast(int, current.item())
-            if made == config.vocab_size:
-                raise GenerationError(
-                    f"After {len(prompt) + max_tokens - 1 - remaining} tokens the model's numbers are no longer finite:"
-                    " try dtype float32 (--dtype float32), and if that doesn't help, its weights are damaged."
-                )
+                if matcher is None:
+                    token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
+                mx.async_eval(token if matcher is None else logits)
+            made = _read(current, len(prompt) + max_tokens - 1 - remaining, config)
+            if matcher is not None:
+                matcher.advance(made)
+                if remaining and not matcher.finished:
+                    token, key, history = sample(logits[:, 0], key, history, _allowed(matcher), sampling=sampling)
+                    mx.async_eval(token)
             yield made
-            if made in stop_tokens:
+            if made in stop_tokens or (matcher is not None and matcher.finished):
                 return
+
+
+def _allowed(matcher: Matcher | None) -> mx.array | None:
+    return None if matcher is None else mx.array(matcher.allowed())[None]
+
+
+def _read(token: mx.array, count: int, config: Config) -> int:
+    """The token made after `count` others."""
+    made = cast(int, token.item())
+    if made == config.vocab_size:
+        raise GenerationError(
+            f"After {count} tokens the model's numbers are no longer finite, or logit_bias forbids every token that may"
+            " follow: try dtype float32 (--dtype float32), and if that doesn't help, its weights are damaged."
+        )
+    return made
 
 
 @checked
@@ -173,6 +197,7 @@ def stream_text(
     key: Key | None = None,
     stop_tokens: Iterable[int] | None = None,
     stop_strings: Sequence[str] = (),
+    structure: Structure | None = None,
     chunk_size: int = CHUNK_SIZE,
     cache: Cache | None = None,
 ) -> Stream[Piece]:
@@ -190,6 +215,8 @@ def stream_text(
         key: an `mx.random.key`. Required if `sampling` has a temperature.
         stop_tokens: ids that end the text. `tokenizer.stop_tokens`, if not given.
         stop_strings: strings that end the text.
+        structure: what the text must be. A text that ends with "stop" is that, unless one of your stop strings cut it.
+            A text that ends with "length" may be only the beginning.
         chunk_size: number of prompt tokens computed at once.
         cache: as in `stream_tokens`.
 
@@ -204,6 +231,9 @@ def stream_text(
     else:
         tokens = token_ids("The prompt", prompt, config)
     budget = token_budget(tokens, config, max_tokens)
+    matcher = None
+    if structure is not None:
+        matcher = token_trie(tokenizer, config.vocab_size, stop_tokens).matcher(structure)
     cutter = TextCutter(tokenizer, stop_tokens, stop_strings)
     made = stream_tokens(
         params,
@@ -213,17 +243,19 @@ def stream_text(
         sampling=sampling,
         key=key,
         stop_tokens=stop_tokens,
+        matcher=matcher,
         chunk_size=chunk_size,
         cache=cache,
     )
-    return Stream(_pieces(made, cutter, budget), made._held)
+    return Stream(_pieces(made, cutter, matcher, budget), made._held)
 
 
-def _pieces(made: Iterator[int], cutter: TextCutter, budget: int) -> Generator[Piece]:
+def _pieces(made: Iterator[int], cutter: TextCutter, matcher: Matcher | None, budget: int) -> Generator[Piece]:
     for count, token in enumerate(made, start=1):
-        last = count == budget
+        whole = matcher is not None and matcher.finished
+        last = whole or count == budget
         text, stopped = cutter.push(token, last=last)
-        yield Piece(token, text, "stop" if stopped else "length" if last else None)
+        yield Piece(token, text, "stop" if stopped or whole else "length" if last else None)
         if stopped:
             return
 
@@ -304,6 +336,7 @@ def warm_up(
     *,
     max_tokens: int,
     sampling: Sampling = GREEDY,
+    structured: bool = False,
     chunk_size: int = CHUNK_SIZE,
 ) -> None:
     """Traces and compiles everything that such a generation will run, by running the first layer only.
@@ -319,10 +352,11 @@ def warm_up(
     empty = init_cache(replace(config, n_layers=1), 1, _first_capacity(prompt_length, max_tokens))
     history = init_history([[0]], config.vocab_size) if sampling.uses_history else None
     key = mx.random.key(0)
+    allowed = mx.full((1, -(-config.vocab_size // 32)), 2**32 - 1, mx.uint32) if structured else None
     for width, start in traced_first(prompt_length, chunk_size, empty.capacity):
         tokens, cache = mx.zeros((1, width), mx.int32), replace(empty, lengths=(start,))
         logits, _ = forward(shallow, tokens, cache, last_only=width > 1, chunk_size=width)
-        mx.eval(sample(logits[:, 0], key, history, sampling=sampling)[0])
+        mx.eval(sample(logits[:, 0], key, history, allowed, sampling=sampling)[0])
 
 
 def _first_capacity(prompt_length: int, max_tokens: int) -> int:

@@ -10,7 +10,6 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from time import monotonic
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,8 @@ from numpy.typing import NDArray
 
 from dbrx_fn.errors import GenerationError, InputError
 from dbrx_fn.files.json_file import shown
-from dbrx_fn.generation.json_schema import Schema, described, enforceable, keywords, without
+from dbrx_fn.generation.json_schema import Schema, described, enforceable
+from dbrx_fn.generation.schema_refusal import refused_keyword
 from dbrx_fn.text.library_errors import library_errors, one_line
 from dbrx_fn.text.tokenizer import Tokenizer
 
@@ -33,9 +33,6 @@ _LONGEST_REGEX = 10_000
 """The most characters of a regular expression. The time to compile it grows with their square."""
 
 _MOST_CHOICES = 1000
-_PATIENCE = 2.0
-"""The most seconds for finding the keyword of a schema that can't be enforced."""
-
 _LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 100_000,
@@ -48,10 +45,17 @@ _LIMITS: dict[str, Any] = {
 
 _JSON_OPTIONS: dict[str, Any] = {
     # If white space may continue without end, a weak model may generate nothing else.
-    "whitespace_pattern": r" |\r?\n[ \t]{0,64}",
+    "whitespace_pattern": r" |\r?\n[ \t]{0,32}",
     # A key written with \u could be that of another property, and not fit that one's schema.
     "json_allowed_escapes": 'nrbtf\\"',
 }
+
+
+_PLAINER = {
+    "NoExtensionBias": "no text fits it",
+    "coerce_one_of": "it isn't certain that its branches exclude each other, as different types or constants do",
+}
+"""What to say where llguidance's error holds these words."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,12 @@ class Structure:
             written = enforceable(schema)
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"The JSON schema can't be written as JSON ({one_line(str(error))}).") from None
-        grammar = _json_grammar(written)
-        refusal = _refusal(grammar)
+        refusal = _schema_refusal(written)
         if refusal is not None:
-            raise InputError(f"The JSON schema{_refused_keyword(written, refusal)} can't be enforced ({refusal}).")
-        return Structure(grammar)
+            path = refused_keyword(written, _schema_refusal)
+            keyword = "" if path is None else f"'s {described(path)}"
+            raise InputError(f"The JSON schema{keyword} can't be enforced ({refusal}).")
+        return Structure(_json_grammar(written))
 
     @staticmethod
     def regex(pattern: str) -> "Structure":
@@ -279,7 +284,10 @@ def _new_matcher(tokens: "llguidance.LLTokenizer", grammar: str) -> "llguidance.
 
 
 def _reason(matcher: "llguidance.LLMatcher") -> str:
-    return one_line(matcher.get_error().removesuffix("<non-verbose/>"))
+    error = matcher.get_error()
+    return next((ours for theirs, ours in _PLAINER.items() if theirs in error), None) or one_line(
+        error.removesuffix("<non-verbose/>")
+    )
 
 
 @functools.cache
@@ -295,6 +303,10 @@ def _json_grammar(schema: Schema) -> str:
         return grammar
 
 
+def _schema_refusal(schema: Schema) -> str | None:
+    return _refusal(_json_grammar(schema))
+
+
 def _refusal(grammar: str) -> str | None:
     """Why llguidance doesn't take this grammar, or doesn't enforce all of it; `None` if it does."""
     with library_errors("The structure can't be enforced", "change it", InputError):
@@ -303,17 +315,6 @@ def _refusal(grammar: str) -> str | None:
         if matcher.is_error():
             return _reason(matcher)
         return one_line(warnings[0]) if warnings else None
-
-
-def _refused_keyword(schema: Schema, refusal: str) -> str:
-    """Which keyword a refusal is about, as "'s 'keyword' at ...": without it the words of the refusal are others."""
-    start = monotonic()
-    for path in keywords(schema):
-        if monotonic() - start > _PATIENCE:
-            break
-        if _refusal(_json_grammar(without(schema, path))) != refusal:
-            return f"'s {described(path)}"
-    return ""
 
 
 def _check_text(name: str, text: str, most: int = _LARGEST) -> None:

@@ -4,6 +4,7 @@ for something that can't work."""
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -584,3 +585,51 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for option in ("--prompt", "--system", "--temp", "--logit-bias", "--stop", "--seed", "--json"):
         assert option in out
+
+
+# Structure
+
+
+def test_the_text_is_json_of_the_schema(command: Command, tmp_path: Path) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "maximum": 99}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(schema))
+    for options in (["--temp", "0"], ["--temp", "1", "--seed", "3", "--chat"]):
+        report = command("-p", "Who?", "--json-schema", file, "-m", "300", *options)
+        assert report["finish_reason"] == "stop"
+        assert json.loads(report["text"]).keys() == {"name", "age"}
+
+
+def test_the_text_is_what_the_regex_matches(command: Command) -> None:
+    report = command("-p", "Call", "--regex", "[0-9]{3}-[0-9]{4}", "--temp", "1", "--seed", "1")
+    assert re.fullmatch("[0-9]{3}-[0-9]{4}", report["text"])
+
+
+def test_a_text_that_is_cut_off_within_its_structure_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-p", "x", "--regex", "[a-z]{50}", "-m", "3", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["finish_reason"] == "length"
+    assert "warning: " in err
+    assert "beginning" in err
+    assert main(["-p", "x", "--regex", "[a-z]", "-m", "3", "--json"]) == 0
+    assert "warning: " not in capsys.readouterr().err
+
+
+def test_structures_that_cannot_be_enforced_are_refused(refused: Refused, tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    for content, reason in (
+        ('{"not": {}}', "'not'"),
+        ('{"type": "object", "type": "string"}', "twice"),
+        ("{", "Expecting"),
+        ("[]", "object"),
+    ):
+        file.write_text(content)
+        refused(["-p", "x", "--json-schema", file], "--json-schema", reason)
+    refused(["-p", "x", "--json-schema", tmp_path / "none"], "--json-schema", "No such file")
+    refused(["-p", "x", "--json-schema", "/dev/zero"], "--json-schema", "regular file")
+    refused(["-p", "x", "--regex", "(?=a)"], "regular expression", "look-ahead")

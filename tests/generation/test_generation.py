@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 import dbrx_fn.generation.stream
+from dbrx_fn.checkpoints.hub import SMALL
 from dbrx_fn.errors import GenerationError, InputError
 from dbrx_fn.generation.sampling import Sampling
 from dbrx_fn.generation.stream import Piece, stream_text, stream_tokens, token_budget, warm_up
+from dbrx_fn.generation.structured import Structure, TokenTrie
 from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
@@ -178,6 +180,22 @@ def test_next_token_is_under_way_before_one_is_waited_for(sampling: Sampling, ev
     for _ in stream:
         events.append("yield")
     assert events == ["start"] + ["start", "wait", "yield"] * 4 + ["wait", "yield"]
+
+
+def test_with_a_structure_the_logits_are_under_way_while_its_tokens_are_found(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matcher = TokenTrie(read_tokenizer(SMALL), CONFIG.vocab_size, {0}).matcher(Structure.regex("[A-Z]{9}"))
+    allowed = matcher.allowed
+
+    def spy() -> NDArray[np.uint32]:
+        events.append("find")
+        return allowed()
+
+    monkeypatch.setattr(matcher, "allowed", spy)
+    for _ in stream_tokens(PARAMS, CONFIG, PROMPT, max_tokens=3, matcher=matcher):
+        events.append("yield")
+    assert events == ["start", "find", "start"] + ["start", "wait", "find", "start", "yield"] * 2 + ["wait", "yield"]
 
 
 def test_waiting_is_noticed(events: list[str]) -> None:
