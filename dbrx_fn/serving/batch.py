@@ -16,7 +16,6 @@ from dbrx_fn.generation.row_sampling import (
     RowNumbers,
     Steps,
     biases,
-    packed,
     row_numbers,
     sample_rows,
     steps_of,
@@ -138,28 +137,36 @@ def one_row(batch: Batch, row: int, config: Config) -> Batch:
     return Batch(take_rows(batch.cache, [row]), _rows_from([(batch, row)], config.vocab_size))
 
 
-def decoded(
-    params: Params, batch: Batch, allowed: NDArray[np.bool_] | None, *, whole_cache: bool
-) -> tuple[Choice, Batch]:
-    """One step of every row: the last tokens go into the cache, and the next ones are chosen. Nothing is waited for."""
+def decoded(params: Params, batch: Batch, *, whole_cache: bool) -> tuple[mx.array, Batch]:
+    """Puts the last tokens into the cache. Nothing is waited for.
+
+    Returns:
+        Logits of the next ones, `[batch vocab]`, and the batch.
+    """
     cache, requests = batch.cache, batch.rows.requests
     logits, after = forward(params, batch.rows.tokens[:, None], cache, whole_cache=whole_cache)
     lengths = [0 if request is None else length for request, length in zip(requests, after.lengths, strict=True)]
-    choice, rows = chosen(logits[:, 0], batch.rows, allowed)
-    return choice, Batch(rewind(after, lengths), rows)
+    return logits[:, 0], Batch(rewind(after, lengths), batch.rows)
 
 
-def chosen(logits: mx.array, rows: Rows, allowed: NDArray[np.bool_] | None) -> tuple[Choice, Rows]:
+def chosen(logits: mx.array, rows: Rows, allowed: Sequence[NDArray[np.uint32] | None] = ()) -> tuple[Choice, Rows]:
     """Chooses a token for each row from `logits` `[batch vocab]`.
 
-    What some row adjusts, all rows adjust, by nothing if need be: so there are few traces, and the others' bits stay.
+    What some row adjusts, all rows adjust, by nothing if need be. So there are few traces, and the others' bits stay.
+
+    Args:
+        logits: of any float dtype.
+        rows: whose they are.
+        allowed: for each row the tokens that may be chosen, uint32 `[words]` as of `Matcher.allowed`; `None` for all.
     """
     history, bias, words = rows.history, rows.bias, None
     vocab = logits.shape[-1]
-    if history is not None or bias is not None or allowed is not None:
+    if history is not None or bias is not None or any(mask is not None for mask in allowed):
         history = init_history([[]] * len(rows.requests), vocab) if history is None else history
         bias = mx.zeros(logits.shape, mx.float32) if bias is None else bias
-        words = mx.array(packed(np.ones(logits.shape, np.bool_) if allowed is None else allowed))
+        everything = np.full(-(-vocab // 32), 0xFFFFFFFF, np.uint32)
+        masks = allowed or [None] * len(logits)
+        words = mx.array(np.stack([everything if mask is None else mask for mask in masks]))
     positions = mx.array(rows.positions, mx.int32)
     choice, history = sample_rows(logits, rows.numbers, positions, history, bias, words, steps=_steps(rows.requests))
     return choice, replace(

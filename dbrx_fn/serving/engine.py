@@ -11,26 +11,27 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
 from dbrx_fn.errors import BusyError, EngineError, GenerationError, InputError, lacks_memory
 from dbrx_fn.generation.row_sampling import Choice
-from dbrx_fn.generation.stream import token_budget
+from dbrx_fn.generation.structured import Matcher, TokenTrie
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import compiles
 from dbrx_fn.runtime.memory import wired
-from dbrx_fn.serving.batch import Batch, decoded
+from dbrx_fn.serving.admission import budget_of
+from dbrx_fn.serving.batch import Batch, chosen, decoded
 from dbrx_fn.serving.beginnings import Beginnings
 from dbrx_fn.serving.decoding import Decoding, rearranged
 from dbrx_fn.serving.limits import FREE_CHUNKS, Limits, default_limits
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.reading import Reading, in_words
 from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Event, Failed, Receive, Request, TokenMade
-from dbrx_fn.serving.schedule import Group, State, never_fits, plan, row_capacity
+from dbrx_fn.serving.schedule import Group, State, plan, row_capacity
 from dbrx_fn.serving.served import Served
 from dbrx_fn.serving.statistics import Statistics
 from dbrx_fn.serving.warm_up import warm_up
@@ -64,6 +65,7 @@ class Engine:
         config: Config,
         limits: Limits | None = None,
         *,
+        trie: TokenTrie | None = None,
         prefixes: PrefixStore | None = None,
         queue: int = _QUEUE,
     ) -> None:
@@ -73,6 +75,7 @@ class Engine:
             params: the tree.
             config: the model's.
             limits: rows and memory; `default_limits` if not given.
+            trie: the tokenizer's vocabulary, for requests with a structure. Without it they are refused.
             prefixes: where beginnings of prompts are kept, with chunks of `limits.chunk` tokens; nowhere, if not given.
                 The engine closes it.
             queue: requests that may wait.
@@ -82,6 +85,7 @@ class Engine:
         """
         self._params, self._config = params, config
         self.limits = default_limits(params, config) if limits is None else limits
+        self._trie = trie
         self._most_waiting = queue
         self._numbers = itertools.count()
         self._lock = threading.Condition()
@@ -124,8 +128,8 @@ class Engine:
             BusyError: if as many requests wait as may.
             EngineError: if the engine was closed or has failed.
         """
-        budget = token_budget(request.prompt, self._config, request.max_tokens)
-        self._check_fits(request, budget)
+        budget = budget_of(request, self._config, self.limits)
+        matcher = self._matcher(request)
         with self._lock:
             if self._failure is not None:
                 raise self._failure
@@ -133,7 +137,7 @@ class Engine:
                 raise EngineError("The engine is closing and takes no more requests: ask another server.")
             if len(self._arrived) + len(self._waiting) >= self._most_waiting:
                 raise BusyError(f"{self._most_waiting} requests wait already, as many as may: try again later.")
-            served = Served(next(self._numbers), request, receive, budget, self._ended)
+            served = Served(next(self._numbers), request, receive, budget, self._ended, matcher)
             self._arrived.append(served)
             self._lock.notify_all()
         return served.number
@@ -204,16 +208,12 @@ class Engine:
             self._lock.notify_all()
         self._thread.join()
 
-    def _check_fits(self, request: Request, budget: int) -> None:
-        vocab_size, length = self._config.vocab_size, len(request.prompt)
-        strange = [token for token, _ in request.sampling.logit_bias if token >= vocab_size]
-        if strange:
-            raise InputError(f"logit_bias names token {strange[0]}, past the model's vocabulary of {vocab_size}.")
-        if never_fits(length, length + budget - 1, self.limits):
-            raise InputError(
-                f"The prompt has {length} tokens and up to {budget} more are asked for, and there is room for"
-                f" {min(self.limits.capacity, self.limits.positions)} tokens: shorten the prompt or lower max_tokens."
-            )
+    def _matcher(self, request: Request) -> Matcher | None:
+        if request.structure is None:
+            return None
+        if self._trie is None:
+            raise InputError("The request has a structure and the engine no TokenTrie: give it one (trie=).")
+        return self._trie.matcher(request.structure)
 
     # Everything below runs on the engine's thread.
 
@@ -269,10 +269,20 @@ class Engine:
             self._begin(self._waiting.pop(number))
         self._arrange(step.groups)
         before, self._launched = self._launched, []
-        for decoding in self._decoding:
-            self._decode(decoding)
+        logits = [self._decode(decoding) for decoding in self._decoding]
+        free = [not any(served is not None and served.matcher for served in one.rows) for one in self._decoding]
+        for decoding, one, is_free in zip(self._decoding, logits, free, strict=True):
+            if is_free:
+                self._choose(decoding, one)
+            else:
+                mx.async_eval(one)
         for launched in before:
             self._hand_out(launched)
+        # Which tokens a structure allows is known once the token before has been handed out. The device computes the
+        # logits meanwhile.
+        for decoding, one, is_free in zip(self._decoding, logits, free, strict=True):
+            if not is_free:
+                self._choose(decoding, one)
         # The step that was just launched keeps the device busy until the chunk is there. Were the chunk launched before
         # the tokens are handed out, the device would be a turn further ahead, and whoever comes next would wait for it.
         if step.read is not None and step.read in self._reading:
@@ -326,7 +336,7 @@ class Engine:
         self._beginnings.put(served.request.prompt, reading.cache, 0)
         self._counts["prompt tokens"] += len(reading.tokens)
         self._counts["cached tokens"] += reading.cached_tokens
-        choice, batch = reading.first_token()
+        choice, batch = reading.first_token(served.allowed())
         mx.async_eval(choice)
         served.launched += 1
         self._launched.append(_Launched(choice, (served,)))
@@ -350,11 +360,17 @@ class Engine:
                     if served in leaving:
                         self._beginnings.put(served.tokens, one.batch.cache, row)
 
-    def _decode(self, decoding: Decoding) -> None:
-        choice, decoding.batch = decoded(self._params, decoding.batch, None, whole_cache=self.limits.exact)
-        mx.async_eval(choice)
+    def _decode(self, decoding: Decoding) -> mx.array:
+        logits, decoding.batch = decoded(self._params, decoding.batch, whole_cache=self.limits.exact)
         for served, _, _ in decoding.held():
             served.launched += 1
+        return logits
+
+    def _choose(self, decoding: Decoding, logits: mx.array) -> None:
+        allowed = [None if served is None else served.allowed() for served in decoding.rows]
+        choice, rows = chosen(logits, decoding.batch.rows, allowed)
+        decoding.batch = replace(decoding.batch, rows=rows)
+        mx.async_eval(choice)
         self._launched.append(_Launched(choice, decoding.rows))
 
     def _hand_out(self, launched: _Launched) -> None:

@@ -54,15 +54,15 @@ class Reading:
         self._logits = logits[:, -1]
         mx.async_eval(self._logits, self._logprobs, self.cache.keys, self.cache.values)
 
-    def first_token(self, allowed: NDArray[np.bool_] | None = None) -> tuple[Choice, Batch]:
+    def first_token(self, allowed: NDArray[np.uint32] | None = None) -> tuple[Choice, Batch]:
         """The token after what was read, and a batch of one row that goes on from it.
 
         Args:
-            allowed: bool `[1 vocab]`, which tokens may be chosen; all if not given.
+            allowed: the tokens that may be chosen, uint32 `[words]`; all if not given.
         """
         assert self._logits is not None
         made = self.tokens[len(self.request.prompt) :]
-        choice, rows = chosen(self._logits, first_rows(self.request, made, self._logits.shape[-1]), allowed)
+        choice, rows = chosen(self._logits, first_rows(self.request, made, self._logits.shape[-1]), [allowed])
         return choice, Batch(self.cache, rows)
 
     def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:

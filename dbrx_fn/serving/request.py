@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.generation.sampling import GREEDY, Sampling
 from dbrx_fn.generation.stream import FinishReason
+from dbrx_fn.generation.structured import Structure
 from dbrx_fn.runtime.arguments import check_fields
 
 MOST_TOP_LOGPROBS = 20
@@ -22,6 +23,7 @@ class Request:
     `stop_tokens`: ids that end the text; the one that does is handed out too.
     `top_logprobs`: log-probabilities of how many likeliest tokens to hand out beside the chosen one's, at most 20;
         `None` for no log-probabilities.
+    `structure`: what the text must be; anything, if not given. The engine needs a `TokenTrie` for it.
     `prompt_logprobs`: whether the prompt's tokens get log-probabilities too.
 
     Raises:
@@ -35,6 +37,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     top_logprobs: int | None = None
     prompt_logprobs: bool = False
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

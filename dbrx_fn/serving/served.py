@@ -2,14 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
-from dbrx_fn.errors import DbrxError
+import numpy as np
+from numpy.typing import NDArray
+
+from dbrx_fn.errors import DbrxError, GenerationError
 from dbrx_fn.generation.stream import FinishReason
+from dbrx_fn.generation.structured import Matcher
 from dbrx_fn.serving.reading import Reading
 from dbrx_fn.serving.request import Event, Failed, PromptRead, Receive, Request, TokenLogprobs, TokenMade
 from dbrx_fn.serving.schedule import Work
 
+_T = TypeVar("_T")
 End = Literal["stop", "length", "cancelled", "failed"]
 
 
@@ -23,6 +28,7 @@ class Served:
     `launched`: tokens that were asked of the device.
     `reading`: its prompt on the way into a cache, or as it was read; `None` if it has no cache.
     `end`: how it ended, if it did.
+    `matcher`: follows the structure of its text, if it has one.
     """
 
     number: int
@@ -30,6 +36,7 @@ class Served:
     receive: Receive
     budget: int
     ended: Callable[["Served"], None]
+    matcher: Matcher | None = None
     made: list[int] = field(default_factory=list)
     launched: int = 0
     reading: Reading | None = None
@@ -57,17 +64,23 @@ class Served:
             self._tell(PromptRead(self.reading.cached_tokens, self.reading.prompt_logprobs()))
         self.made.append(token)
         reason: FinishReason | None = None
-        if token in self.request.stop_tokens:
+        if token in self.request.stop_tokens or (self.matcher is not None and token in self.matcher.stop_tokens):
             reason = "stop"
         elif len(self.made) == self.budget:
             reason = "length"
         self._tell(TokenMade(token, reason, self._wanted(logprobs)))
         if reason is not None:
             self.finish(reason)
+        elif self.matcher is not None:
+            self._try(lambda matcher: matcher.advance(token))
 
     def _wanted(self, logprobs: TokenLogprobs | None) -> TokenLogprobs | None:
         top = self.request.top_logprobs
         return None if top is None or logprobs is None else replace(logprobs, top=logprobs.top[:top])
+
+    def allowed(self) -> NDArray[np.uint32] | None:
+        """The tokens that its structure lets come next, a bit for each; `None` if all may. It fails if none may."""
+        return self._try(lambda matcher: matcher.allowed()) if self.end is None else None
 
     def fail(self, error: DbrxError) -> None:
         """Ends with an error, unless it has ended."""
@@ -80,6 +93,13 @@ class Served:
         if self.end is None:
             self.end = end
             self.ended(self)
+
+    def _try(self, step: Callable[[Matcher], _T]) -> _T | None:
+        try:
+            return None if self.matcher is None else step(self.matcher)
+        except GenerationError as error:
+            self.fail(error)
+            return None
 
     def _tell(self, event: Event) -> None:
         try:

@@ -91,4 +91,4 @@ def _choose(config: Config, rows: int) -> None:
             for top_logprobs in (None, 0):
                 bias = _ADJUSTED.logit_bias if adjusted else ()
                 request = Request((0,), sampling=replace(sampling, logit_bias=bias), top_logprobs=top_logprobs)
-                mx.eval(chosen(logits, same_rows(request, rows, config.vocab_size), None)[0])
+                mx.eval(chosen(logits, same_rows(request, rows, config.vocab_size))[0])

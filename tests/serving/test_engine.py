@@ -1,6 +1,7 @@
 """The engine, with real models: everybody gets what they would get alone, and it ends clean whatever happens."""
 
 import queue
+import re
 import threading
 import time
 from dataclasses import replace
@@ -11,9 +12,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from dbrx_fn import SMALL, load, load_tokenizer
 from dbrx_fn.errors import BusyError, EngineError, GenerationError, InputError
 from dbrx_fn.generation.sampling import Sampling
 from dbrx_fn.generation.stream import stream_tokens
+from dbrx_fn.generation.structured import Structure, TokenTrie
 from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.transformer import score
@@ -386,3 +389,43 @@ def test_long_texts_decode_in_a_batch_of_their_own_where_memory_is_short() -> No
     assert (5, 4 * 256 + 2048) in shapes
     for request, got in zip(asked, events.of, strict=True):
         assert made(got) == list(stream_tokens(PARAMS, CONFIG, request.prompt, max_tokens=60))
+
+
+def test_a_text_keeps_to_its_structure_beside_others_that_have_none() -> None:
+    params, config = load(SMALL)
+    tokenizer = load_tokenizer(SMALL)
+    prompt = tuple(tokenizer.encode("The answer: "))
+    structures = [Structure.regex("[0-9]{3}-[a-f]{2}"), None, Structure.choice(["yes", "no", "perhaps"]), None]
+    asked = [
+        Request(
+            prompt,
+            max_tokens=40,
+            structure=structure,
+            seed=number,
+            sampling=Sampling(temperature=1.0 if number > 1 else 0.0),
+            stop_tokens=frozenset(tokenizer.stop_tokens),
+        )
+        for number, structure in enumerate(structures)
+    ]
+    texts: list[str] = []
+    for together in (False, True):
+        events = Events(4)
+        with Engine(
+            params, config, replace(FAST, exact=True, capacity=256), trie=TokenTrie(tokenizer, config.vocab_size)
+        ) as engine:
+            for number, request in enumerate(asked):
+                engine.submit(request, events.receiver(number))
+                if not together:
+                    events.wait(1)
+            if together:
+                events.wait(4)
+        texts += [tokenizer.decode(made(got)) for got in events.of]
+    assert texts[:4] == texts[4:]
+    stop = tokenizer.decode(sorted(tokenizer.stop_tokens)[:1])
+    assert re.fullmatch("[0-9]{3}-[a-f]{2}", texts[0].removesuffix(stop))
+    assert texts[2].removesuffix(stop) in ("yes", "no", "perhaps")
+
+
+def test_a_structure_without_a_vocabulary_is_refused() -> None:
+    with Engine(PARAMS, CONFIG, FAST) as engine, pytest.raises(InputError, match="TokenTrie"):
+        engine.submit(Request((1,), structure=Structure.choice(["a"])), lambda _: None)

@@ -1,0 +1,26 @@
+"""Whether an engine can serve a request at all, told before it waits."""
+
+from dbrx_fn.errors import InputError
+from dbrx_fn.generation.stream import token_budget
+from dbrx_fn.model.config import Config
+from dbrx_fn.serving.limits import Limits
+from dbrx_fn.serving.request import Request
+from dbrx_fn.serving.schedule import never_fits
+
+
+def budget_of(request: Request, config: Config, limits: Limits) -> int:
+    """How many tokens a request may make: `max_tokens`, or what the context leaves if that is fewer.
+
+    Raises:
+        InputError: if the request can't work with this model, or doesn't fit even when nobody else is there.
+    """
+    budget, length = token_budget(request.prompt, config, request.max_tokens), len(request.prompt)
+    strange = [token for token, _ in request.sampling.logit_bias if token >= config.vocab_size]
+    if strange:
+        raise InputError(f"logit_bias names token {strange[0]}, past the model's vocabulary of {config.vocab_size}.")
+    if never_fits(length, length + budget - 1, limits):
+        raise InputError(
+            f"The prompt has {length} tokens and up to {budget} more are asked for, and there is room for"
+            f" {min(limits.capacity, limits.positions)} tokens: shorten the prompt or lower max_tokens."
+        )
+    return budget
