@@ -23,6 +23,8 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.files.json_file import shown
 from dbrx_fn.generation.generation_config import GenerationConfig, read_generation_config
 from dbrx_fn.generation.sampling import Sampling
+from dbrx_fn.generation.structured import TokenTrie, token_trie
+from dbrx_fn.model.config import Config
 from dbrx_fn.model.costs import cache_bytes
 from dbrx_fn.serving.access import KEY_VARIABLE, Access, read_keys
 from dbrx_fn.serving.engine import Engine
@@ -30,7 +32,7 @@ from dbrx_fn.serving.fingerprint import fingerprint
 from dbrx_fn.serving.limits import Limits, default_limits
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.served_model import ServedModel
-from dbrx_fn.text.tokenizer import read_tokenizer
+from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
 
 _MOST_CHOICES = 128
 """Texts that one request may ask for."""
@@ -234,7 +236,7 @@ def _loaded(options: argparse.Namespace) -> tuple[ServedModel, Engine]:
         max_tokens=options.max_tokens or defaults.max_tokens or _MAX_TOKENS,
         most_choices=min(_MOST_CHOICES, options.queue),
     )
-    engine = Engine(params, config, limits, prefixes=prefixes, queue=options.queue)
+    engine = Engine(params, config, limits, trie=_trie(tokenizer, config), prefixes=prefixes, queue=options.queue)
     try:
         engine.wait_until_ready()
     except BaseException:
@@ -288,6 +290,14 @@ def _size(option: str) -> int:
 
 def _names(option: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in option.split(",") if name.strip())
+
+
+def _trie(tokenizer: Tokenizer, config: Config) -> TokenTrie | None:
+    """What structured output needs; `None` without llguidance or a stop token, and requests for it are refused then."""
+    try:
+        return token_trie(tokenizer, config.vocab_size)
+    except InputError:
+        return None
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dbrx_fn.generation.sampling import Sampling
 from dbrx_fn.serving.fields import FieldError, Fields, wrong_value
 from dbrx_fn.serving.request import Request
 from dbrx_fn.serving.served_model import ServedModel
+from dbrx_fn.serving.structures import read_structure
 
 _MOST_STOPS, _LONGEST_STOP = 4, 256
 """Stop strings, as many as OpenAI takes, and characters of one. A stream looks for them at each token."""
@@ -50,6 +51,7 @@ def read_request(fields: Fields, model: ServedModel, *, top_logprobs: int | None
         seed=_seed(fields),
         stop_tokens=frozenset() if fields.flag("ignore_eos") else model.tokenizer.stop_tokens,
         top_logprobs=top_logprobs,
+        structure=read_structure(fields),
     )
 
 
@@ -101,23 +103,6 @@ def read_stops(fields: Fields, model: ServedModel) -> tuple[str, ...]:
         if not isinstance(stop, str) or not 0 < len(stop) <= _LONGEST_STOP:
             raise wrong_value("stop", stop, f"a text of 1 to {_LONGEST_STOP} characters")
     return tuple(stops)
-
-
-def structure_of(fields: Fields) -> None:
-    """The form that the answer must have: so far any text."""
-    form = fields.inner("response_format")
-    if form is None:
-        return
-    kind = form.required("type")
-    if kind in ("json_object", "json_schema"):
-        raise FieldError(
-            "response_format",
-            f"response_format {kind!r} is not supported by this server: leave it out.",
-            "unsupported_parameter",
-        )
-    if kind != "text":
-        raise wrong_value("response_format.type", kind, "'text'")
-    form.finish()
 
 
 def _sampling(fields: Fields, defaults: Sampling) -> Sampling:

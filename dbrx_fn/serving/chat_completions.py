@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dbrx_fn.serving.asked import Asked, choices_of, read_n, read_request, read_stops, read_stream, structure_of
+from dbrx_fn.serving.asked import Asked, choices_of, read_n, read_request, read_stops, read_stream
 from dbrx_fn.serving.fields import FieldError, Fields, read_object, wrong_value
 from dbrx_fn.serving.request import MOST_TOP_LOGPROBS
 from dbrx_fn.serving.served_model import ServedModel
@@ -51,7 +51,6 @@ def read_chat(body: bytes, model: ServedModel) -> Asked:
         fields.text(name)
     for name, neutral in _REFUSED.items():
         fields.refuse(name, *neutral)
-    structure_of(fields)
     n = read_n(fields, model)
     stream, include_usage = read_stream(fields)
     stops = read_stops(fields, model)

@@ -31,7 +31,6 @@ def read_completion(body: bytes, model: ServedModel) -> Asked:
     model.check_meant(fields)
     fields.text("user")
     fields.refuse("suffix", "")
-    fields.refuse("response_format", {"type": "text"})
     n = read_n(fields, model)
     fields.refuse("best_of", n)
     stream, include_usage = read_stream(fields)

@@ -196,7 +196,7 @@ def test_whoever_goes_away_is_served_no_longer(client: httpx.Client, running: Ru
 
 
 NOT_SUPPORTED = {
-    "/v1/completions": {"suffix": "x", "best_of": 2, "response_format": {"type": "json_object"}, "nix": 1},
+    "/v1/completions": {"suffix": "x", "best_of": 2, "nix": 1},
     "/v1/chat/completions": {
         "audio": {"voice": "x"},
         "functions": [{"name": "x"}],
