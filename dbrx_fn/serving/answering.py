@@ -6,12 +6,11 @@ from types import TracebackType
 
 from dbrx_fn.serving.asked import Asked
 from dbrx_fn.serving.choice import Choice, Delta
-from dbrx_fn.serving.engine import Engine
 from dbrx_fn.serving.metrics import Clock
 from dbrx_fn.serving.openai_objects import Usage
-from dbrx_fn.serving.relay import Inbox, Relay
-from dbrx_fn.serving.request import Failed, PromptRead
-from dbrx_fn.serving.served_model import ServedModel
+from dbrx_fn.serving.relay import Inbox
+from dbrx_fn.serving.request import Failed, PromptRead, Request
+from dbrx_fn.serving.service import Service
 
 
 class ClientGone(Exception):
@@ -21,7 +20,7 @@ class ClientGone(Exception):
 class Answering:
     """Submits the choices of a request, and follows them.
 
-    async with Answering(asked, inbox, engine, relay, model, clock) as answering:
+    async with Answering(asked, inbox, service, clock) as answering:
         async for index, delta in answering.deltas():
             ...
 
@@ -31,15 +30,13 @@ class Answering:
         DbrxError: on entering, as `Engine.submit`.
     """
 
-    def __init__(
-        self, asked: Asked, inbox: Inbox, engine: Engine, relay: Relay, model: ServedModel, clock: Clock
-    ) -> None:
-        self._asked, self._inbox, self._engine, self._relay, self._clock = asked, inbox, engine, relay, clock
+    def __init__(self, asked: Asked, inbox: Inbox, service: Service, clock: Clock) -> None:
+        self._asked, self._inbox, self._service, self._clock = asked, inbox, service, clock
         echoes = asked.echoes or (None,) * len(asked.requests)
         self.choices = [
             Choice(
                 request,
-                model,
+                service.model,
                 asked.stop_strings,
                 echoes[index // asked.n],
                 prompt_only=asked.prompt_only,
@@ -52,13 +49,25 @@ class Answering:
     async def __aenter__(self) -> "Answering":
         try:
             for index, request in enumerate(self._asked.requests):
-                self._numbers.append(self._engine.submit(request, self._relay.receiver(self._inbox, index)))
-                # Each prompt is looked through once more: others go on in between.
-                await asyncio.sleep(0)
+                await self._submit(index, request)
         except BaseException:
             self._cancel()
             raise
         return self
+
+    async def _submit(self, index: int, request: Request) -> None:
+        engine, receive = self._service.engine, self._service.relay.receiver(self._inbox, index)
+
+        def submit() -> None:
+            self._numbers.append(engine.submit(request, receive))
+
+        if request.structure is None:
+            submit()
+            # Each prompt is looked through once more: others go on in between.
+            await asyncio.sleep(0)
+        else:
+            # A structure is compiled then.
+            await self._service.aside(submit, large=True)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -91,7 +100,7 @@ class Answering:
                 deltas.append((index, choice.push(event)))
                 self._clock.token(index)
                 if choice.ended and event.finish_reason is None:
-                    self._engine.cancel(self._numbers[index])
+                    self._service.engine.cancel(self._numbers[index])
             if deltas:
                 yield deltas
 
@@ -107,4 +116,4 @@ class Answering:
     def _cancel(self) -> None:
         for number, choice in zip(self._numbers, self.choices, strict=False):
             if not choice.ended:
-                self._engine.cancel(number)
+                self._service.engine.cancel(number)

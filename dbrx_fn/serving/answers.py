@@ -51,7 +51,7 @@ class Answers:
             inbox = Inbox()
             watcher = asyncio.create_task(_leave_when_gone(receive, inbox))
             try:
-                async with Answering(asked, inbox, service.engine, service.relay, service.model, clock) as answering:
+                async with Answering(asked, inbox, service, clock) as answering:
                     if asked.stream:
                         await self._stream(asked, answering, send)
                     else:

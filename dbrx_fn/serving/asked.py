@@ -44,14 +44,18 @@ class Asked:
 
 def read_request(fields: Fields, model: ServedModel, *, top_logprobs: int | None) -> Request:
     """A request without a prompt, from the fields that completions and chats share."""
+    structure = read_structure(fields)
+    goes_on = fields.flag("ignore_eos")
+    if goes_on and structure is not None:
+        raise FieldError("ignore_eos", "ignore_eos is given for a text that has a form, and so an end: leave it out.")
     return Request(
         prompt=(),
         max_tokens=model.max_tokens,
         sampling=_sampling(fields, model.defaults.sampling),
         seed=_seed(fields),
-        stop_tokens=frozenset() if fields.flag("ignore_eos") else model.tokenizer.stop_tokens,
+        stop_tokens=frozenset() if goes_on else model.tokenizer.stop_tokens,
         top_logprobs=top_logprobs,
-        structure=read_structure(fields),
+        structure=structure,
     )
 
 
@@ -91,11 +95,11 @@ def read_stream(fields: Fields) -> tuple[bool, bool]:
     return stream, include_usage
 
 
-def read_stops(fields: Fields, model: ServedModel) -> tuple[str, ...]:
-    """The stop strings; the checkpoint's own if none are given."""
+def read_stops(fields: Fields, model: ServedModel, request: Request) -> tuple[str, ...]:
+    """The stop strings; the checkpoint's own if none are given, but for a text that has a form and so an end."""
     value = fields.take("stop")
     if value is None:
-        return model.defaults.stop_strings
+        return model.defaults.stop_strings if request.structure is None else ()
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > _MOST_STOPS:
         raise wrong_value("stop", value, f"a text or a list of at most {_MOST_STOPS} texts")

@@ -34,13 +34,13 @@ def read_completion(body: bytes, model: ServedModel) -> Asked:
     n = read_n(fields, model)
     fields.refuse("best_of", n)
     stream, include_usage = read_stream(fields)
-    stops = read_stops(fields, model)
     echo = fields.flag("echo")
     top_logprobs = fields.whole("logprobs", 0, _MOST_LOGPROBS)
     max_tokens = fields.whole("max_tokens", 0 if echo else 1, 2**31 - 1)
     request = replace(
         read_request(fields, model, top_logprobs=top_logprobs), prompt_logprobs=echo and top_logprobs is not None
     )
+    stops = read_stops(fields, model, request)
     given = _prompts(fields.required("prompt"), model, n)
     fields.finish()
     prompts = [_encoded(prompt, model) for prompt in given]

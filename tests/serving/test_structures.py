@@ -90,6 +90,7 @@ def test_regexes_and_choices(client: openai.OpenAI, form: dict[str, Any], patter
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "just one"),
         ({"structured_outputs": {"grammar": "a"}}, "grammar"),
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}}, "both given"),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
     ],
 )
 def test_what_cannot_be_enforced_is_refused(client: openai.OpenAI, fields: dict[str, Any], words: str) -> None:

@@ -10,6 +10,7 @@ from dbrx_fn.checkpoints.hub import SMALL
 from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.errors import EngineError
 from dbrx_fn.generation.generation_config import read_generation_config
+from dbrx_fn.generation.structured import token_trie
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.tree import Params
 from dbrx_fn.serving.access import Access
@@ -47,7 +48,7 @@ def running_server(
     """Serves within the block. A text may have 2,048 tokens."""
     params, config, tokenizer = small_model()
     limits = Limits(rows=rows, positions=1 << 20, capacity=2048, chunk=128)
-    engine = Engine(params, config, limits, queue=queue)
+    engine = Engine(params, config, limits, trie=token_trie(tokenizer, config.vocab_size), queue=queue)
     engine.wait_until_ready()
     model = ServedModel(
         name="small",
