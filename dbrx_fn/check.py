@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import dbrx_fn
 from dbrx_fn.checking.checks import run_checks
@@ -17,6 +18,7 @@ from dbrx_fn.checking.machine import this_machine
 from dbrx_fn.checking.plan import planned
 from dbrx_fn.checking.report import Report, described, report_text
 from dbrx_fn.checking.speed import Speed, measure_speed
+from dbrx_fn.checking.workers import run_in_workers, worker_count
 from dbrx_fn.cli.command import Parser, program, run
 from dbrx_fn.cli.terminal import print_result
 from dbrx_fn.errors import InputError
@@ -25,12 +27,14 @@ WRONG = 1
 """The exit status if a check is wrong."""
 _SECONDS = 95.0
 _FOR_SPEED = 25.0
-"""Seconds reserved for measuring speed."""
+"""Seconds reserved for measuring speed, and for a last check that takes longer,"""
+_FOR_SPEED_ALONE = 15.0
+"""or without such a check, since workers are ended in time."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0, 1 if something is wrong, 2 for bad options, 130 after Ctrl-C."""
-    return run(_run, parser(), arguments)
+    """Runs the command, and returns 0, 1 if something is wrong, 2 for bad options, 130 or 143 if stopped."""
+    return run(_run, parser(), arguments, takes_sigterm=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,16 +57,17 @@ def _run(chosen: argparse.Namespace) -> int:
     start = time.monotonic()
     if not (chosen.seconds > 0 and math.isfinite(chosen.seconds)):
         raise InputError(f"--seconds is {chosen.seconds:g} where a positive number is expected.")
-    checks = planned()
-    if chosen.only is not None:
-        checks = [check for check in checks if chosen.only in check.group]
-        if not checks:
-            raise InputError(f"--only is {chosen.only!r}, which no row of the report holds: take a part of one's name.")
+    plan = partial(planned, chosen.only)
+    checks = plan()
+    if not checks:
+        raise InputError(f"--only is {chosen.only!r}, which no row of the report holds: take a part of one's name.")
     machine = this_machine(dbrx_fn.__version__)
     # With TF32 a GPU may round float32 to 10 bits in products. MLX reads the setting at the first product.
     os.environ["MLX_ENABLE_TF32"] = "0"
-    kept = 0.0 if chosen.only is not None else min(_FOR_SPEED, chosen.seconds / 2)
-    outcomes = run_checks(checks, start + chosen.seconds - kept)
+    workers = worker_count()
+    kept = 0.0 if chosen.only is not None else min(_FOR_SPEED if workers == 1 else _FOR_SPEED_ALONE, chosen.seconds / 2)
+    until = start + chosen.seconds - kept
+    outcomes = run_checks(checks, until) if workers == 1 else run_in_workers(checks, plan, until, workers)
     if all(outcome.left_out for outcome in outcomes):
         raise InputError(f"--seconds is {chosen.seconds:g}, in which no check can be made: give more.")
     speed = "not measured, because of --only" if chosen.only is not None else _speed(start + chosen.seconds - kept / 2)

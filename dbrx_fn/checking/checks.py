@@ -21,6 +21,7 @@ class Check:
     `limit`: the largest error that counts as right.
     `compared`: computes the comparison.
     `backend`, `compiles`, `kernels`: as in `as_if`.
+    `family`: a name that checks share if they need the same kernels; the group's if empty. One process makes them.
     """
 
     group: str
@@ -30,6 +31,7 @@ class Check:
     backend: Backend | None = None
     compiles: bool | None = None
     kernels: bool | None = None
+    family: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Outcome:
 
     @property
     def left_out(self) -> bool:
-        """Whether the check didn't run, for lack of time."""
+        """Whether the check didn't run to its end, for lack of time."""
         return self.compared is None and self.problem is None
 
     @property
@@ -58,10 +60,11 @@ class Outcome:
 def run_checks(checks: Sequence[Check], until: float) -> list[Outcome]:
     """Runs checks in order. Those that would start after `until` (`time.monotonic`) are left out."""
     shown: Iterable[Check] = tqdm(checks, desc="checking", unit="check", disable=None, leave=False)
-    return [_outcome(check) if time.monotonic() < until else Outcome(check) for check in shown]
+    return [outcome_of(check) if time.monotonic() < until else Outcome(check) for check in shown]
 
 
-def _outcome(check: Check) -> Outcome:
+def outcome_of(check: Check) -> Outcome:
+    """Runs a check in this process."""
     start = time.monotonic()
     compared, problem = None, None
     try:

@@ -92,7 +92,10 @@ def check_models(
         for way in ways:
             for model in models:
                 case = f"{model.name} (seed {model.seed}), {dtype}, {way}"
-                yield Check(group(dtype, way), case, LIMITS[dtype], partial(_compared, model, dtype, way), **choices)
+                compared = partial(_compared, model, dtype, way)
+                # Kernels depend on a model's sizes, and hardly on the way.
+                family = f"{model.name}, {dtype}"
+                yield Check(group(dtype, way), case, LIMITS[dtype], compared, family=family, **choices)
 
 
 def format_group(model: Model) -> str:

@@ -17,15 +17,17 @@ from dbrx_fn.model.config import Config
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
 
+_FAMILY = "the small model"
+
 
 def check_small_model() -> Iterator[Check]:
     """Checks of a prompt and its continuation, in float32."""
     for capacity in (0, 64):
         case = f"{len(PROMPT) + MADE} tokens, {'into a cache' if capacity else 'no cache'}"
-        yield Check("the small model, logits", case, LIMITS["float32"], partial(_logits, capacity))
+        yield Check("the small model, logits", case, LIMITS["float32"], partial(_logits, capacity), family=_FAMILY)
     ways = {"the likeliest token": Sampling(), "one of the likeliest, drawn": Sampling(temperature=1.0, top_k=1)}
     for case, sampling in ways.items():
-        yield Check("the small model, its text", case, 0.0, partial(_text, sampling))
+        yield Check("the small model, its text", case, 0.0, partial(_text, sampling), family=_FAMILY)
 
 
 @cache

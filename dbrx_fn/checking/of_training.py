@@ -31,6 +31,7 @@ def check_training(group: str, *, in_one: bool = False, **choices: Any) -> Itera
         return group if in_one else f"{group}, {what}"
 
     name = f"a batch of {len(TRAINED.lengths)} times {TRAINED.lengths[0]} tokens (seed {TRAINED.seed})"
+    choices["family"] = "training"
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
     for dtype in dtypes:
         yield Check(row("loss"), f"{name}, loss, {dtype}", LIMITS[dtype], partial(_loss, dtype), **choices)

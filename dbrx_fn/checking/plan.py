@@ -21,22 +21,27 @@ _COMMON = 5
 """Number of the most common quantized formats."""
 
 
-def planned() -> list[Check]:
-    """The checks, in their order."""
+def planned(only: str | None = None) -> list[Check]:
+    """The checks in their order: what users run comes first.
+
+    Args:
+        only: a text that the rows of the wanted checks hold; `None` for all checks.
+    """
     usual: Dtype = "float32" if on_cpu() else "bfloat16"
     others = [dtype for dtype in get_args(Dtype) if dtype != usual]
-    return [
-        *check_small_model(),
+    checks = [
         *_dense([usual]),
-        *check_training("training"),
         *_quantized(QUANTIZED[:_COMMON], [usual]),
-        *_dense(others),
+        *check_training("training"),
+        *check_small_model(),
         *check_positions(),
+        *_dense(others),
         *(_otherwise_on_a_cpu() if on_cpu() else _otherwise_on_a_gpu()),
         *_quantized(QUANTIZED[_COMMON:], [usual]),
         *_quantized(QUANTIZED, others),
         *(_compiled() if on_cpu() else ()),
     ]
+    return [check for check in checks if only is None or only in check.group]
 
 
 def _dense(dtypes: Sequence[Dtype]) -> Iterator[Check]:

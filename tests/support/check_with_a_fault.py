@@ -1,7 +1,11 @@
-"""Runs `python -m dbrx_fn.check` with a fault that is put in first: its name, then the command's arguments."""
+"""Runs `python -m dbrx_fn.check` with a fault that is put in first: its name, then the command's arguments.
+
+The fault is put in when the checks are planned, so workers have it too.
+"""
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +20,8 @@ from numpy.typing import NDArray
 
 from dbrx_fn import check
 from dbrx_fn.checking import of_operations, reference
+from dbrx_fn.checking.checks import Check
+from dbrx_fn.checking.plan import planned
 from dbrx_fn.model import positions
 from dbrx_fn.ops import experts
 
@@ -92,6 +98,16 @@ FAULTS = {
     )
 }
 
+
+def planned_with(fault: str, only: str | None) -> list[Check]:
+    """The checks, in a process with the fault."""
+    FAULTS[fault]()
+    return planned(only)
+
+
 if __name__ == "__main__":
-    FAULTS[sys.argv[1]]()
+    # Workers find the function by its module, which `__main__` isn't there.
+    from tests.support import check_with_a_fault
+
+    put(partial(check_with_a_fault.planned_with, sys.argv[1]), "planned", check)
     sys.exit(check.main(sys.argv[2:]))
