@@ -246,11 +246,11 @@ def _refuse(path: Path, what: str) -> NoReturn:
 
 
 def _is_number(value: object) -> bool:
-    """Whether llguidance reads the number exactly: it computes its digits times a power of ten in float64."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    """Whether llguidance reads the number exactly, which it computes from its digits and a power of ten in float64."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 10**_MOST_DIGITS:
         return False
     _, digits, exponent = Decimal(str(value)).normalize().as_tuple()
-    return len(digits) <= _MOST_DIGITS and abs(int(exponent)) <= 22
+    return len(digits) <= _MOST_DIGITS and int(exponent) >= -22
 
 
 def _remainders(divisor: float) -> int:

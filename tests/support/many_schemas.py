@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from copy import deepcopy
 from datetime import datetime
 from random import Random
 from typing import Any
@@ -61,6 +62,7 @@ def random_schema(random: Random) -> Schema:
             "maxItems": 2,
         }
     if random.random() < 0.1:
+        schema = deepcopy(schema)  # its parts may be those of other schemas
         keyword, value = random.choice(_UNSUPPORTED)
         target = random.choice(list(_schemas(schema)))
         target[keyword] = value
