@@ -15,7 +15,7 @@ from dbrx_fn.cli.terminal import print_result
 from dbrx_fn.errors import InputError
 
 COMMANDS = {
-    "generate": "continue a prompt, or answer it",
+    "generate": "continue a prompt, or answer it, or a file of them",
     "serve": "serve a model to OpenAI's clients, over HTTP",
     "chat": "talk with a model in the terminal",
     "inspect": "show what a checkpoint holds, and whether it fits this machine",

@@ -1,19 +1,20 @@
 """`python -m dbrx_fn.generate`: continues or answers a prompt, and prints the text while it is generated."""
 
 import argparse
+import hashlib
 import json
 import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, tokenizer_folder
+from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, model_name, tokenizer_folder
 from dbrx_fn.checkpoints.loader import computing_dtype, load
 from dbrx_fn.cli.command import Parser, program, run
 from dbrx_fn.cli.generation_options import (
@@ -23,7 +24,8 @@ from dbrx_fn.cli.generation_options import (
     chosen_sampling,
     chosen_stop_tokens,
 )
-from dbrx_fn.cli.terminal import byte_progress, dimmed, print_message, show_waiting, size_text, visible
+from dbrx_fn.cli.generation_report import Report
+from dbrx_fn.cli.terminal import batch_progress, byte_progress, dimmed, print_message, show_waiting, size_text, visible
 from dbrx_fn.errors import InputError
 from dbrx_fn.files.json_file import parse_json, read_bounded, shown_path
 from dbrx_fn.generation.generation_config import read_generation_config
@@ -33,6 +35,15 @@ from dbrx_fn.generation.structured import Structure
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import backend
+from dbrx_fn.serving.batch_lines import read_batch_input
+from dbrx_fn.serving.batch_output import batch_output
+from dbrx_fn.serving.batch_run import MOST_CHOICES, MOST_TEXTS, BatchRun
+from dbrx_fn.serving.engine import Engine
+from dbrx_fn.serving.fingerprint import weights_fingerprint
+from dbrx_fn.serving.limits import default_limits
+from dbrx_fn.serving.prefix_store import PrefixStore
+from dbrx_fn.serving.served_model import ServedModel
+from dbrx_fn.serving.structures import trie_if_any
 from dbrx_fn.text.chat import encode_chat
 from dbrx_fn.text.prompt_length import encode_prompt
 from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
@@ -40,53 +51,11 @@ from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
 _PROMPT_SHOWN = 400
 """The most characters of the prompt that a terminal shows before the text, from its end."""
 
+_PREFIXES = 2**30
+"""Bytes of memory for beginnings that a batch's prompts share."""
+
 _LARGEST_PROMPT = 256 * 2**20
 """The most bytes that are read from standard input."""
-
-
-@dataclass
-class Report:
-    """The generated text and its times, as `--json` prints them. Times are in seconds, rates in tokens per second."""
-
-    model: str
-    seed: int
-    prompt_tokens: int = 0
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str = "interrupted"
-    load_time: float = 0.0
-    warm_up_time: float = 0.0
-    time_to_first_token: float | None = None
-    prompt_rate: float | None = None
-    generation_rate: float | None = None
-    peak_memory: int = 0
-
-    def note(self, piece: Piece, elapsed: float) -> None:
-        """Counts a piece that came `elapsed` seconds after the start."""
-        self.tokens.append(piece.token)
-        self.text += piece.text
-        if self.time_to_first_token is None:
-            self.time_to_first_token = elapsed
-            self.prompt_rate = self.prompt_tokens / elapsed
-        else:
-            self.generation_rate = (len(self.tokens) - 1) / (elapsed - self.time_to_first_token)
-        if piece.finish_reason is not None:
-            self.finish_reason = piece.finish_reason
-
-    def summary(self, *, drawn: bool) -> str:
-        """The main figures as a small table. For `drawn` text it includes the seed that draws it again."""
-        return "\n".join(
-            (
-                f"prompt          {self.prompt_tokens:8d} tokens  {_rate(self.prompt_rate)}",
-                f"generation      {len(self.tokens):8d} tokens  {_rate(self.generation_rate)}",
-                f"first token     {_seconds(self.time_to_first_token)}",
-                f"warm-up         {_seconds(self.warm_up_time)}",
-                f"loading         {_seconds(self.load_time)}",
-                f"peak memory     {self.peak_memory / 2**30:8.2f} GiB",
-                f"finish reason   {self.finish_reason}",
-                *([f"seed            {self.seed}"] if drawn else []),
-            )
-        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,7 +86,15 @@ def parser() -> argparse.ArgumentParser:
         help="a checkpoint's folder, a GGUF file with tokenizer files beside it, or a Hugging Face repository as"
         " owner/name (default: the small model of this package)",
     )
-    add("--prompt", "-p", required=True, help="text to continue; - reads it from standard input")
+    source = options.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", "-p", help="text to continue; - reads it from standard input")
+    source.add_argument("--batch", type=Path, metavar="FILE", help="JSONL file of requests to answer, one per line")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="with --batch, JSONL file to add the answers to; the same command continues what was interrupted",
+    )
     add("--chat", action="store_true", help="send the prompt as a user's message in the model's chat format")
     add(
         "--control-tokens",
@@ -140,6 +117,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.batch is not None:
+        _run_batch(options)
+        return
+    if options.out is not None:
+        raise InputError("--out is the file of a batch's answers: give --batch too, or leave it out.")
     report = Report(options.model, secrets.randbits(32) if options.seed is None else options.seed)
     check_generation_options(options)
     key = random_key(report.seed)
@@ -200,6 +182,72 @@ def _run(options: argparse.Namespace) -> None:
             f"warning: the text has only the beginning of its structure, since it ended after {budget} tokens: give a"
             " larger --max-tokens."
         )
+
+
+def _run_batch(options: argparse.Namespace) -> None:
+    """Answers the requests of a file."""
+    _check_batch(options)
+    path = checkpoint_path(options.model)
+    folder = tokenizer_folder(path)
+    defaults = read_generation_config(folder)
+    defaults = replace(
+        defaults,
+        sampling=chosen_sampling(options, defaults.sampling),
+        max_tokens=options.max_tokens or defaults.max_tokens or MOST_TOKENS,
+        stop_strings=tuple(options.stop) or defaults.stop_strings,
+    )
+    tokenizer, name = read_tokenizer(folder), model_name(options.model, path)
+    lines = read_batch_input(options.batch)
+    chosen = json.dumps([asdict(defaults), options.seed, name, tokenizer.fingerprint()])
+    chosen_sum = hashlib.sha256(chosen.encode()).hexdigest()
+    with batch_output(options.out, lines.sha256, lines.last, chosen_sum) as output:
+        if output.count == lines.count:
+            print_message(f"{options.out} has the answers to all {lines.count} lines already.")
+            return
+        params, config = _load(path, options.dtype)
+        output.begin(weights_fingerprint(params, config))
+        limits = default_limits(params, config, reserved=_PREFIXES)
+        model = ServedModel(
+            name=name,
+            created=int(time.time()),
+            config=config,
+            tokenizer=tokenizer,
+            capacity=min(limits.capacity, limits.positions),
+            defaults=defaults,
+            max_tokens=defaults.max_tokens or MOST_TOKENS,
+            most_choices=MOST_CHOICES,
+        )
+        trie = trie_if_any(tokenizer, config.vocab_size)
+        prefixes = PrefixStore(config, "", chunk=limits.chunk, memory=_PREFIXES)
+        with (
+            Engine(params, config, limits, trie=trie, prefixes=prefixes, queue=MOST_TEXTS + MOST_CHOICES) as engine,
+            batch_progress(lines.count, output.count) as progress,
+        ):
+            batch = BatchRun(engine, model, output, progress)
+            try:
+                batch.run(lines, options.seed)
+            except KeyboardInterrupt:
+                count = f"{output.count} of {lines.count} lines"
+                print_message(f"interrupted: {count} are answered in {options.out}, and the same command continues.")
+                raise
+        failed = f", {batch.failed} of them with an error" if batch.failed else ""
+        print_message(f"{options.out} has the answers to {output.count} lines{failed}.")
+
+
+def _check_batch(options: argparse.Namespace) -> None:
+    """Refuses what can be refused before any file is read."""
+    check_generation_options(options)
+    if options.out is None:
+        raise InputError("--batch needs a file for the answers: name it with --out.")
+    usual = parser().parse_args(["--batch", "x"])
+    for option in (
+        *("chat", "control_tokens", "system", "json_schema", "regex", "json"),
+        *("extra_eos_token", "prefill_step_size"),
+    ):
+        if getattr(options, option) != getattr(usual, option):
+            raise InputError(f"--{option.replace('_', '-')} has no meaning with --batch: leave it out.")
+    if options.seed is not None:
+        random_key(options.seed)
 
 
 def _print_pieces(pieces: Iterator[Piece], report: Report, options: argparse.Namespace, *, drawn: bool) -> None:
@@ -291,14 +339,6 @@ def _encode(tokenizer: Tokenizer, text: str, options: argparse.Namespace, most: 
     return encode_chat(
         tokenizer, [message], system=options.system, control_tokens_in_content=options.control_tokens, most=most
     )
-
-
-def _rate(rate: float | None) -> str:
-    return "" if rate is None else f"{rate:10.1f} tokens/s"
-
-
-def _seconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds:8.2f} s"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from types import ModuleType
 from urllib.parse import urlsplit
 
 import dbrx_fn
-from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, local_path, tokenizer_folder
+from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, model_name, tokenizer_folder
 from dbrx_fn.checkpoints.loader import computing_dtype, load
 from dbrx_fn.cli.command import Parser, Terminated, program, run
 from dbrx_fn.cli.stop_signals import deferred_stop
@@ -23,8 +23,6 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.files.json_file import shown
 from dbrx_fn.generation.generation_config import GenerationConfig, read_generation_config
 from dbrx_fn.generation.sampling import Sampling
-from dbrx_fn.generation.structured import TokenTrie, token_trie
-from dbrx_fn.model.config import Config
 from dbrx_fn.model.costs import cache_bytes
 from dbrx_fn.serving.access import KEY_VARIABLE, Access, read_keys
 from dbrx_fn.serving.engine import Engine
@@ -32,7 +30,8 @@ from dbrx_fn.serving.fingerprint import fingerprint
 from dbrx_fn.serving.limits import Limits, default_limits
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.served_model import ServedModel
-from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
+from dbrx_fn.serving.structures import trie_if_any
+from dbrx_fn.text.tokenizer import read_tokenizer
 
 _MOST_CHOICES = 128
 """Texts that one request may ask for."""
@@ -227,7 +226,7 @@ def _loaded(options: argparse.Namespace) -> tuple[ServedModel, Engine]:
         disk=10 * 2**30 if options.prompt_cache_disk is None else options.prompt_cache_disk,
     )
     model = ServedModel(
-        name=options.served_model_name or _name(options.model, path),
+        name=options.served_model_name or model_name(options.model, path),
         created=int(time.time()),
         config=config,
         tokenizer=tokenizer,
@@ -236,7 +235,8 @@ def _loaded(options: argparse.Namespace) -> tuple[ServedModel, Engine]:
         max_tokens=options.max_tokens or defaults.max_tokens or _MAX_TOKENS,
         most_choices=min(_MOST_CHOICES, options.queue),
     )
-    engine = Engine(params, config, limits, trie=_trie(tokenizer, config), prefixes=prefixes, queue=options.queue)
+    trie = trie_if_any(tokenizer, config.vocab_size)
+    engine = Engine(params, config, limits, trie=trie, prefixes=prefixes, queue=options.queue)
     try:
         engine.wait_until_ready()
     except BaseException:
@@ -262,11 +262,6 @@ def _with_options(options: argparse.Namespace, defaults: GenerationConfig) -> Ge
     return replace(defaults, sampling=replace(defaults.sampling, **chosen))
 
 
-def _name(model: str, path: Path) -> str:
-    """What requests call a model: as the Hub does, or as its folder or file is called."""
-    return model if local_path(model) is None else path.resolve().stem if path.is_file() else path.resolve().name
-
-
 def _budget(model: ServedModel, limits: Limits) -> str:
     """What there is room for, in a line."""
     room = size_text(limits.positions * cache_bytes(model.config, 1))
@@ -290,14 +285,6 @@ def _size(option: str) -> int:
 
 def _names(option: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in option.split(",") if name.strip())
-
-
-def _trie(tokenizer: Tokenizer, config: Config) -> TokenTrie | None:
-    """What structured output needs; `None` without llguidance or a stop token, and requests for it are refused then."""
-    try:
-        return token_trie(tokenizer, config.vocab_size)
-    except InputError:
-        return None
 
 
 if __name__ == "__main__":

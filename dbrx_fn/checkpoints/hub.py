@@ -101,6 +101,18 @@ def local_path(path_or_repo: str | Path) -> Path | None:
         ) from None
 
 
+def model_name(path_or_repo: str, path: Path) -> str:
+    """What a model is called: its repository's name, or its folder's or file's.
+
+    Args:
+        path_or_repo: what the user gave.
+        path: what `checkpoint_path` returned for it.
+    """
+    if local_path(path_or_repo) is None:
+        return path_or_repo
+    return path.resolve().stem if path.is_file() else path.resolve().name
+
+
 def refusal(repository: str, revision: str | None, error: Exception) -> CheckpointError:
     """The error for an exception of the Hugging Face Hub's library, as one short sentence."""
     from huggingface_hub import errors

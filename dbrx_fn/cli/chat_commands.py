@@ -66,7 +66,7 @@ def obey(command: str, session: ChatSession, weights: Callable[[], str]) -> str:
             said = f"The conversation of {file} goes on, with {len(session.messages)} messages."
             return said if unused is None else f"{said} {cache_beside(file)} isn't used, since {unused}."
     raise InputError(
-        f'{shown(name)} is no command: /help lists them, and a message that begins with / goes between """.'
+        f'{shown(name)} is not a command: /help lists them, and a message that begins with / goes between """.'
     )
 
 

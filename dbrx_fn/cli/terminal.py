@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
@@ -79,6 +80,23 @@ def show_waiting(what: str) -> Iterator[None]:
     """Shows what the user waits for while the block runs, on a terminal only."""
     with tqdm(desc=what, bar_format="{desc}", disable=None, leave=False):
         yield
+
+
+@contextmanager
+def batch_progress(total: int, done: int) -> Iterator[Callable[[int, int], None]]:
+    """Shows lines done, of `total`, and tokens per second, on a terminal only; yields what counts more of both."""
+    began, tokens, shown = time.monotonic(), 0, 0.0
+    with tqdm(total=total, initial=done, unit=" lines", disable=None) as bar:
+
+        def progress(lines: int, made: int) -> None:
+            nonlocal tokens, shown
+            tokens, now = tokens + made, time.monotonic()
+            bar.update(lines)
+            if now - shown > 0.5:
+                shown = now
+                bar.set_postfix_str(f"{tokens / max(now - began, 1e-3):.0f} tokens/s")
+
+        yield progress
 
 
 def size_text(nbytes: float) -> str:

@@ -99,7 +99,7 @@ def _read(file: Path) -> dict[str, Any]:
             raise ValueError(f"it has {shown(next(iter(content.keys() - {'messages', 'cache'})))} beside its messages")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{shown_path(file)} is no saved conversation ({reason}): name another file.") from None
+        raise InputError(f"{shown_path(file)} is not a saved conversation ({reason}): name another file.") from None
     return content
 
 

@@ -120,17 +120,17 @@ def _sampling(fields: Fields, defaults: Sampling) -> Sampling:
     }
     given = {name: value for name, value in numbers.items() if value is not None}
     top_k = fields.whole("top_k", -1, 2**31 - 1)
-    bias = _logit_bias(fields)
+    bias = _logit_bias(fields, defaults.logit_bias)
     # Others write -1 for all.
     top_k = defaults.top_k if top_k is None else max(top_k, 0)
     values: dict[str, Any] = {**given, "top_k": top_k, "logit_bias": bias}
     return replace(defaults, **values)
 
 
-def _logit_bias(fields: Fields) -> tuple[tuple[int, float], ...]:
+def _logit_bias(fields: Fields, default: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
     given = fields.inner("logit_bias")
     if given is None:
-        return ()
+        return default
     pairs = []
     for name in given.names:
         if not (name.isascii() and name.isdecimal() and len(name) < 10):

@@ -4,11 +4,20 @@ from typing import Any
 
 from dbrx_fn.errors import InputError
 from dbrx_fn.files.json_file import parse_json
-from dbrx_fn.generation.structured import Structure
+from dbrx_fn.generation.structured import Structure, TokenTrie, token_trie
 from dbrx_fn.serving.fields import FieldError, Fields, wrong_value
+from dbrx_fn.text.tokenizer import Tokenizer
 
 _FORMS = ("json", "regex", "choice", "json_object")
 """Of `structured_outputs` (https://docs.vllm.ai/en/latest/features/structured_outputs.html)."""
+
+
+def trie_if_any(tokenizer: Tokenizer, vocab_size: int) -> TokenTrie | None:
+    """What structured output needs; `None` without llguidance or a stop token, and requests for it are refused then."""
+    try:
+        return token_trie(tokenizer, vocab_size)
+    except InputError:
+        return None
 
 
 def read_structure(fields: Fields) -> Structure | None:

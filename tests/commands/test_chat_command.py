@@ -163,10 +163,10 @@ def test_a_seed_makes_a_conversation_repeat(talk: Talk, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "options", "words"),
     [
-        (b"/nonsense\nHi\n", [], "'/nonsense' is no command: /help lists them"),
+        (b"/nonsense\nHi\n", [], "'/nonsense' is not a command: /help lists them"),
         (b"/undo twice\n", [], "/undo takes nothing behind it"),
         (b"/save\n", [], "/save needs a file's name"),
-        (b"/load /nowhere/chat.json\n", [], "/nowhere/chat.json is no saved conversation (No such file"),
+        (b"/load /nowhere/chat.json\n", [], "/nowhere/chat.json is not a saved conversation (No such file"),
         (b"/save /nowhere/chat.json\n", [], "/nowhere/chat.json can't be written"),
         (b"a\xff\n", [], "isn't UTF-8"),
         (b"x" * 40_000, [], "the model's context holds 32768"),
@@ -317,7 +317,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(terminal: Callable[..., Term
 def test_an_error_on_a_terminal_ends_nothing(terminal: Callable[..., Terminal]) -> None:
     here = terminal("a", "--max-tokens", "2")
     here.type("/load /nowhere\r")
-    here.wait_for("error: /nowhere is no saved conversation")
+    here.wait_for("error: /nowhere is not a saved conversation")
     here.type('"""two\r')
     here.wait_for("... ")
     here.type('lines"""\r')

@@ -239,7 +239,7 @@ def test_a_cache_that_does_not_fit_is_not_used(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "no saved conversation"),
+        ("{", "not a saved conversation"),
         ("[]", "an object with a list of messages"),
         ('{"messages": 7}', "an object with a list of messages"),
         ('{"messages": [], "more": 1}', "'more' beside its messages"),
@@ -266,7 +266,7 @@ def test_no_other_file_is_replaced(session: ChatSession, tmp_path: Path) -> None
     say(session, "one")
     precious = tmp_path / "thesis.json"
     precious.write_text("{}")
-    with pytest.raises(InputError, match="no saved conversation"):
+    with pytest.raises(InputError, match="not a saved conversation"):
         save_chat(precious, session)
     assert precious.read_text() == "{}"
     file = tmp_path / "chat.json"
