@@ -53,10 +53,11 @@ def test_a_signal_lets_what_runs_end_and_nothing_begin(number: int, status: int)
     with server_process("--drain", "30", "--served-model-name", "Shakespeare") as server:
         assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "Shakespeare"
         with httpx.Client(base_url=server.url) as client:
-            thread, events = follow(server.url, 200)
+            thread, events = follow(server.url, 300)
             server.process.send_signal(number)
             wait_for(lambda: client.get("/health").status_code == 503)
             refused = client.post("/v1/completions", json=ASKED)
+            assert events[-1] != "[DONE]"
         said = server.process.communicate(timeout=60)[1]
         thread.join()
     assert (refused.status_code, refused.json()["error"]["type"]) == (503, "server_error")

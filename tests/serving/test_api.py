@@ -177,11 +177,13 @@ def test_a_stop_string_ends_a_text_and_frees_its_row(client: httpx.Client, runni
     asked = {**COMPLETION, "temperature": 0, "max_tokens": 60}
     text = post(client, "/v1/completions", asked)["choices"][0]["text"]
     stop = text[20:24]
-    cut = post(client, "/v1/completions", {**asked, "stop": stop, "max_tokens": 1500})
+    before = dict(running.engine.statistics().finished).get("cancelled", 0)
+    cut = post(client, "/v1/completions", {**asked, "stop": stop, "max_tokens": 1500, "ignore_eos": True})
     assert cut["choices"][0]["text"] == text[: text.index(stop)]
     assert cut["choices"][0]["finish_reason"] == "stop"
     assert cut["usage"]["completion_tokens"] < 60
     until(lambda: not running.engine.statistics().decoding)
+    assert dict(running.engine.statistics().finished)["cancelled"] == before + 1
 
 
 def test_whoever_goes_away_is_served_no_longer(client: httpx.Client, running: Running) -> None:
