@@ -1,24 +1,28 @@
-"""`python -m dbrx_fn.bench`: the speed of inference and training, as fractions of this machine's limits.
+"""`python -m dbrx_fn.bench`: the speed of inference and training, as fractions of the machine's limits, and of serving.
 
 python -m dbrx_fn.bench inference --shape dbrx --quantize 4 --layers 4
 python -m dbrx_fn.bench training --shape 1.3b --dtype bfloat16
+python -m dbrx_fn.bench serving --rate 1 2 4
 
 `docs/bench.md` describes the measurements and their bounds.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 from dbrx_fn.benchmarks.inference import Figure, make_weights, measure_inference, our_program
+from dbrx_fn.benchmarks.load import Limits, Workload, loads_of
 from dbrx_fn.benchmarks.machine import MachineLimits, measure_limits
 from dbrx_fn.benchmarks.mlx_lm import check_mlx_lm, mlx_lm_program
 from dbrx_fn.benchmarks.plan import Cases, Planned, check_cases, plan_checkpoint, plan_random
 from dbrx_fn.benchmarks.roofline import RooflinePoint, draw_roofline
+from dbrx_fn.benchmarks.tables import scaled, table, time_text
 from dbrx_fn.benchmarks.training import BILLION, TrainingSpeed, measure_training
 from dbrx_fn.checkpoints.config_file import config_to_dict, read_config, read_config_file
 from dbrx_fn.checkpoints.hub import SMALL
@@ -31,31 +35,43 @@ from dbrx_fn.model.config import DBRX, Config, Dtype
 from dbrx_fn.model.costs import weight_bytes
 from dbrx_fn.model.params import param_count
 from dbrx_fn.runtime.memory import wired
+from dbrx_fn.serving.access import KEY_VARIABLE
 
-_Row = TypeVar("_Row")
-_COUNTS = {"batch_size", "sequence_length", "steps", "prompt", "context", "tokens", "repeats"}
+_COUNTS = {
+    *("batch_size", "sequence_length", "steps", "prompt", "context", "tokens", "repeats", "clients", "requests"),
+    *("decode_concurrency", "capacity"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
-    return run(_run, parser(), arguments, smaller="take a smaller --shape or --batch-size, or a larger machine")
+    """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C, 143 after
+    SIGTERM."""
+    # SIGTERM must end a server that is measured, too.
+    return run(
+        _run,
+        parser(),
+        arguments,
+        smaller="take a smaller --shape or --batch-size, or a larger machine",
+        takes_sigterm=True,
+    )
 
 
 def _run(chosen: argparse.Namespace) -> None:
     for name in _COUNTS & vars(chosen).keys():
         given = getattr(chosen, name)
         lowest = min(given) if isinstance(given, list) else given
-        if lowest < 1:
+        if lowest is not None and lowest < 1:
             raise InputError(f"--{name.replace('_', '-')} is {lowest} where it must be at least 1.")
     chosen.run(chosen)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = Parser(prog=program("bench"), description="Measure the speed of inference or training.")
-    commands = options.add_subparsers(required=True, metavar="inference | training")
+    options = Parser(prog=program("bench"), description="Measure the speed of inference, training or serving.")
+    commands = options.add_subparsers(required=True, metavar="inference | training | serving")
     _add_inference(commands)
     _add_training(commands)
+    _add_serving(commands)
     return options
 
 
@@ -127,6 +143,60 @@ def _add_training(commands: "argparse._SubParsersAction[Parser]") -> None:
     add("--json", action="store_true", help="print JSON instead of a table")
 
 
+def _add_serving(commands: "argparse._SubParsersAction[Parser]") -> None:
+    serving = commands.add_parser(
+        "serving",
+        help="a server's latencies under load",
+        description="Measure the latencies of a server under load, as its clients see them. Without --url it is"
+        f" {program('serve')}, started on a free port and ended afterwards.",
+    )
+    serving.set_defaults(run=_serving)
+    add = serving.add_argument
+    add(
+        "--model",
+        help="checkpoint to serve: folder, GGUF file or Hugging Face repository (default: the small model of this"
+        " package); with --url, the model's name in requests",
+    )
+    add(
+        "--url",
+        help="measure an OpenAI-compatible server that runs, such as http://127.0.0.1:8080/v1; the API key that it"
+        f" needs is {KEY_VARIABLE} in the environment",
+    )
+    add("--exact", action="store_true", help="serve in the exact mode")
+    add("--decode-concurrency", type=int, metavar="ROWS", help="texts that the started server generates at once")
+    add("--capacity", type=int, metavar="TOKENS", help="the longest text of the started server")
+    load = serving.add_mutually_exclusive_group()
+    load.add_argument(
+        "--rate",
+        type=float,
+        nargs="+",
+        metavar="R",
+        help="requests per second, arriving independently of each other (default: 1 2 4)",
+    )
+    load.add_argument("--clients", type=int, nargs="+", metavar="N", help="clients that each wait for their answers")
+    add("--requests", type=int, default=64, help="requests under each load (default: %(default)s)")
+    add("--prompt", type=int, default=128, help="median of the prompts' tokens (default: %(default)s)")
+    add("--tokens", type=int, default=64, help="median of the answers' tokens (default: %(default)s)")
+    add(
+        "--spread",
+        type=float,
+        default=0.5,
+        help="standard deviation of the lengths' logarithms; 0 means equal lengths (default: %(default)s)",
+    )
+    add("--temp", type=float, default=0.0, help="temperature (default: %(default)g)")
+    add("--seed", type=int, default=0, help="seed of arrivals, lengths and texts (default: %(default)s)")
+    add("--ttft", type=float, default=1.0, metavar="SECONDS", help="a good answer's first token (default: %(default)g)")
+    add(
+        "--gap",
+        type=float,
+        default=0.2,
+        metavar="SECONDS",
+        help="the longest time between a good answer's tokens (default: %(default)g)",
+    )
+    add("--picture", type=Path, metavar="FILE", help="draw latencies over the load to a new .png or .svg")
+    add("--json", action="store_true", help="print JSON instead of a table")
+
+
 def _inference(chosen: argparse.Namespace) -> None:
     if chosen.model is not None and chosen.shape is not None:
         raise InputError(
@@ -180,6 +250,39 @@ def _training(chosen: argparse.Namespace) -> None:
     print_result(json.dumps([asdict(speed) for speed in speeds], indent=2) if chosen.json else _training_table(speeds))
 
 
+def _serving(chosen: argparse.Namespace) -> None:
+    if chosen.url is not None and (chosen.exact or chosen.decode_concurrency or chosen.capacity):
+        raise InputError(
+            "--exact, --decode-concurrency and --capacity are for the server that is started: leave them out with"
+            " --url."
+        )
+    workload = Workload(chosen.requests, chosen.prompt, chosen.tokens, chosen.spread, chosen.seed)
+    loads = loads_of(chosen.rate, chosen.clients)
+    limits = Limits(chosen.ttft, chosen.gap)
+    if not 0 <= chosen.temp <= 2:
+        raise InputError(f"--temp is {chosen.temp:g} where it must be from 0 to 2.")
+    if chosen.picture is not None:
+        check_new_picture(chosen.picture)
+    try:
+        from dbrx_fn.benchmarks.serving_report import draw_serving, serving_object, serving_text
+        from dbrx_fn.benchmarks.serving_run import run_serving
+    except ImportError as error:
+        if error.name != "h11":
+            raise
+        raise InputError("bench serving needs h11, which isn't installed: pip install 'dbrx-fn[serve]'.") from None
+
+    options = ["--model", chosen.model or str(SMALL), *(["--exact"] if chosen.exact else [])]
+    for name in ("decode_concurrency", "capacity"):
+        if getattr(chosen, name) is not None:
+            options += [f"--{name.replace('_', '-')}", str(getattr(chosen, name))]
+    key = os.environ.get(KEY_VARIABLE)
+    server = options if chosen.url is None else chosen.url
+    measured = run_serving(server, chosen.model, key, chosen.temp, workload, loads, limits)
+    print_result(json.dumps(serving_object(measured), indent=2) if chosen.json else serving_text(measured))
+    if chosen.picture is not None:
+        write_picture(draw_serving(measured), chosen.picture)
+
+
 def _config(shape: str) -> Config:
     if shape == "small":
         return read_config(SMALL)
@@ -215,14 +318,14 @@ def _inference_text(planned: Planned, limits: MachineLimits, figures: Sequence[F
         "what": lambda f: f.what,
         "tokens": lambda f: f"{f.tokens:,}" if f.tokens else "",
         "batch": lambda f: str(f.batch_size) if f.what == "decode" else "",
-        "first": lambda f: _time(f.first),
-        "median": lambda f: _time(f.seconds),
-        "spread": lambda f: f"{_time(f.fastest)} - {_time(f.slowest)}" if f.repeats > 1 else "",
-        "host": lambda f: _time(f.host),
+        "first": lambda f: time_text(f.first),
+        "median": lambda f: time_text(f.seconds),
+        "spread": lambda f: f"{time_text(f.fastest)} - {time_text(f.slowest)}" if f.repeats > 1 else "",
+        "host": lambda f: time_text(f.host),
         "tokens/s": lambda f: "" if f.tokens_per_second is None else f"{f.tokens_per_second:,.1f}",
-        "operations": lambda f: "" if f.operations is None else _scaled(f.operations),
-        "bytes": lambda f: "" if f.bytes is None else _scaled(f.bytes) + "B",
-        "bound": lambda f: _time(f.bound),
+        "operations": lambda f: "" if f.operations is None else scaled(f.operations),
+        "bytes": lambda f: "" if f.bytes is None else scaled(f.bytes) + "B",
+        "bound": lambda f: time_text(f.bound),
         "of": lambda f: f.bound_by or "",
         "of bound": lambda f: "" if f.fraction_of_bound is None else f"{100 * f.fraction_of_bound:.1f}%",
         "memory": lambda f: "" if f.peak_memory is None else size_text(f.peak_memory),
@@ -236,7 +339,7 @@ def _inference_text(planned: Planned, limits: MachineLimits, figures: Sequence[F
             f"{limits.backend}, {limits.device}, {size_text(limits.memory)}, MLX {limits.mlx}{blas}: reads"
             f" {limits.memory_rates[-1][1] / 1e9:,.1f} GB/s from memory and at most {fastest / 1e9:,.1f} from caches,"
             f" multiplies {limits.matmul_rate / 1e12:,.3f} TFLOP/s in {limits.dtype}",
-            _table(columns, [figure for figure in figures if figure.missing is None]),
+            table(columns, [figure for figure in figures if figure.missing is None]),
             *(f"missing: {f.program} {f.what} {f.tokens:,} x {f.batch_size}: {f.missing}" for f in missing),
         ]
     )
@@ -274,29 +377,7 @@ def _training_table(speeds: Sequence[TrainingSpeed]) -> str:
         "of bound": lambda s: f"{100 * s.fraction_of_bound:.1f}%",
         "memory": lambda s: f"{s.peak_memory / 2**30:.2f} GiB",
     }
-    return _table(columns, speeds)
-
-
-def _table(columns: dict[str, Callable[[_Row], str]], shown: Sequence[_Row]) -> str:
-    rows = [list(columns), *([show(one) for show in columns.values()] for one in shown)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    if seconds >= 1:
-        return f"{seconds:,.2f} s"
-    return f"{1e3 * seconds:,.2f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:,.2f} us"
-
-
-def _scaled(number: float) -> str:
-    for prefix in ("", "k", "M", "G"):
-        if number < 1000:
-            return f"{number:.3g} {prefix}"
-        number /= 1000
-    return f"{number:,.3g} T"
+    return table(columns, speeds)
 
 
 if __name__ == "__main__":
