@@ -21,6 +21,9 @@ Path = tuple[str | int, ...]
 _LEVELS = 1000
 """Levels of schemas inside of each other, with those behind each $ref: llguidance overflows a stack from 2,000 on."""
 
+_DEEPEST = 120
+"""Steps from the whole schema to a part, not counting those behind a $ref. llguidance takes 127 levels of JSON."""
+
 _COSTS = {"schemas": 2000, "patternProperties": 100, "pattern": 10_000, "multipleOf": 10_000}
 """How many schemas and patterned properties a whole schema may have, of how many characters its patterns may be, and
 how many remainders its divisors may have: with each of them compiling takes a second at most, with more soon minutes.
@@ -108,6 +111,8 @@ class _Walk:
             return schema
         if not isinstance(schema, dict):
             _refuse(path, f"holds {shown(schema)} where a schema is expected, an object or a boolean")
+        if len(path) > _DEEPEST:
+            raise InputError("The JSON schema is nested too deeply: put parts of it into $defs.")
         self._check(schema, path)
         written = {keyword: self._inside(value, (*path, keyword)) for keyword, value in schema.items()}
         inner = [id(below) for keyword, value in schema.items() for _, below in schemas_in(keyword, value)]
@@ -116,31 +121,48 @@ class _Walk:
         return self._completed(written)
 
     def check_joined(self) -> None:
-        """Refuses schemas that join too many of `_JOINED`. A value's own ones, and those of its parts, count."""
+        """Refuses schemas by which one value has to fit too many of `_JOINED`."""
         for counted, most in _JOINED.items():
-            known: dict[int, int] = {}
+            joined = self._joined(counted)
             for schema, path in self.visited:
-                if self._joined(schema, counted, known) > most:
+                if joined[id(schema)] > most:
                     by = next((name for name in ("allOf", "$ref", "anyOf", "oneOf") if name in schema), counted[0])
                     _refuse((*path, by), f"joins more than {most} of {' and '.join(counted)}")
 
-    def _joined(self, schema: Any, counted: tuple[str, ...], known: dict[int, int]) -> int:
-        if not isinstance(schema, dict):
-            return 0
-        if id(schema) not in known:
-            # A schema inside of itself is counted once.
-            known[id(schema)] = 0
+    def _joined(self, counted: tuple[str, ...]) -> dict[int, int]:
+        """How many of these keywords one value may have to fit, in each schema or what it holds, by the schema's id."""
+        known: dict[int, int] = {}
+        entered: set[int] = set()
 
-            def inside(*keywords: str) -> list[int]:
-                inner = [one for name in keywords if name in schema for _, one in schemas_in(name, schema[name])]
-                return [self._joined(one, counted, known) for one in inner]
+        def most(schemas: list[Schema]) -> int:
+            # A schema inside of itself counts once.
+            return max((known.get(id(schema), 0) for schema in schemas), default=0)
 
-            own = sum(name in schema for name in counted) + sum(inside("allOf"))
-            own += max(inside("anyOf", "oneOf"), default=0)
-            if "$ref" in schema:
-                own += self._joined(self._target(schema["$ref"], ()), counted, known)
-            known[id(schema)] = own + max(inside("properties", "patternProperties", "prefixItems", *_SINGLE), default=0)
-        return known[id(schema)]
+        # Python's own stack is too short for a chain of references.
+        stack = [schema for schema, _ in reversed(self.visited)]
+        while stack:
+            schema = stack[-1]
+            together = [*self._inner(schema, "allOf"), *self._inner(schema, "$ref")]
+            branches = self._inner(schema, "anyOf", "oneOf")
+            parts = self._inner(schema, "properties", "prefixItems", *_SINGLE)
+            patterned = self._inner(schema, "patternProperties")
+            waiting = [one for one in (*together, *branches, *parts, *patterned) if id(one) not in entered]
+            if id(schema) not in entered and waiting:
+                entered.add(id(schema))
+                stack += waiting
+                continue
+            own = sum(name in schema for name in counted) + sum(known.get(id(one), 0) for one in together)
+            known[id(schema)] = max(own + most(branches), most(parts) + most(patterned))
+            entered.add(id(schema))
+            stack.pop()
+        return known
+
+    def _inner(self, schema: Schema, *names: str) -> list[Schema]:
+        """The schemas in these keywords, apart from booleans."""
+        inner = [one for name in names if name in schema for _, one in schemas_in(name, schema[name])]
+        if "$ref" in names and "$ref" in schema:
+            inner.append(self._target(schema["$ref"], ()))
+        return [one for one in inner if isinstance(one, dict)]
 
     def _inside(self, value: Any, path: Path) -> Any:
         new = {steps: self.rewritten(inner, (*path, *steps)) for steps, inner in schemas_in(str(path[-1]), value)}
