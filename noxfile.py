@@ -23,6 +23,7 @@ EXACT = [
     "tests/runs/test_train_resume.py",
     "tests/checkpoints/test_exactness.py",
     "tests/generation/test_generation.py",
+    "tests/serving/test_exact_mode.py",
     "tests/commands/test_small_model.py",
     "tests/ops/test_cpu.py",
     "tests/runtime/test_blas.py",

@@ -27,7 +27,7 @@ from dbrx_fn.serving.admission import budget_of
 from dbrx_fn.serving.batch import Batch, chosen, decoded
 from dbrx_fn.serving.beginnings import Beginnings
 from dbrx_fn.serving.decoding import Decoding, rearranged
-from dbrx_fn.serving.limits import FREE_CHUNKS, Limits, default_limits
+from dbrx_fn.serving.limits import FREE_CHUNKS, Limits, check_exact, default_limits
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.reading import Reading, in_words
 from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Event, Failed, Receive, Request, TokenMade
@@ -81,10 +81,11 @@ class Engine:
             queue: requests that may wait.
 
         Raises:
-            InputError: if memory has no room for the default limits.
+            InputError: if memory has no room for the default limits, or the exact mode can't have so many rows.
         """
         self._params, self._config = params, config
         self.limits = default_limits(params, config) if limits is None else limits
+        check_exact(self.limits)
         self._trie = trie
         self._most_waiting = queue
         self._numbers = itertools.count()

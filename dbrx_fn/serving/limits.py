@@ -19,9 +19,12 @@ _GPU_CHUNK, _CPU_CHUNK = 256, 128
 FREE_CHUNKS = 8
 """How many chunks of a prompt are read at once while nobody decodes. The exact mode reads one at a time."""
 
-
 _USED = 0.94
 """What part of memory weights and caches may take. The rest is for what a chunk computes (`docs/serving.md`)."""
+
+
+_MOST_EXACT_CPU_ROWS = 8
+"""Of 16 rows OpenBLAS's AVX2 kernels round some by their place among the others, and of 8 none."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,15 @@ class Limits:
     capacity: int
     exact: bool = False
     chunk: int = 512
+
+
+def check_exact(limits: Limits) -> None:
+    """Raises `InputError` if the exact mode can't keep its promise with so many rows."""
+    if limits.exact and on_cpu() and limits.rows > _MOST_EXACT_CPU_ROWS:
+        raise InputError(
+            f"The exact mode makes at most {_MOST_EXACT_CPU_ROWS} texts at once on a CPU and {limits.rows} are asked"
+            " for: lower the number of rows."
+        )
 
 
 def default_limits(

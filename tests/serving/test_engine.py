@@ -1,23 +1,18 @@
 """The engine, with real models: everybody gets what they would get alone, and it ends clean whatever happens."""
 
-import queue
-import re
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from dbrx_fn import SMALL, load, load_tokenizer
 from dbrx_fn.errors import BusyError, EngineError, GenerationError, InputError
 from dbrx_fn.generation.sampling import Sampling
 from dbrx_fn.generation.stream import stream_tokens
-from dbrx_fn.generation.structured import Structure, TokenTrie
-from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
+from dbrx_fn.generation.structured import Structure
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.transformer import score
 from dbrx_fn.runtime.device import Backend, as_if
@@ -26,137 +21,17 @@ from dbrx_fn.serving.limits import Limits, default_limits
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.request import Event, Failed, PromptRead, Request, TokenMade
 from dbrx_fn.serving.warm_up import warm_up
-
-CONFIG = Config(
-    d_model=64,
-    n_heads=4,
-    n_layers=2,
-    vocab_size=90,
-    max_seq_len=4096,
-    attn=AttnConfig(clip_qkv=8.0, kv_n_heads=2),
-    ffn=FFNConfig(ffn_hidden_size=48, moe_num_experts=8, moe_top_k=2),
-    dtype="float32",
+from tests.support.engine_requests import (
+    CONFIG,
+    EXACT,
+    FAST,
+    PARAMS,
+    Events,
+    made,
+    requests,
+    served,
+    tokens,
 )
-PARAMS = init_params(CONFIG, mx.random.key(3))
-mx.eval(PARAMS)
-FAST = Limits(rows=4, positions=1 << 20, capacity=4096, chunk=128)
-EXACT = Limits(rows=4, positions=1 << 20, capacity=1024, exact=True, chunk=128)
-
-
-def tokens(seed: int, length: int) -> tuple[int, ...]:
-    return tuple(np.random.default_rng(seed).integers(0, 90, length).tolist())
-
-
-def requests(count: int) -> list[Request]:
-    """All kinds of them."""
-    rng = np.random.default_rng(7)
-    made = []
-    for number in range(count):
-        sampling = Sampling(
-            temperature=float(rng.choice([0, 0.7, 1.2])),
-            top_k=int(rng.choice([0, 5])),
-            top_p=float(rng.choice([1, 0.9])),
-            frequency_penalty=float(rng.choice([0, 0, 0.5])),
-            logit_bias=((3, 1.5),) if number % 5 == 0 else (),
-        )
-        made.append(
-            Request(
-                tokens(number, int(rng.choice([1, 9, 60, 700]))),
-                max_tokens=int(rng.integers(1, 20)),
-                sampling=sampling,
-                seed=number,
-                stop_tokens=frozenset({17}),
-                top_logprobs=[None, 0, 4][number % 3],
-            )
-        )
-    return made
-
-
-class Events:
-    """What the engine says of some requests."""
-
-    def __init__(self, count: int) -> None:
-        self.of: list[list[Event]] = [[] for _ in range(count)]
-        self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-    def receiver(self, number: int) -> Any:
-        def receive(event: Event) -> None:
-            self.of[number].append(event)
-            if isinstance(event, Failed) or (isinstance(event, TokenMade) and event.finish_reason):
-                self._ended.put(number)
-
-        return receive
-
-    def wait(self, count: int) -> None:
-        for _ in range(count):
-            self._ended.get(timeout=120)
-
-
-def served(
-    limits: Limits, asked: list[Request], order: list[int], prefixes: PrefixStore | None = None
-) -> list[list[Event]]:
-    """What each of `asked` gets, if they come in this order, all at once."""
-    events = Events(len(asked))
-    with Engine(PARAMS, CONFIG, limits, prefixes=prefixes) as engine:
-        for number in order:
-            engine.submit(asked[number], events.receiver(number))
-        events.wait(len(asked))
-    return events.of
-
-
-def made(events: list[Event]) -> list[int]:
-    return [event.token for event in events if isinstance(event, TokenMade)]
-
-
-def test_exact_answers_are_the_same_bits_under_any_load() -> None:
-    asked = requests(24)
-    alone = [served(EXACT, [request], [0])[0] for request in asked]
-    for seed in range(3):
-        order = np.random.default_rng(seed).permutation(len(asked)).tolist()
-        assert served(EXACT, asked, order) == alone
-
-
-def without_prompts(answers: list[list[Event]]) -> list[list[Event]]:
-    return [[event for event in events if not isinstance(event, PromptRead)] for events in answers]
-
-
-def test_exact_answers_are_the_same_bits_with_a_cached_prefix() -> None:
-    long = tokens(5, 700)
-    asked = [
-        replace(request, prompt=long[: 300 + 17 * n] + request.prompt[:9]) for n, request in enumerate(requests(9))
-    ]
-    expected = served(EXACT, asked, list(range(9)))
-    events = Events(9)
-    with Engine(PARAMS, CONFIG, EXACT, prefixes=PrefixStore(CONFIG, "", chunk=EXACT.chunk)) as engine:
-        for number, request in enumerate(asked):
-            engine.submit(request, events.receiver(number))
-            events.wait(1)
-        said = engine.statistics()
-    assert without_prompts(events.of) == without_prompts(expected)
-    assert [event.cached_tokens for (event, *_) in events.of if isinstance(event, PromptRead)] == [
-        0,
-        *[256] * 5,
-        *[384] * 3,
-    ]
-    assert said.cached_tokens == 5 * 256 + 3 * 384
-
-
-def test_exact_answers_are_the_same_bits_behind_prefixes_on_disk(tmp_path: Path) -> None:
-    """A second engine has them from the first one's folder, while it decodes for others."""
-    long = tokens(5, 700)
-    asked = [replace(request, prompt=long[:400] + request.prompt[:9]) for request in requests(4)]
-    other = replace(requests(1)[0], max_tokens=60)
-    expected = served(EXACT, [*asked, other], list(range(5)))
-
-    def kept() -> PrefixStore:
-        return PrefixStore(CONFIG, "", chunk=EXACT.chunk, memory=2**18, folder=tmp_path / "kept")
-
-    served(EXACT, asked[:1], [0], kept())
-    store = kept()
-    again = served(EXACT, [*asked, other], [4, 0, 1, 2, 3], store)
-    assert without_prompts(again) == without_prompts(expected)
-    assert [event.cached_tokens for (event, *_) in again if isinstance(event, PromptRead)] == [384] * 4 + [0]
-    assert store.statistics().hits == 4
 
 
 def test_a_second_turn_is_behind_the_first_ones_answer() -> None:
@@ -360,7 +235,7 @@ def test_nothing_is_traced_after_the_warm_up(
     machine: Backend, limits: Limits, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As checked on a CPU, where each signature is met as a GPU would trace it."""
-    limits = replace(limits, capacity=1024, positions=8192)
+    limits = replace(limits, capacity=1024, positions=16_384)
     config = replace(CONFIG, ffn=replace(CONFIG.ffn, moe_loss_weight=0.07 + limits.exact + 2 * (machine == "cuda")))
     with as_if(backend=machine):
         warm_up(PARAMS, config, limits)
@@ -389,41 +264,6 @@ def test_long_texts_decode_in_a_batch_of_their_own_where_memory_is_short() -> No
     assert (5, 4 * 256 + 2048) in shapes
     for request, got in zip(asked, events.of, strict=True):
         assert made(got) == list(stream_tokens(PARAMS, CONFIG, request.prompt, max_tokens=60))
-
-
-def test_a_text_keeps_to_its_structure_beside_others_that_have_none() -> None:
-    params, config = load(SMALL)
-    tokenizer = load_tokenizer(SMALL)
-    prompt = tuple(tokenizer.encode("The answer: "))
-    structures = [Structure.regex("[0-9]{3}-[a-f]{2}"), None, Structure.choice(["yes", "no", "perhaps"]), None]
-    asked = [
-        Request(
-            prompt,
-            max_tokens=40,
-            structure=structure,
-            seed=number,
-            sampling=Sampling(temperature=1.0 if number > 1 else 0.0),
-            stop_tokens=frozenset(tokenizer.stop_tokens),
-        )
-        for number, structure in enumerate(structures)
-    ]
-    texts: list[str] = []
-    for together in (False, True):
-        events = Events(4)
-        with Engine(
-            params, config, replace(FAST, exact=True, capacity=256), trie=TokenTrie(tokenizer, config.vocab_size)
-        ) as engine:
-            for number, request in enumerate(asked):
-                engine.submit(request, events.receiver(number))
-                if not together:
-                    events.wait(1)
-            if together:
-                events.wait(4)
-        texts += [tokenizer.decode(made(got)) for got in events.of]
-    assert texts[:4] == texts[4:]
-    stop = tokenizer.decode(sorted(tokenizer.stop_tokens)[:1])
-    assert re.fullmatch("[0-9]{3}-[a-f]{2}", texts[0].removesuffix(stop))
-    assert texts[2].removesuffix(stop) in ("yes", "no", "perhaps")
 
 
 def test_a_structure_without_a_vocabulary_is_refused() -> None:
