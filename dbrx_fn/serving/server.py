@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import uvicorn
 
@@ -130,6 +131,10 @@ class Server:
         # Texts that are left get an error at their end.
         await asyncio.to_thread(self._engine.close)
         server.should_exit = True
+        await asyncio.wait([serving], timeout=_LAST_WORDS)
+        # Who sends or reads nothing more has had its time. uvicorn waits for all others.
+        for connection in list(server.server_state.connections):
+            cast(Connection, connection).transport.abort()
         await serving
         service.close()
         if failure is not None:
@@ -157,7 +162,6 @@ def _config(service: Service, access: Access) -> ServerConfig:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE,
-        timeout_graceful_shutdown=_LAST_WORDS,
         h11_max_incomplete_event_size=_LARGEST_HEAD,
     )
     config.most_connections = min(_MOST_CONNECTIONS, _raised_file_limit() - _OTHER_FILES)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -78,6 +79,22 @@ def test_what_does_not_end_in_time_is_told_so() -> None:
     assert time.monotonic() - began < 5
     assert (status, "Traceback" in said) == (0, False)
     assert json.loads(events[-2])["error"]["type"] == "server_error"
+
+
+def test_clients_that_neither_send_nor_read_on_do_not_keep_a_server_from_ending_quietly() -> None:
+    body = json.dumps({"tokens": [4092] * 340_000}, separators=(",", ":")).encode()
+    head = "POST {} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n"
+    with server_process("--drain", "0") as server, socket.socket() as reads_nothing, socket.socket() as sends_half:
+        where = urlsplit(server.url)
+        reads_nothing.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        for client in (reads_nothing, sends_half):
+            client.connect((where.hostname, where.port))
+        reads_nothing.sendall(head.format("/detokenize", len(body)).encode() + body)
+        assert reads_nothing.recv(4096).startswith(b"HTTP/1.1 200 ")
+        sends_half.sendall(head.format("/v1/completions", 100).encode() + b"{")
+        time.sleep(0.2)
+        status, said = server.end(signal.SIGTERM)
+    assert (status, len(said.splitlines())) == (0, 2), said
 
 
 def test_a_server_whose_engine_has_died_says_so_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
