@@ -222,7 +222,7 @@ def test_a_signal_ends_the_server_too(number: signal.Signals, status: int) -> No
         (["--seed", "-1"], "--seed is -1"),
         (["--ttft", "0"], "--ttft is 0"),
         (["--temp", "3"], "--temp is 3"),
-        (["--picture", "load.pdf"], "load.pdf is no name of a picture"),
+        (["--picture", "load.pdf"], "end it with .png or .svg"),
         (["--model", "nowhere"], "The server doesn't start: nowhere doesn't exist"),
     ],
 )
