@@ -20,9 +20,10 @@ class ClientGone(Exception):
 class Answering:
     """Submits the choices of a request, and follows them.
 
-    async with Answering(asked, inbox, service, clock) as answering:
-        async for index, delta in answering.deltas():
-            ...
+        async with Answering(asked, inbox, service, clock) as answering:
+            async for deltas in answering.deltas():
+                for index, delta in deltas:
+                    ...
 
     Whatever ends the block, what still runs is cancelled.
 
