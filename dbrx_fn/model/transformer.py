@@ -71,17 +71,73 @@ def forward(
             for another batch size.
         CheckpointError: if the tree doesn't fit the cache's config.
     """
+    logits, after, _ = _forward(
+        params, tokens, cache, lengths, last_only=last_only, chunk_size=chunk_size, whole_cache=whole_cache
+    )
+    return logits, after
+
+
+@checked
+def forward_with_experts(
+    params: Params,
+    tokens: mx.array,
+    cache: Cache,
+    *,
+    lengths: Sequence[int] | None = None,
+    last_only: bool = False,
+    chunk_size: int = CHUNK_SIZE,
+    whole_cache: bool = False,
+) -> tuple[mx.array, Cache, mx.array]:
+    """`forward`, and the experts that each layer chose for each row's last real token.
+
+    The logits and the cache are the same bits, since every block computes its routing anyway. `score` gives the routing
+    of all tokens.
+
+    Returns:
+        logits, cache: as those of `forward`.
+        experts: uint32 `[layers batch top_k]`, in no particular order. A row of length 0 gets meaningless ones.
+
+    Raises:
+        DbrxError: as `forward`.
+    """
+    logits, after, experts = _forward(
+        params,
+        tokens,
+        cache,
+        lengths,
+        last_only=last_only,
+        chunk_size=chunk_size,
+        whole_cache=whole_cache,
+        with_experts=True,
+    )
+    assert experts is not None
+    return logits, after, experts
+
+
+def _forward(
+    params: Params,
+    tokens: mx.array,
+    cache: Cache,
+    lengths: Sequence[int] | None,
+    *,
+    last_only: bool,
+    chunk_size: int,
+    whole_cache: bool,
+    with_experts: bool = False,
+) -> tuple[mx.array, Cache, mx.array | None]:
     real_lengths = _checked(params, tokens, cache, lengths, chunk_size)
     if not last_only:
         _check_logits(tokens, cache.config)
     config, held = cache.config.layer, cache if cache.capacity else None
     chunks = [max(real_lengths)] if held is None else chunk_widths(max(real_lengths), min(chunk_size, cache.capacity))
     pieces: list[mx.array] = []
-    last, start, tokens_held = None, 0, max(cache.lengths)
+    last, experts, start, tokens_held = None, None, 0, max(cache.lengths)
     for width in chunks:
         real = tuple(max(0, min(length - start, width)) for length in real_lengths)
         chunk = tokens[:, start : start + width]
-        x, held, _ = run_layers(params, chunk, real, held, config=config, whole_cache=whole_cache)
+        x, held, routing = run_layers(params, chunk, real, held, config=config, whole_cache=whole_cache)
+        if with_experts:
+            experts = _last_experts(routing, real, experts)
         if last_only:
             last = pick_last(x, mx.array(real, mx.int32), last)
         else:
@@ -93,15 +149,15 @@ def forward(
             # Evaluating each chunk frees the cache's old buffers. Inside a transformation such as mx.grad MLX raises
             # ValueError, and the transformation holds all buffers anyway.
             with contextlib.suppress(ValueError):
-                mx.async_eval(last, pieces, held.keys, held.values)
+                mx.async_eval(last, experts, pieces, held.keys, held.values)
         release_unused(tokens_held, max(held.lengths))
         tokens_held = max(held.lengths)
     after = cache if held is None else held
     if last is not None:
-        return _logits(params, last, config), after
+        return _logits(params, last, config), after, experts
     padding = tokens.shape[1] - start
     logits = mx.concatenate(pieces, axis=1)
-    return mx.pad(logits, [(0, 0), (0, padding), (0, 0)]) if padding else logits, after
+    return mx.pad(logits, [(0, 0), (0, padding), (0, 0)]) if padding else logits, after, experts
 
 
 @checked
@@ -229,6 +285,15 @@ def pick_last(
     """Each row's activations at its last real token. A row without one in this chunk keeps those of `before`."""
     last = mx.take_along_axis(x, mx.maximum(lengths - 1, 0)[:, None, None], axis=1)
     return last if before is None else mx.where(lengths[:, None, None] > 0, last, before)
+
+
+def _last_experts(routing: Sequence[Routing], lengths: tuple[int, ...], before: mx.array | None) -> mx.array:
+    """Each row's experts at its last real token. A row without one in this chunk keeps those of `before`."""
+    top = mx.stack([said.top_experts for said in routing])
+    top = top.reshape(len(routing), len(lengths), -1, top.shape[-1])
+    real = mx.array(lengths, mx.int32)[None, :, None]
+    last = mx.take_along_axis(top, mx.maximum(real - 1, 0)[..., None], axis=2)[:, :, 0]
+    return last if before is None else mx.where(real > 0, last, before)
 
 
 @compiled

@@ -23,7 +23,7 @@ from dbrx_fn.serving.served_model import ServedModel
 from dbrx_fn.serving.service import Service
 
 _MANY = 256
-"""Tokens with log-probabilities that are made into JSON on the event loop, in a millisecond or two."""
+"""Tokens with log-probabilities or experts that are made into JSON on the event loop, in a millisecond or two."""
 
 Written = TypeVar("Written")
 
@@ -76,7 +76,7 @@ class Answers:
         form = self._form()
 
         def response() -> Response:
-            return json_response(form.answer(parts, answering.usage(), logprobs=asked.wants_logprobs))
+            return json_response(form.answer(parts, answering.usage(), asked))
 
         return await self._written(response, [delta for deltas in parts for delta in deltas])
 
@@ -87,7 +87,7 @@ class Answers:
         def events(some: list[tuple[int, Delta]]) -> bytes:
             made = []
             for index, delta in some:
-                if delta.text or delta.entries or delta.finish_reason or index not in begun:
+                if delta.text or delta.entries or delta.experts or delta.finish_reason or index not in begun:
                     made.append(form.chunk(index, delta, asked, first=index not in begun))
                     begun.add(index)
             return as_events(made)
@@ -112,7 +112,7 @@ class Answers:
 
     async def _written(self, write: Callable[[], Written], deltas: Sequence[Delta]) -> Written:
         """What is written of these parts, on another thread if they are large."""
-        many = sum(len(delta.entries) for delta in deltas) > _MANY
+        many = sum(len(delta.entries) + len(delta.experts) for delta in deltas) > _MANY
         return await self._service.aside(write, large=True) if many else write()
 
 

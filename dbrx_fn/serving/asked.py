@@ -41,6 +41,11 @@ class Asked:
         """Whether log-probabilities are to be told."""
         return self.requests[0].top_logprobs is not None
 
+    @property
+    def wants_experts(self) -> bool:
+        """Whether experts are to be told."""
+        return self.requests[0].experts
+
 
 def read_request(fields: Fields, model: ServedModel, *, top_logprobs: int | None) -> Request:
     """A request without a prompt, from the fields that completions and chats share."""
@@ -55,6 +60,7 @@ def read_request(fields: Fields, model: ServedModel, *, top_logprobs: int | None
         seed=_seed(fields),
         stop_tokens=frozenset() if goes_on else model.tokenizer.stop_tokens,
         top_logprobs=top_logprobs,
+        experts=fields.flag("experts"),
         structure=structure,
     )
 

@@ -24,7 +24,7 @@ from dbrx_fn.generation.sampling import GREEDY, History, init_history
 from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.cache_rows import put_rows, resize, rewind, take_rows
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.transformer import forward
+from dbrx_fn.model.transformer import forward, forward_with_experts
 from dbrx_fn.model.tree import Params
 from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Request
 
@@ -39,6 +39,7 @@ class Rows:
     `numbers`: for sampling.
     `history`: what penalties look at; `None` if no row has any.
     `bias`: float32 `[batch vocab]`, added to logits; `None` if nothing is.
+    `experts`: uint32 `[layers batch top_k]`, those that computed the latest logits; `None` if no row wants to know.
     """
 
     requests: tuple[Request | None, ...]
@@ -47,6 +48,7 @@ class Rows:
     numbers: RowNumbers
     history: History | None
     bias: mx.array | None
+    experts: mx.array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,9 +146,13 @@ def decoded(params: Params, batch: Batch, *, whole_cache: bool) -> tuple[mx.arra
         Logits of the next ones, `[batch vocab]`, and the batch.
     """
     cache, requests = batch.cache, batch.rows.requests
-    logits, after = forward(params, batch.rows.tokens[:, None], cache, whole_cache=whole_cache)
+    tokens, experts = batch.rows.tokens[:, None], None
+    if any(request is not None and request.experts for request in requests):
+        logits, after, experts = forward_with_experts(params, tokens, cache, whole_cache=whole_cache)
+    else:
+        logits, after = forward(params, tokens, cache, whole_cache=whole_cache)
     lengths = [0 if request is None else length for request, length in zip(requests, after.lengths, strict=True)]
-    return logits[:, 0], Batch(rewind(after, lengths), batch.rows)
+    return logits[:, 0], Batch(rewind(after, lengths), replace(batch.rows, experts=experts))
 
 
 def chosen(logits: mx.array, rows: Rows, allowed: Sequence[NDArray[np.uint32] | None] = ()) -> tuple[Choice, Rows]:

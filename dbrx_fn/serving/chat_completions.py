@@ -38,8 +38,8 @@ def read_chat(body: bytes, model: ServedModel) -> Asked:
     """Reads a body, and encodes its conversation.
 
     Fields and their meaning: https://platform.openai.com/docs/api-reference/chat/create. Beside those there are
-    `top_k`, `min_p`, `repetition_penalty` and `ignore_eos`, as vLLM has them. What messages say is text: control tokens
-    that it spells are none.
+    `top_k`, `min_p`, `repetition_penalty` and `ignore_eos`, as vLLM has them, and `experts`. What messages say is text:
+    control tokens that it spells are none.
 
     Raises:
         InputError: naming what can't be followed.

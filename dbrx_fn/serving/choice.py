@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dbrx_fn.generation.stream import FinishReason
 from dbrx_fn.generation.text_cutter import TextCutter
-from dbrx_fn.serving.request import Request, TokenLogprobs, TokenMade
+from dbrx_fn.serving.request import Experts, Request, TokenLogprobs, TokenMade
 from dbrx_fn.serving.served_model import ServedModel
 
 
@@ -25,10 +25,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Delta:
-    """What a token adds to a text: characters that are certain, perhaps none; how the text ended, if it did."""
+    """What a token adds to a text: characters that are certain, perhaps none; how the text ended, if it did.
+
+    `entries`, `experts`: one for the token, where asked for.
+    """
 
     text: str = ""
     entries: tuple[Entry, ...] = ()
+    experts: tuple[Experts, ...] = ()
     finish_reason: FinishReason | None = None
 
 
@@ -81,4 +85,4 @@ class Choice:
         self._offset += len(text)
         reason: FinishReason | None = "stop" if stopped else event.finish_reason
         self.ended = reason is not None
-        return Delta(text, entries, reason)
+        return Delta(text, entries, () if event.experts is None else (event.experts,), reason)

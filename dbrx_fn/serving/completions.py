@@ -21,7 +21,7 @@ def read_completion(body: bytes, model: ServedModel) -> Asked:
     """Reads a body, and encodes its prompts.
 
     Fields and their meaning: https://platform.openai.com/docs/api-reference/completions/create. Beside those there are
-    `top_k`, `min_p`, `repetition_penalty` and `ignore_eos`, as vLLM has them.
+    `top_k`, `min_p`, `repetition_penalty` and `ignore_eos`, as vLLM has them, and `experts`.
 
     Raises:
         InputError: naming what can't be followed.

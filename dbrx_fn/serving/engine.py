@@ -29,7 +29,7 @@ from dbrx_fn.serving.beginnings import Beginnings
 from dbrx_fn.serving.decoding import Decoding, rearranged
 from dbrx_fn.serving.limits import FREE_CHUNKS, Limits, check_exact, default_limits
 from dbrx_fn.serving.prefix_store import PrefixStore
-from dbrx_fn.serving.reading import Reading, in_words
+from dbrx_fn.serving.reading import Reading, experts_of, in_words
 from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Event, Failed, Receive, Request, TokenMade
 from dbrx_fn.serving.schedule import Group, State, plan, row_capacity
 from dbrx_fn.serving.served import Served
@@ -42,10 +42,11 @@ _QUEUE = 256
 
 @dataclass(frozen=True, eq=False)
 class _Launched:
-    """Tokens that the device is making: a choice, and whose its rows are."""
+    """Tokens that the device is making: a choice, whose its rows are, and their experts as `Rows` has them."""
 
     choice: Choice
     rows: tuple[Served | None, ...]
+    experts: mx.array | None
 
 
 class Engine:
@@ -338,9 +339,9 @@ class Engine:
         self._counts["prompt tokens"] += len(reading.tokens)
         self._counts["cached tokens"] += reading.cached_tokens
         choice, batch = reading.first_token(served.allowed())
-        mx.async_eval(choice)
+        mx.async_eval(choice, batch.rows.experts)
         served.launched += 1
-        self._launched.append(_Launched(choice, (served,)))
+        self._launched.append(_Launched(choice, (served,), batch.rows.experts))
         self._joining.append((served, batch))
 
     def _arrange(self, groups: Sequence[Group]) -> None:
@@ -371,21 +372,22 @@ class Engine:
         allowed = [None if served is None else served.allowed() for served in decoding.rows]
         choice, rows = chosen(logits, decoding.batch.rows, allowed)
         decoding.batch = replace(decoding.batch, rows=rows)
-        mx.async_eval(choice)
-        self._launched.append(_Launched(choice, decoding.rows))
+        mx.async_eval(choice, rows.experts)
+        self._launched.append(_Launched(choice, decoding.rows, rows.experts))
 
     def _hand_out(self, launched: _Launched) -> None:
         choice = launched.choice
         tokens = np.array(choice.tokens).tolist()
         logprobs = [None] * len(tokens) if choice.logprobs is None else in_words(choice.logprobs, MOST_TOP_LOGPROBS)
-        for served, token, of_token in zip(launched.rows, tokens, logprobs, strict=True):
+        experts = [None] * len(tokens) if launched.experts is None else experts_of(launched.experts)
+        for served, token, of_token, chosen_experts in zip(launched.rows, tokens, logprobs, experts, strict=True):
             if served is None or served.end is not None:
                 continue
             if token == self._config.vocab_size:
                 served.fail(_unusable(served))
                 continue
             self._counts["made tokens"] += 1
-            served.hand_out(token, of_token)
+            served.hand_out(token, of_token, chosen_experts)
 
     def _lose_device_state(self, error: RuntimeError) -> None:
         """What the device was computing failed, mostly for want of memory. Those whose it was fail; others go on."""

@@ -51,13 +51,14 @@ class Form:
     created: int
     model: ServedModel
 
-    def answer(self, choices: Iterable[Sequence[Delta]], usage: Usage, *, logprobs: bool) -> Object:
+    def answer(self, choices: Iterable[Sequence[Delta]], usage: Usage, asked: Asked) -> Object:
         """A whole answer, of all parts of each choice."""
         whole = []
         for index, deltas in enumerate(choices):
             joined = Delta(
                 "".join(delta.text for delta in deltas),
                 tuple(entry for delta in deltas for entry in delta.entries),
+                tuple(experts for delta in deltas for experts in delta.experts),
                 deltas[-1].finish_reason,
             )
             content = (
@@ -65,7 +66,7 @@ class Form:
                 if self.kind == "completion"
                 else {"message": {"role": "assistant", "content": joined.text, "refusal": None}}
             )
-            whole.append({"index": index, **content, **self._rest(joined, logprobs=logprobs)})
+            whole.append({"index": index, **content, **self._rest(joined, asked)})
         return {**self._head(whole=True), "choices": whole, "usage": usage.as_object()}
 
     def chunk(self, index: int, delta: Delta, asked: Asked, *, first: bool) -> Object:
@@ -74,7 +75,7 @@ class Form:
         if self.kind == "chat":
             said = {"content": delta.text} if delta.text or first or not delta.finish_reason else {}
             content = {"delta": {**({"role": "assistant"} if first else {}), **said}}
-        choice = {"index": index, **content, **self._rest(delta, logprobs=asked.wants_logprobs)}
+        choice = {"index": index, **content, **self._rest(delta, asked)}
         usage = {"usage": None} if asked.include_usage else {}
         return {**self._head(whole=False), "choices": [choice], **usage}
 
@@ -91,12 +92,13 @@ class Form:
             "model": self.model.name,
         }
 
-    def _rest(self, delta: Delta, *, logprobs: bool) -> Object:
+    def _rest(self, delta: Delta, asked: Asked) -> Object:
         told: Object | None = None
-        if logprobs:
+        if asked.wants_logprobs:
             of_entries = _older_logprobs if self.kind == "completion" else _chat_logprobs
             told = of_entries(delta.entries, self.model)
-        return {"logprobs": told, "finish_reason": delta.finish_reason}
+        experts = {"experts": delta.experts} if asked.wants_experts else {}
+        return {"logprobs": told, **experts, "finish_reason": delta.finish_reason}
 
 
 def models(model: ServedModel) -> Object:
@@ -105,13 +107,14 @@ def models(model: ServedModel) -> Object:
 
 
 def one_model(model: ServedModel) -> Object:
-    """The model; `max_model_len` is vLLM's name for the longest text."""
+    """The model. `max_model_len` is vLLM's name for the longest text, and `moe_num_experts` is config.json's."""
     return {
         "id": model.name,
         "object": "model",
         "created": model.created,
         "owned_by": "dbrx_fn",
         "max_model_len": model.capacity,
+        "moe_num_experts": model.config.ffn.moe_num_experts,
     }
 
 

@@ -1,6 +1,6 @@
 """One prompt on its way into a cache, chunk by chunk, up to its first token."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from dbrx_fn.generation.row_sampling import Choice, RowLogprobs, row_logprobs
 from dbrx_fn.model.cache import Cache
-from dbrx_fn.model.transformer import forward
+from dbrx_fn.model.transformer import forward, forward_with_experts
 from dbrx_fn.model.tree import Params
 from dbrx_fn.serving.batch import Batch, chosen, first_rows
-from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Request, TokenLogprobs
+from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Experts, Request, TokenLogprobs
 
 
 @dataclass(eq=False)
@@ -27,6 +27,7 @@ class Reading:
     cache: Cache
     cached_tokens: int
     _logits: mx.array | None = None
+    _experts: mx.array | None = None
     _logprobs: list[RowLogprobs] = field(default_factory=list)
 
     @property
@@ -46,13 +47,18 @@ class Reading:
         chunk = mx.array([self.tokens[self.held : self.held + width]], mx.int32)
         wants_all = self.request.prompt_logprobs
         following = self.tokens[self.held + 1 : self.held + 1 + width]
-        logits, self.cache = forward(params, chunk, self.cache, last_only=not wants_all, chunk_size=width)
+        if self.request.experts:
+            logits, self.cache, self._experts = forward_with_experts(
+                params, chunk, self.cache, last_only=not wants_all, chunk_size=width
+            )
+        else:
+            logits, self.cache = forward(params, chunk, self.cache, last_only=not wants_all, chunk_size=width)
         if wants_all and following:
             self._logprobs.append(
                 row_logprobs(logits[0, : len(following)], mx.array(following, mx.int32), top=MOST_TOP_LOGPROBS)
             )
         self._logits = logits[:, -1]
-        mx.async_eval(self._logits, self._logprobs, self.cache.keys, self.cache.values)
+        mx.async_eval(self._logits, self._experts, self._logprobs, self.cache.keys, self.cache.values)
 
     def first_token(self, allowed: NDArray[np.uint32] | None = None) -> tuple[Choice, Batch]:
         """The token after what was read, and a batch of one row that goes on from it.
@@ -63,7 +69,7 @@ class Reading:
         assert self._logits is not None
         made = self.tokens[len(self.request.prompt) :]
         choice, rows = chosen(self._logits, first_rows(self.request, made, self._logits.shape[-1]), [allowed])
-        return choice, Batch(self.cache, rows)
+        return choice, Batch(self.cache, replace(rows, experts=self._experts))
 
     def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
         """Of the prompt's tokens, where asked for; the first has none. Waits for the device."""
@@ -78,3 +84,9 @@ def in_words(logprobs: RowLogprobs, top: int) -> list[TokenLogprobs]:
         TokenLogprobs(one, tuple(zip(ids, values, strict=True)))
         for one, ids, values in zip(chosen.tolist(), tokens[:, :top].tolist(), likeliest[:, :top].tolist(), strict=True)
     ]
+
+
+def experts_of(experts: mx.array) -> list[Experts]:
+    """Of each row, from `[layers batch top_k]`. Waits for the device."""
+    rows = np.sort(np.array(experts), axis=-1).swapaxes(0, 1).tolist()
+    return [tuple(map(tuple, layers)) for layers in rows]

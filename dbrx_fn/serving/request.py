@@ -12,6 +12,11 @@ from dbrx_fn.runtime.arguments import check_fields
 MOST_TOP_LOGPROBS = 20
 
 
+Experts = tuple[tuple[int, ...], ...]
+"""For each layer the experts, in ascending order, that computed the logits from which a token was chosen. They are the
+choice at the token before it, which is the last one of the prompt for the first token of an answer."""
+
+
 @dataclass(frozen=True)
 class Request:
     """A text to be continued.
@@ -25,6 +30,7 @@ class Request:
         `None` for no log-probabilities.
     `structure`: what the text must be; anything, if not given. The engine needs a `TokenTrie` for it.
     `prompt_logprobs`: whether the prompt's tokens get log-probabilities too.
+    `experts`: whether to tell which experts were chosen.
 
     Raises:
         InputError: naming a field whose value can't work.
@@ -38,6 +44,7 @@ class Request:
     top_logprobs: int | None = None
     prompt_logprobs: bool = False
     structure: Structure | None = None
+    experts: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -77,11 +84,13 @@ class TokenMade:
 
     `finish_reason`: `None` until the last one; there "stop" for a stop token, "length" for `max_tokens` or the end of
         the model's context.
+    `logprobs`, `experts`: where asked for.
     """
 
     token: int
     finish_reason: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dbrx_fn.errors import DbrxError, GenerationError
 from dbrx_fn.generation.stream import FinishReason
 from dbrx_fn.generation.structured import Matcher
 from dbrx_fn.serving.reading import Reading
-from dbrx_fn.serving.request import Event, Failed, PromptRead, Receive, Request, TokenLogprobs, TokenMade
+from dbrx_fn.serving.request import Event, Experts, Failed, PromptRead, Receive, Request, TokenLogprobs, TokenMade
 from dbrx_fn.serving.schedule import Work
 
 _T = TypeVar("_T")
@@ -57,8 +57,8 @@ class Served:
         """What the schedule sees, if a cache holds so many of its tokens."""
         return Work(self.number, held, len(self.tokens), len(self.request.prompt) + self.budget - 1)
 
-    def hand_out(self, token: int, logprobs: TokenLogprobs | None) -> None:
-        """Tells of one more token, with what the request wants of its log-probabilities, and ends with the last."""
+    def hand_out(self, token: int, logprobs: TokenLogprobs | None, experts: Experts | None) -> None:
+        """Tells of one more token, with what the request wants to know of it, and ends with the last."""
         if self.reading is not None and not self._told_prompt:
             self._told_prompt = True
             self._tell(PromptRead(self.reading.cached_tokens, self.reading.prompt_logprobs()))
@@ -68,7 +68,7 @@ class Served:
             reason = "stop"
         elif len(self.made) == self.budget:
             reason = "length"
-        self._tell(TokenMade(token, reason, self._wanted(logprobs)))
+        self._tell(TokenMade(token, reason, self._wanted(logprobs), experts if self.request.experts else None))
         if reason is not None:
             self.finish(reason)
         elif self.matcher is not None:

@@ -16,7 +16,7 @@ from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.config import DBRX, Config, Dtype, FFNConfig
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.shapes import chunk_widths, time_bucket
-from dbrx_fn.model.transformer import forward
+from dbrx_fn.model.transformer import forward, forward_with_experts, score
 from dbrx_fn.model.tree import Params
 from tests.support.trees import Case, as_float64, random_case, relative_error
 
@@ -435,3 +435,24 @@ def test_parameters_without_a_leaf(path: str) -> None:
 def test_chunks_of_nothing(chunk_size: int) -> None:
     with pytest.raises(InputError, match=f"chunk_size is {chunk_size} where it must be at least 1"):
         forward(NO_PARAMS, mx.zeros((2, 3), mx.int32), init_cache(DBRX, 2, 8), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_experts_of_the_last_tokens_are_those_of_score(seed: int) -> None:
+    case, tokens, _ = sequence(seed)
+    shorter = max(1, len(tokens) // 3)
+    rows, lengths = batch_of(tokens, tokens), [len(tokens), shorter]
+    routing = score(case.params, rows[:1], case.config)[1]
+    wanted = mx.stack([routing.top_experts[:, 0, length - 1] for length in lengths], axis=1)
+    for capacity, chunk_size, last_only in ((0, 64, True), (CAPACITY, 64, False), (CAPACITY, 7, True)):
+        cache = init_cache(case.config, 2, capacity)
+        logits, after, experts = forward_with_experts(
+            case.params, rows, cache, lengths=lengths, chunk_size=chunk_size, last_only=last_only
+        )
+        plain, plain_after = forward(
+            case.params, rows, cache, lengths=lengths, chunk_size=chunk_size, last_only=last_only
+        )
+        assert experts.shape == (case.config.n_layers, 2, case.config.ffn.moe_top_k)
+        assert mx.array_equal(mx.sort(experts, axis=-1), mx.sort(wanted, axis=-1))
+        assert mx.array_equal(logits, plain, equal_nan=True)
+        assert after.lengths == plain_after.lengths

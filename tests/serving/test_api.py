@@ -111,6 +111,27 @@ def test_a_streamed_chat_is_the_whole_one(client: httpx.Client) -> None:
         assert all(len(entry["top_logprobs"]) == 2 for entry in entries)
 
 
+def test_experts_are_those_of_score_s_routing(client: httpx.Client) -> None:
+    params, config, tokenizer = small_model()
+    asked = {**CHAT, "experts": True, "max_tokens": 12, "ignore_eos": True}
+    whole = post(client, "/v1/chat/completions", {**asked, "logprobs": True})["choices"][0]
+    prompt = encode_chat(tokenizer, MESSAGES)
+    made = tokenizer.encode(whole["message"]["content"])
+    _, routing = score(params, mx.array([[*prompt, *made]]), config)
+    places = slice(len(prompt) - 1, len(prompt) + len(made) - 1)
+    wanted = np.sort(np.array(routing.top_experts)[:, 0, places], axis=-1).swapaxes(0, 1)
+    assert whole["experts"] == wanted.tolist()
+    assert np.array(whole["experts"]).shape == (12, config.n_layers, config.ffn.moe_top_k)
+    parts = [chunk["choices"][0] for chunk in streamed(client, "/v1/chat/completions", asked)]
+    assert [experts for part in parts for experts in part["experts"]] == whole["experts"]
+    completion = post(client, "/v1/completions", {**asked, "messages": None, "prompt": prompt})["choices"][0]
+    assert (completion["text"], completion["experts"]) == (whole["message"]["content"], whole["experts"])
+    plain = post(client, "/v1/chat/completions", {**asked, "experts": False})["choices"][0]
+    assert "experts" not in plain
+    assert plain["message"] == whole["message"]
+    assert refusal(client, "/v1/completions", {**COMPLETION, "experts": 1})["param"] == "experts"
+
+
 def test_all_forms_of_a_prompt_are_answered_alike(client: httpx.Client) -> None:
     _, _, tokenizer = small_model()
     ids = tokenizer.encode(PROMPT)
@@ -325,6 +346,7 @@ def test_text_becomes_tokens_and_tokens_text(client: httpx.Client) -> None:
 def test_models_health_and_figures_are_told(client: httpx.Client) -> None:
     (model,) = client.get("/v1/models").json()["data"]
     assert client.get("/v1/models/small").json() == model
+    assert model["moe_num_experts"] == 16
     assert (model["id"], model["object"], model["max_model_len"]) == ("small", "model", 2048)
     error = client.get("/v1/models/large/one").json()["error"]
     assert (error["code"], error["param"]) == ("model_not_found", "model")

@@ -269,3 +269,24 @@ def test_long_texts_decode_in_a_batch_of_their_own_where_memory_is_short() -> No
 def test_a_structure_without_a_vocabulary_is_refused() -> None:
     with Engine(PARAMS, CONFIG, FAST) as engine, pytest.raises(InputError, match="TokenTrie"):
         engine.submit(Request((1,), structure=Structure.choice(["a"])), lambda _: None)
+
+
+@pytest.mark.parametrize("limits", [FAST, replace(EXACT, rows=2)])
+def test_experts_are_those_that_computed_the_logits(limits: Limits) -> None:
+    """Beside a request that doesn't ask, and with prompts of several chunks."""
+    asked = [Request(tokens(n, (9, 200, 300)[n % 3]), max_tokens=20, experts=n != 1) for n in range(6)]
+    asked[4] = replace(asked[4], top_logprobs=1, prompt_logprobs=True)
+    events = Events(6)
+    with Engine(PARAMS, CONFIG, limits, prefixes=PrefixStore(CONFIG, "", chunk=128)) as engine:
+        for number, request in enumerate(asked):
+            engine.submit(request, events.receiver(number))
+        events.wait(6)
+    for request, got in zip(asked, events.of, strict=True):
+        told = [event.experts for event in got if isinstance(event, TokenMade)]
+        if not request.experts:
+            assert told == [None] * 20
+            continue
+        text = [*request.prompt, *made(got)]
+        top = np.array(score(PARAMS, mx.array([text]), CONFIG)[1].top_experts)[:, 0]
+        wanted = np.sort(top, axis=-1).swapaxes(0, 1)[len(request.prompt) - 1 : -1]
+        np.testing.assert_array_equal(np.array(told), wanted)

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 
+import httpx
 import pytest
 
 pytest.importorskip("selenium")
@@ -158,6 +160,40 @@ def test_the_same_seed_gives_the_same_answer(page: Browser) -> None:
     press(page, "Regenerate")
     until(lambda: not is_answering(page))
     assert said(page)[1] == first
+
+
+def test_the_experts_of_an_answer_can_be_walked_through(page: Browser, running: Running) -> None:
+    set_up(page, temperature=0, max_tokens=9)
+    ask(page, "Who goes there?")
+    press(page, "Experts")
+    layers, top_k = 5, 4
+    assert len(page.find_elements(By.CSS_SELECTOR, ".tokens [role=option]")) == 9
+    shown_experts = []
+    one(page, ".tokens").click()
+    keys(page, Keys.HOME)
+    for number in range(9):
+        assert shown(page, ".experts h3[aria-live]").startswith(f"Token {number + 1} of 9")
+        assert len(page.find_elements(By.CSS_SELECTOR, ".layers .expert")) == layers * top_k
+        columns = page.find_elements(By.CSS_SELECTOR, ".layers li")
+        names = [column.get_attribute("aria-label") or "" for column in columns]
+        shown_experts.append([[int(one) for one in name.split("experts ")[1].split(", ")] for name in names])
+        keys(page, Keys.ARROW_RIGHT)
+    body = {"messages": [{"role": "user", "content": "Who goes there?"}], "temperature": 0, "max_tokens": 9}
+    told = httpx.post(f"{running.url}/v1/chat/completions", json={**body, "experts": True}).json()
+    assert shown_experts == told["choices"][0]["experts"]
+    page.find_elements(By.CSS_SELECTOR, ".tokens [role=option]")[3].click()
+    assert shown(page, ".experts h3[aria-live]").startswith("Token 4 of 9")
+    assert one(page, ".tokens [aria-selected=true]").get_attribute("id") == "token-3"
+    assert len(page.find_elements(By.CSS_SELECTOR, "svg.load rect:not(.ground)")) == layers * 16
+    load = [[sum(expert in token[layer] for token in shown_experts) for expert in range(16)] for layer in range(layers)]
+    titles: list[str] = page.execute_script(
+        "return [...document.querySelectorAll('svg title')].map((t) => t.textContent)"
+    )
+    for title in titles:
+        layer, expert, share = (int(number) for number in re.findall(r"\d+", title))
+        assert abs(share - 100 * load[layer][expert] / 9) <= 0.5, title
+    press(page, "Experts")
+    assert page.find_elements(By.CSS_SELECTOR, ".experts") == []
 
 
 def test_conversations_are_listed_renamed_and_deleted(page: Browser) -> None:

@@ -54,6 +54,7 @@ def requests(count: int) -> list[Request]:
                 seed=number,
                 stop_tokens=frozenset({17}),
                 top_logprobs=[None, 0, 4][number % 3],
+                experts=number % 4 == 2,
             )
         )
     return made
