@@ -116,17 +116,33 @@ class LiteralEncoder:
         # Normalizers don't change these characters or join them with their neighbours.
         self._letter = _unused(range(0xA000, 0xA48D), used)
         self._symbol = _unused(range(0xE000, 0xF8FF), used)
-        # A normalizer can turn another text into a control token's.
-        exact = backend.normalizer is None or not any(self._added[content].normalized for content in control)
+        self._numbers = frozenset(control.values())
+        exact = not any(self._has_other_spellings(content) for content in control)
         self._pattern = any_of(control) if exact else re.compile("")
 
     def encode(self, text: str, literal: Ranges) -> list[int]:
         """Returns a text's tokens. Its literal ranges, which are in order, don't become control tokens."""
-        if self._can_match(text, literal):
-            control_tokens = self._outside(text, literal)
-            if control_tokens != self._find(text):
-                return self._encode_between(text, control_tokens)
-        return _ids(self._backend, text)
+        if not self._can_match(text, literal):
+            return _ids(self._backend, text)
+        control_tokens = self._outside(text, literal)
+        if control_tokens == self._find(text):
+            tokens = _ids(self._backend, text)
+            # The model makes further ones if its own vocabulary has their texts.
+            if [number for number in tokens if number in self._numbers] == self._ids_of(control_tokens):
+                return tokens
+        return self._encode_between(text, control_tokens)
+
+    def _has_other_spellings(self, content: str) -> bool:
+        """Returns whether a text that doesn't hold this control token's text can become the token."""
+        model = self._backend.model
+        by_model = model.token_to_id(content) is not None
+        # Byte-level models spell each byte with one character, which only for ASCII is the text's own.
+        if by_model and (model.byte_fallback or not content.isascii()):
+            return True
+        return self._backend.normalizer is not None and (by_model or self._added[content].normalized)
+
+    def _ids_of(self, control_tokens: list[_Match]) -> list[int]:
+        return [self._control[content] for content, _, _ in control_tokens]
 
     def _can_match(self, text: str, literal: Ranges) -> bool:
         if self._pattern is None or not literal:
@@ -155,11 +171,16 @@ class LiteralEncoder:
     def _finder(self) -> tokenizers.Tokenizer:
         return finder(self._backend)
 
+    @cached_property
+    def _found_names(self) -> dict[int, str]:
+        # `id_to_token` gives a normalized token's text as the normalizer leaves it.
+        return {number: token.content for number, token in self._finder.get_added_tokens_decoder().items()}
+
     def _find(self, text: str) -> list[_Match]:
         """Returns the control tokens in a text, including the white space that they take."""
         encoding = _encoded(self._finder, text)
-        named = zip(map(self._finder.id_to_token, encoding.ids), encoding.offsets, strict=True)
-        return [(content, *place) for content, place in named if content is not None and content in self._control]
+        named = zip(map(self._found_names.__getitem__, encoding.ids), encoding.offsets, strict=True)
+        return [(content, *place) for content, place in named if content in self._control]
 
     def _outside(self, text: str, literal: Ranges) -> list[_Match]:
         """Returns the control tokens that don't overlap the ranges."""

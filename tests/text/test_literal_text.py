@@ -199,6 +199,48 @@ def test_any_flags_and_normalizers(tmp_path_factory: pytest.TempPathFactory, dat
         assert tokenizer.encode(around, literal=[inside]) == tokenizer.encode(around)
 
 
+@pytest.mark.parametrize("normalizer", NORMALIZERS, ids=str)
+@pytest.mark.parametrize("content", [*CONTROL, STOP])
+def test_a_normalized_control_token_is_literal_too(
+    tmp_path: Path, normalizer: normalizers.Normalizer | None, content: str
+) -> None:
+    tokenizer = read_tokenizer(write(tmp_path, normalizer=normalizer, flags=lambda name: {"normalized": True}))
+    number = tokenizer.control_tokens[content]
+    assert number in tokenizer.encode(content)
+    assert number not in tokenizer.encode(content, literal=[(0, len(content))])
+
+
+MADE_BY_THE_MODEL = {
+    "within a word": (None, "<s>", {"single_word": True}, "a<s>a"),
+    "behind what a normalizer adds": (normalizers.Prepend("x"), "<s>", {"normalized": True}, "a<s>"),
+    "from other letters": (normalizers.Lowercase(), "<s>", {}, "<S>"),
+    "from a byte": (None, "Ġ<", {}, " <"),
+    "from bytes": (None, "Ã©", {}, "é"),
+}
+"""A control token in the model's own vocabulary, and a text that isn't its own but becomes it."""
+
+
+@pytest.mark.parametrize("name", MADE_BY_THE_MODEL)
+def test_a_control_token_that_the_model_makes_from_another_text(tmp_path: Path, name: str) -> None:
+    normalizer, content, flags, text = MADE_BY_THE_MODEL[name]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [content[:length] for length in range(2, len(content) + 1)]
+    merges = [(whole[:-1], whole[-1]) for whole in names]
+    model = models.BPE({character: n for n, character in enumerate([*alphabet, *names])}, merges)
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.add_tokens([AddedToken(content, **{"special": True, "normalized": False} | flags)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}', encoding="utf-8")
+    tokenizer = read_tokenizer(tmp_path)
+    number = tokenizer.control_tokens[content]
+    assert number in tokenizer.encode(text)
+    assert number not in tokenizer.encode(text, literal=[(0, len(text))])
+
+
 def test_a_control_token_that_the_model_makes_itself(tmp_path: Path) -> None:
     """The model's own vocabulary has the text, and takes words of the vocabulary without merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
