@@ -51,6 +51,8 @@ from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
 _PROMPT_SHOWN = 400
 """The most characters of the prompt that a terminal shows before the text, from its end."""
 
+_COMPILING = "compiling, which takes longest the first time"
+
 _PREFIXES = 2**30
 """Bytes of memory for beginnings that a batch's prompts share."""
 
@@ -147,8 +149,7 @@ def _run(options: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     # This is fast once MLX has the kernels. The first time on a machine it takes seconds, or a minute on CUDA.
-    waiting = "compiling, which takes longest the first time"
-    with nullcontext() if backend() == "cpu" else show_waiting(waiting):
+    with nullcontext() if backend() == "cpu" else show_waiting(_COMPILING):
         warm_up(
             params,
             config,
@@ -219,17 +220,19 @@ def _run_batch(options: argparse.Namespace) -> None:
         )
         trie = trie_if_any(tokenizer, config.vocab_size)
         prefixes = PrefixStore(config, "", chunk=limits.chunk, memory=_PREFIXES)
-        with (
-            Engine(params, config, limits, trie=trie, prefixes=prefixes, queue=MOST_TEXTS + MOST_CHOICES) as engine,
-            batch_progress(lines.count, output.count) as progress,
-        ):
-            batch = BatchRun(engine, model, output, progress)
-            try:
-                batch.run(lines, options.seed)
-            except KeyboardInterrupt:
-                count = f"{output.count} of {lines.count} lines"
-                print_message(f"interrupted: {count} are answered in {options.out}, and the same command continues.")
-                raise
+        with Engine(params, config, limits, trie=trie, prefixes=prefixes, queue=MOST_TEXTS + MOST_CHOICES) as engine:
+            with nullcontext() if backend() == "cpu" else show_waiting(_COMPILING):
+                engine.wait_until_ready()
+            with batch_progress(lines.count, output.count) as progress:
+                batch = BatchRun(engine, model, output, progress)
+                try:
+                    batch.run(lines, options.seed)
+                except KeyboardInterrupt:
+                    count = f"{output.count} of {lines.count} lines"
+                    print_message(
+                        f"interrupted: {options.out} has the answers to {count}, and the same command continues."
+                    )
+                    raise
         failed = f", {batch.failed} of them with an error" if batch.failed else ""
         print_message(f"{options.out} has the answers to {output.count} lines{failed}.")
 

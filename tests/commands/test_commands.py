@@ -56,7 +56,10 @@ def with_path(path: str, folder: Path) -> dict[str, list[list[str]]]:
     """For each command, what names `path` in place of a file or folder that is read, in all ways."""
     text = str(write_text(folder / "text.txt"))
     return {
-        "generate": [["--model", path, "--prompt", "x"]],
+        "generate": [
+            ["--model", path, "--prompt", "x"],
+            ["--batch", path, "--out", str(folder / "answers.jsonl")],
+        ],
         "train": [
             ["--data", path, "--out", str(folder / "run-1")],
             ["--data", text, "--config", path, "--out", str(folder / "run-2")],

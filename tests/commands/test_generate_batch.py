@@ -306,7 +306,7 @@ def test_ctrl_c_says_how_far_it_came(folder: Path, tmp_path: Path) -> None:
     _, err = running.communicate(timeout=100)
     assert running.returncode == 130
     found = re.fullmatch(
-        r"interrupted: (\d+) of 20000 lines are answered in .*, and the same command continues\.\n", err
+        r"interrupted: .* has the answers to (\d+) of 20000 lines, and the same command continues\.\n", err
     )
     assert found, err
     assert len(read(out)) == int(found[1])
