@@ -138,7 +138,7 @@ class BatchRun:
         )
         prefix = "cmpl" if job.request.kind == "completion" else "chatcmpl"
         form = Form(job.request.kind, f"{prefix}-{secrets.token_hex(12)}", int(time.time()), self._model)
-        body = form.answer(job.parts, usage, logprobs=asked.wants_logprobs)
+        body = form.answer(job.parts, usage, asked)
         self._write(job.number, job.name, 200, body, None)
 
     def _fail(self, number: int, name: str | None, error: DbrxError) -> None:
