@@ -16,7 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, ParamSpec, TypeVar, cast
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import mlx.core as mx
 from jaxtyping import UInt32
@@ -27,7 +27,7 @@ from dbrx_fn.model.config import Config, Dtype, LayerConfig
 from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import LEAVES, Described, Format, dtype_name, format_or_problem
 from dbrx_fn.runtime.arguments import checked
-from dbrx_fn.runtime.compile import once
+from dbrx_fn.runtime.compile import compiled, once
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -231,18 +231,17 @@ def check_params(params: Params, config: Config) -> None:
     _check(dict(tree_flatten(params)), param_spec(config), config.dtype)
 
 
-def checked_under(path: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates a layer: `check_part` compares its first argument with what its `config` expects below `path`."""
+def compiled_under(*paths: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """`compiled`, for a layer whose first arguments are the parts of a tree below these paths.
 
-    def decorate(layer: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(layer)
-        def call(*arrays: P.args, **static: P.kwargs) -> R:
-            check_part(arrays[0], config=cast(LayerConfig, static["config"]), under=path)
-            return layer(*arrays, **static)
+    `check_part` compares them with what the layer's `config` expects, before the types are checked.
+    """
 
-        return call
+    def check(*arrays: object, config: LayerConfig) -> None:
+        for part, path in zip(arrays, paths, strict=False):
+            check_part(part, config=config, under=path)
 
-    return decorate
+    return functools.partial(compiled, check=check)
 
 
 @once

@@ -19,7 +19,7 @@ from dbrx_fn.model.layers.block import block
 from dbrx_fn.model.layers.embedding import embedding
 from dbrx_fn.model.layers.norm_attn_norm import Stream
 from dbrx_fn.model.layers.router import Routing
-from dbrx_fn.model.params import check_params, check_part, checked_under
+from dbrx_fn.model.params import check_params, compiled_under
 from dbrx_fn.model.positions import Positions, positions_of
 from dbrx_fn.model.shapes import CHUNK_SIZE, chunk_widths, time_bucket
 from dbrx_fn.model.tree import BlockParams, NormParams, Params
@@ -263,8 +263,7 @@ def _recomputed(
     return said
 
 
-@compiled
-@checked_under("transformer.wte")
+@compiled_under("transformer.wte")
 def embed(
     wte: Linear,
     tokens: Integer[mx.array, "batch time"],
@@ -296,13 +295,11 @@ def _last_experts(routing: Sequence[Routing], lengths: tuple[int, ...], before: 
     return last if before is None else mx.where(real > 0, last, before)
 
 
-@compiled
+@compiled_under("transformer.norm_f", "lm_head")
 def head(
     norm_f: NormParams, lm_head: Linear, x: Stream, *, config: LayerConfig
 ) -> Float[mx.array, "batch time {config.vocab_size}"]:
     """The final norm and the projection to the vocabulary. DBRX doesn't tie its matrix to the embedding."""
-    check_part(norm_f, config=config, under="transformer.norm_f")
-    check_part(lm_head, config=config, under="lm_head")
     return linear(lm_head, layer_norm(norm_f["weight"], x, eps=NORM_EPS))
 
 

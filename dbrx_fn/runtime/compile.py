@@ -46,22 +46,26 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
     return _once(_checked(function), function)
 
 
-def compiled(layer: Callable[P, R]) -> Callable[P, R]:
+def compiled(layer: Callable[P, R], *, check: Callable[..., None] | None = None) -> Callable[P, R]:
     """Compiles `layer` on GPUs. On the CPU, calls run its Python, and its types are checked once.
 
     Positional arguments are arrays or trees of them, keyword arguments are static and hashable.
     Inside another trace (a compiled caller, `mx.grad`, `mx.checkpoint`) the layer becomes part of that trace.
 
+    Args:
+        layer: the function.
+        check: what raises a clearer error than the types for some arguments. It gets them before the types are checked.
+
     Raises:
         jaxtyping.TypeCheckError: on the first call with shapes or dtypes that differ from the annotations.
     """
-    checked = _checked(layer)
+    checked = _checked(layer, check)
 
     def first(*arrays: P.args, **static: P.kwargs) -> R:
         logger.debug("checking %s", layer.__qualname__)
         return checked(*arrays, **static)
 
-    called, fused = _once(first, layer), traced(layer)
+    called, fused = _once(first, layer), traced(layer, check=check)
 
     @functools.wraps(layer)
     def call(*arrays: P.args, **static: P.kwargs) -> R:
@@ -70,13 +74,13 @@ def compiled(layer: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def traced(layer: Callable[P, R]) -> Callable[P, R]:
+def traced(layer: Callable[P, R], *, check: Callable[..., None] | None = None) -> Callable[P, R]:
     """`compiled` on every back end, for functions that gain from fused kernels on the CPU too.
 
     Raises:
         jaxtyping.TypeCheckError: when traced with arrays whose shapes or dtypes differ from the annotations.
     """
-    checked = _checked(layer)
+    checked = _checked(layer, check)
 
     # A trace keeps what its functions chose.
     @functools.cache
@@ -91,7 +95,13 @@ def traced(layer: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(layer)
     def call(*arrays: P.args, **static: P.kwargs) -> R:
-        return with_static(traced_for(), *sorted(static.items()))(*arrays)
+        try:
+            return with_static(traced_for(), *sorted(static.items()))(*arrays)
+        except (RuntimeError, TypeError, ValueError):
+            # mx.compile refuses what is no tree of arrays, before it traces.
+            if check is not None:
+                check(*arrays, **static)
+            raise
 
     return call
 
@@ -105,8 +115,16 @@ def once(check: Callable[P, None]) -> Callable[P, None]:
     return _once(check, nothing)
 
 
-def _checked(function: Callable[P, R]) -> Callable[P, R]:
-    return jaxtyped(typechecker=beartype)(function)
+def _checked(function: Callable[P, R], check: Callable[..., None] | None = None) -> Callable[P, R]:
+    typed_function: Callable[P, R] = jaxtyped(typechecker=beartype)(function)
+    if check is None:
+        return typed_function
+
+    def call(*arrays: P.args, **static: P.kwargs) -> R:
+        check(*arrays, **static)
+        return typed_function(*arrays, **static)
+
+    return call
 
 
 def _once(first: Callable[P, R], again: Callable[P, R]) -> Callable[P, R]:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import dbrx_fn
@@ -24,8 +24,12 @@ from dbrx_fn import (
     Quantization,
     Sampling,
 )
+from dbrx_fn.model.layers.block import block
+from dbrx_fn.model.positions import positions_of
+from dbrx_fn.model.transformer import embed, head
 from dbrx_fn.random_checkpoint import write_random_checkpoint
 from dbrx_fn.runtime.arguments import check_fields, checked
+from dbrx_fn.runtime.device import as_if
 
 CONFIG = Config(
     d_model=32,
@@ -214,6 +218,9 @@ def test_numbers_of_numpy_become_pythons() -> None:
 
 # Trees
 
+NUMBERED = next(number for number, value in enumerate(ODD) if isinstance(value, dict) and 1 in value)
+"""The odd value that is a dict without names."""
+
 
 def damaged(tree: Any, places: list[int], value: Any) -> Any:
     """A tree with what is found on the way that the numbers choose replaced."""
@@ -232,6 +239,10 @@ def damaged(tree: Any, places: list[int], value: Any) -> Any:
     value=st.sampled_from(range(len(ODD))),
     quantized=st.booleans(),
 )
+@example(places=[45], value=NUMBERED, quantized=False)
+@example(places=[0, 0], value=NUMBERED, quantized=False)
+@example(places=[0, 1, 0], value=NUMBERED, quantized=True)
+@example(places=[0, 2], value=NUMBERED, quantized=False)
 def test_a_tree_with_something_odd_in_it_is_refused(places: list[int], value: int, quantized: bool) -> None:
     params = damaged(QUANTIZED if quantized else PARAMS, places, ODD[value])
     for function, arguments in (
@@ -243,6 +254,30 @@ def test_a_tree_with_something_odd_in_it_is_refused(places: list[int], value: in
         call: Callable[..., Any] = function
         with pytest.raises(CheckpointError, match=r"^The parameters don't fit the config: .*\.$"):
             call(params, *arguments)
+
+
+STREAM = mx.zeros((1, 3, CONFIG.d_model))
+POSITIONS = positions_of(3, (3,), None, CONFIG.layer, whole_cache=False)
+TRANSFORMER = PARAMS["transformer"]
+PARTS: dict[str, Callable[[Any], object]] = {
+    "transformer.wte": lambda part: embed(part, TOKENS, None, config=CONFIG.layer),
+    "transformer.norm_f": lambda part: head(part, PARAMS["lm_head"], STREAM, config=CONFIG.layer),
+    "transformer.blocks.0": lambda part: block(part, STREAM, None, POSITIONS, config=CONFIG.layer),
+    "lm_head": lambda part: head(TRANSFORMER["norm_f"], part, STREAM, config=CONFIG.layer),
+}
+"""What computes with each part of a tree."""
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("path", PARTS)
+def test_an_odd_part_is_refused_in_a_sentence_however_it_runs(path: str, compiles: bool) -> None:
+    for value in ODD:
+        for part in ({1: value}, {"weight": value}, {"a": [value]}):
+            with (
+                as_if(compiles=compiles),
+                pytest.raises(CheckpointError, match=rf"^The parameters don't fit the config: .*{path}\..*\.$"),
+            ):
+                PARTS[path](part)
 
 
 @pytest.mark.parametrize("blocks", [tuple, lambda blocks: dict(enumerate(blocks))])

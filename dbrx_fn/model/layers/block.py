@@ -9,15 +9,13 @@ from dbrx_fn.model.layers import decode_block
 from dbrx_fn.model.layers.moe import moe
 from dbrx_fn.model.layers.norm_attn_norm import Stream, norm_attn_norm
 from dbrx_fn.model.layers.router import Routing
-from dbrx_fn.model.params import checked_under
+from dbrx_fn.model.params import compiled_under
 from dbrx_fn.model.positions import Positions
 from dbrx_fn.model.tree import BlockParams
 from dbrx_fn.ops.twin import with_kernel
-from dbrx_fn.runtime.compile import compiled
 
 
-@compiled
-@checked_under("transformer.blocks.0")
+@compiled_under("transformer.blocks.0")
 @with_kernel(decode_block.decode_block, fits=decode_block.fits, gradients=False)
 def block(
     params: BlockParams,
