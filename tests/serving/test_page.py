@@ -149,6 +149,20 @@ def test_an_answer_is_made_again_and_a_message_edited(page: Browser) -> None:
     assert said(page)[1] != first
 
 
+def test_an_answer_gives_way_to_one_that_is_asked_for_meanwhile(page: Browser) -> None:
+    set_up(page, max_tokens=3, temperature=1)
+    ask(page, "Hail")
+    set_up(page, max_tokens=1500, temperature=1)
+    keys(page, "Tell me all", Keys.ENTER)
+    until(lambda: len(said(page)) == 4 and said(page)[3])
+    page.find_elements(By.CSS_SELECTOR, ".message.assistant button")[0].click()
+    until(lambda: len(said(page)) == 2 and said(page)[1])
+    assert is_answering(page)
+    keys(page, Keys.ESCAPE)
+    until(lambda: not is_answering(page))
+    assert shown(page, ".figures") == "stopped"
+
+
 def test_the_same_seed_gives_the_same_answer(page: Browser) -> None:
     press(page, "Settings")
     for name, value in (("temperature", "1"), ("seed", "7"), ("max_tokens", "12"), ("system", "Be brief.")):
