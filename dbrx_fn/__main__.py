@@ -24,7 +24,7 @@ COMMANDS = {
     "train": "train or fine-tune a model on text",
     "train_tokenizer": "make a tokenizer from text",
     "check": "check whether this machine computes correctly, and how fast",
-    "bench": "measure the speed of inference and training on this machine",
+    "bench": "measure the speed of inference, training and serving on this machine",
     "random_checkpoint": "write a checkpoint of random weights, to try things with",
     "small.recipe": "train the small model of this package again",
 }

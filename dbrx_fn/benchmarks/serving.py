@@ -118,7 +118,8 @@ def serving_figure(
         good_per_second=good / seconds,
         waiting=sum(sample.waiting for sample in samples) / len(samples) if samples else None,
         most_waiting=max((sample.waiting for sample in samples), default=None),
-        rows_filled=sum(sample.decoding for sample in samples) / rows if rows else None,
+        # A text counts as decoding a moment before it has a row.
+        rows_filled=sum(min(sample.decoding, sample.rows) for sample in samples) / rows if rows else None,
     )
 
 
