@@ -108,7 +108,8 @@ async def ask(endpoint: Endpoint, prompt: str, answer: int, due: float) -> Answe
                     continue
                 if event.get("error"):
                     raise HttpFailure(f"an error in the stream: {_reason(json.dumps(event).encode())}")
-                usage = event.get("usage") or usage
+                told = event.get("usage")
+                usage = told if isinstance(told, dict) else usage
                 for choice in event.get("choices") or ():
                     ended = ended or choice.get("finish_reason") is not None
                     if choice.get("text"):

@@ -90,6 +90,8 @@ async def response(
         raise HttpFailure(f"nothing came for {_PATIENCE:g} seconds") from None
     except h11.RemoteProtocolError as error:
         raise HttpFailure(f"the answer isn't HTTP ({error})") from None
+    except UnicodeError:
+        raise HttpFailure("the host's name has a part that is empty or too long") from None
     except OSError as error:
         raise HttpFailure(error.strerror or str(error) or type(error).__name__) from None
     finally:

@@ -150,6 +150,13 @@ def test_fields_that_a_server_refuses_are_left_out(
     assert (figure["prompt_tokens"] is not None) == told
 
 
+@pytest.mark.parametrize("event", [b"5", b"{", b'{"choices": 5}', b'{"choices": [5]}', b'{"usage": [1]}', b"[" * 10**5])
+def test_events_that_are_no_completions_are_a_failure(event: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    with scripted_server(Script(raw=event)) as server:
+        figure = one_figure(capsys, "--url", server.url, "--clients", "1", "--requests", "1")
+    assert sum(figure["failures"].values()) == 1
+
+
 def test_the_key_comes_from_the_environment(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +220,7 @@ def test_a_signal_ends_the_server_too(number: signal.Signals, status: int) -> No
         (["--url", "http://a:99999/v1"], "where a server's address is expected"),
         (["--url", "http://a/ b"], "where a server's address is expected"),
         (["--url", "http://127.0.0.1:{closed}"], "answers no completion"),
+        (["--url", "http://a..b"], "a part that is empty or too long"),
         (["--url", "http://a", "--exact"], "leave them out with --url"),
         (["--rate", "0"], "--rate is 0 where it must be a number above 0"),
         (["--rate", "nan"], "--rate is nan"),

@@ -14,13 +14,14 @@ from typing import Any, Literal
 class Script:
     """An answer: seconds before the first text, and between the `texts`.
 
-    `end`: how it ends; "status" gives 429 instead of a stream.
+    `end`: how it ends; "status" gives 429 instead of a stream. `raw`: an event to send instead of an end.
     """
 
     first: float = 0.0
     between: float = 0.0
     texts: int = 3
     end: Literal["whole", "cut", "error", "status"] = "whole"
+    raw: bytes = b""
 
 
 @dataclass
@@ -87,6 +88,9 @@ def scripted_server(
             for index in range(script.texts):
                 time.sleep(script.between if index else script.first)
                 self._event({"choices": [{"index": 0, "text": "x", "finish_reason": None}]})
+            if script.raw:
+                self.wfile.write(b"data: " + script.raw + b"\n\n")
+                return
             if script.end == "cut":
                 return
             if script.end == "error":
