@@ -76,6 +76,7 @@ def expert_linear(
             )
             return product.astype(x.dtype)
         weight = as_floats(params, form)
+    given = x.dtype
     # On the CPU, `gather_mm` supports float32 only.
     dtype = mx.float32 if on_cpu() else x.dtype
     if experts == 1:
@@ -84,7 +85,16 @@ def expert_linear(
     # segment. For single rows on CUDA it also picks another kernel, which is slower and was wrong for some operands
     # (MLX 0.32.4).
     ascending = backend() != "cuda" or rows > 1
-    product = mx.gather_mm(
-        x.astype(dtype), weight.astype(dtype).swapaxes(-1, -2), rhs_indices=segment_experts, sorted_indices=ascending
-    )
-    return product.astype(x.dtype)
+    x, weight = _in_eights(x.astype(dtype)), _in_eights(weight.astype(dtype))
+    product = mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=segment_experts, sorted_indices=ascending)
+    return product.astype(given)
+
+
+def _in_eights(matrices: mx.array) -> mx.array:
+    """Rows padded with zeros to a multiple of 8 entries on CUDA.
+
+    The gradient's product reads 8 entries at a time along these rows, whatever their length (MLX 0.32.4). An odd length
+    ends in a "misaligned address".
+    """
+    odd = -matrices.shape[-1] % 8 if backend() == "cuda" else 0
+    return mx.pad(matrices, [(0, 0), (0, 0), (0, odd)]) if odd else matrices
