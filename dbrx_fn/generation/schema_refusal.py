@@ -1,13 +1,21 @@
 """Finds the keyword of a JSON schema that llguidance refuses it for, since llguidance's own words rarely name it."""
 
+import json
 from collections.abc import Callable
-from time import monotonic
 from typing import Any
 
 from dbrx_fn.generation.json_schema import CONSTRAINING, DEFINITIONS, Path, Schema, reference_path, schemas_in
 
-_PATIENCE = 2.0
-"""Seconds to look for it. What is found by then is returned."""
+_MOST_WORK = 2_000_000
+_WORK_OF_A_TRIAL = 40_000
+_WORK_OF_A_LONG_TRIAL = 500_000
+"""The most work to look for it, and what a trial is of it; each character of its schema is one more.
+
+A count finds the same keyword on every machine, where a clock doesn't. What is found by then is returned.
+"""
+
+_LIMITS = ("too large", "too big")
+"""Words of llguidance about a schema that it worked on up to a limit, which takes up to a second each time."""
 
 
 def refused_keyword(schema: Schema, refusal: Callable[[Schema], str | None]) -> Path | None:
@@ -21,13 +29,17 @@ def refused_keyword(schema: Schema, refusal: Callable[[Schema], str | None]) -> 
         refusal: why a schema is refused, `None` if it isn't.
     """
     words = refusal(schema)
-    deadline = monotonic() + _PATIENCE
+    left = _MOST_WORK
+    is_long = words is not None and any(limit in words for limit in _LIMITS)
     found: Path | None = None
     path: Path = ()
     followed: set[Path] = set()
 
     def refused_alike(place: Path, part: Any) -> bool:
-        return monotonic() < deadline and refusal(_replaced(schema, place, part)) == words
+        nonlocal left
+        trial = _replaced(schema, place, part)
+        left -= (_WORK_OF_A_LONG_TRIAL if is_long else _WORK_OF_A_TRIAL) + len(json.dumps(trial))
+        return left >= 0 and refusal(trial) == words
 
     while path not in followed and isinstance(here := _part(schema, path), dict):
         followed.add(path)
@@ -37,7 +49,7 @@ def refused_keyword(schema: Schema, refusal: Callable[[Schema], str | None]) -> 
         alone = (name for name in names if refused_alike(path, {name: here[name], **beside}))
         needed = (name for name in names if not refused_alike(path, {k: v for k, v in here.items() if k != name}))
         keyword = next(alone, None) or next(needed, None)
-        if keyword is None or monotonic() > deadline:
+        if keyword is None or left < 0:
             break
         found = (*path, keyword)
         if keyword == "$ref":
@@ -48,12 +60,32 @@ def refused_keyword(schema: Schema, refusal: Callable[[Schema], str | None]) -> 
 
 
 def _refused_inside(place: Path, value: Any, refused_alike: Callable[[Path, Any], bool]) -> Path:
-    """The place of the schema in a keyword's value that is refused alone; `()`, where the search began, if none is."""
-    for steps, inner in schemas_in(str(place[-1]), value):
-        part = inner if not steps else [inner] if isinstance(value, list) else {steps[0]: inner}
-        if refused_alike(place, part):
-            return (*place, *steps)
+    """The place of the schema in a keyword's value that is refused alone; `()`, where the search began, if none is.
+
+    Half of the schemas are tried at once, so a thousand take twenty trials at most.
+    """
+    keyword = str(place[-1])
+    waiting = list(schemas_in(keyword, value))
+    while waiting:
+        half = waiting[: (len(waiting) + 1) // 2]
+        if not refused_alike(place, _only(value, half, keyword)):
+            waiting = waiting[len(half) :]
+        elif len(half) == 1:
+            return (*place, *half[0][0])
+        else:
+            waiting = half
     return ()
+
+
+def _only(value: Any, schemas: list[tuple[Path, Any]], keyword: str) -> Any:
+    """A keyword's value with only these of its schemas."""
+    if schemas[0][0] == ():
+        return schemas[0][1]
+    if isinstance(value, list):
+        return [inner for _, inner in schemas]
+    # A property that is left out could be refused for being required.
+    others = dict.fromkeys(value, True) if keyword == "properties" else {}
+    return others | {steps[0]: inner for steps, inner in schemas}
 
 
 def _placed(schema: Any, names: tuple[str, ...]) -> Path:
