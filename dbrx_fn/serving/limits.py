@@ -19,7 +19,7 @@ _GPU_CHUNK, _CPU_CHUNK = 256, 128
 FREE_CHUNKS = 8
 """How many chunks of a prompt are read at once while nobody decodes. The exact mode reads one at a time."""
 
-_USED = 0.94
+_USED = 0.91
 """What part of memory weights and caches may take. The rest is for what a chunk computes (`docs/serving.md`)."""
 
 
