@@ -82,7 +82,9 @@ def blas(session: nox.Session) -> None:
         session.log(f"BLAS: {name}")
         environment = {**setting, "TESTS_KEEP": ",".join(setting)}
         # Without a library MLX's own computes, which has had its turn.
-        files = ["tests/runtime/test_blas.py", "tests/commands/test_small_model.py"] if name == "none installed" else EXACT
+        files = (
+            ["tests/runtime/test_blas.py", "tests/commands/test_small_model.py"] if name == "none installed" else EXACT
+        )
         session.run("pytest", "-n", "auto", "--ignore=tests/peers", *(session.posargs or files), env=environment)
 
 
