@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
+
+from dbrx_fn.generation.row_sampling import Choice
 from dbrx_fn.model.config import Config
 from dbrx_fn.serving.batch import Batch, arranged, one_row
 from dbrx_fn.serving.schedule import Group
@@ -24,6 +27,15 @@ class Decoding:
             for row, (served, length) in enumerate(zip(self.rows, lengths, strict=True))
             if served is not None
         ]
+
+
+@dataclass(frozen=True, eq=False)
+class Launched:
+    """Tokens that the device is making: a choice, whose its rows are, and their experts as `Rows` has them."""
+
+    choice: Choice
+    rows: tuple[Served | None, ...]
+    experts: mx.array | None
 
 
 def rearranged(

@@ -11,13 +11,12 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
 from dbrx_fn.errors import BusyError, EngineError, GenerationError, InputError, lacks_memory
-from dbrx_fn.generation.row_sampling import Choice
 from dbrx_fn.generation.structured import Matcher, TokenTrie
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.tree import Params
@@ -26,7 +25,7 @@ from dbrx_fn.runtime.memory import wired
 from dbrx_fn.serving.admission import budget_of
 from dbrx_fn.serving.batch import Batch, chosen, decoded
 from dbrx_fn.serving.beginnings import Beginnings
-from dbrx_fn.serving.decoding import Decoding, rearranged
+from dbrx_fn.serving.decoding import Decoding, Launched, rearranged
 from dbrx_fn.serving.limits import FREE_CHUNKS, Limits, check_exact, default_limits
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.reading import Reading, experts_of, in_words
@@ -38,15 +37,6 @@ from dbrx_fn.serving.warm_up import warm_up
 
 _QUEUE = 256
 """Requests that may wait, unless asked otherwise."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Launched:
-    """Tokens that the device is making: a choice, whose its rows are, and their experts as `Rows` has them."""
-
-    choice: Choice
-    rows: tuple[Served | None, ...]
-    experts: mx.array | None
 
 
 class Engine:
@@ -102,7 +92,7 @@ class Engine:
         self._reading: dict[int, Served] = {}
         self._joining: list[tuple[Served, Batch]] = []
         self._decoding: list[Decoding] = []
-        self._launched: list[_Launched] = []
+        self._launched: list[Launched] = []
         self._beginnings = Beginnings(prefixes, config)
         self._passed_over = 0
         self._counts: Counter[str] = Counter()
@@ -341,7 +331,7 @@ class Engine:
         choice, batch = reading.first_token(served.allowed())
         mx.async_eval(choice, batch.rows.experts)
         served.launched += 1
-        self._launched.append(_Launched(choice, (served,), batch.rows.experts))
+        self._launched.append(Launched(choice, (served,), batch.rows.experts))
         self._joining.append((served, batch))
 
     def _arrange(self, groups: Sequence[Group]) -> None:
@@ -373,9 +363,9 @@ class Engine:
         choice, rows = chosen(logits, decoding.batch.rows, allowed)
         decoding.batch = replace(decoding.batch, rows=rows)
         mx.async_eval(choice, rows.experts)
-        self._launched.append(_Launched(choice, decoding.rows, rows.experts))
+        self._launched.append(Launched(choice, decoding.rows, rows.experts))
 
-    def _hand_out(self, launched: _Launched) -> None:
+    def _hand_out(self, launched: Launched) -> None:
         choice = launched.choice
         tokens = np.array(choice.tokens).tolist()
         logprobs = [None] * len(tokens) if choice.logprobs is None else in_words(choice.logprobs, MOST_TOP_LOGPROBS)

@@ -68,10 +68,11 @@ class Served:
             reason = "stop"
         elif len(self.made) == self.budget:
             reason = "length"
-        self._tell(TokenMade(token, reason, self._wanted(logprobs), experts if self.request.experts else None))
         if reason is not None:
+            # Whoever gets the last token finds the request counted as ended.
             self.finish(reason)
-        elif self.matcher is not None:
+        self._tell(TokenMade(token, reason, self._wanted(logprobs), experts if self.request.experts else None))
+        if reason is None and self.matcher is not None:
             self._try(lambda matcher: matcher.advance(token))
 
     def _wanted(self, logprobs: TokenLogprobs | None) -> TokenLogprobs | None:
