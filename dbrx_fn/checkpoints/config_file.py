@@ -40,7 +40,8 @@ def read_config_file(path: Path) -> Config:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be read as JSON ({error}): fetch it again from where it came.") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a JSON {type(raw).__name__}, not an object with the fields of the model.")
+        found = "null" if raw is None else f"a JSON {type(raw).__name__}"
+        raise ConfigError(f"{path} holds {found}, not an object with the fields of the model.")
     return config_from_dict(raw, source=str(path))
 
 

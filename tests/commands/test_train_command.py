@@ -260,7 +260,7 @@ def test_defaults_are_the_recipes(
     with pytest.raises(SystemExit):
         parser().parse_args(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("at its highest; 0.001 if", "falls from there; cosine if", "master weights; float32 if"):
+    for words in ("highest learning rate (default: 0.001)", "after the warm-up (default: cosine)", "(default: float32)"):
         assert words in said
 
 

@@ -33,7 +33,7 @@ PUBLIC = {
     *("save", "quantize", "dequantize", "Quantization", "Format"),
     *("DbrxError", "ConfigError", "CheckpointError", "TokenizerError", "InputError", "CacheError"),
     *("GenerationError", "TrainingError", "BusyError", "EngineError"),
-    *("Engine", "Limits", "default_limits", "Request", "PromptRead", "TokenMade", "Failed"),
+    *("Structure", "Engine", "Limits", "default_limits", "Request", "PromptRead", "TokenMade", "Failed"),
 }
 MODULES = [name for _, name, package in pkgutil.walk_packages(dbrx_fn.__path__, "dbrx_fn.") if not package]
 
