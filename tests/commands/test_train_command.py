@@ -260,7 +260,11 @@ def test_defaults_are_the_recipes(
     with pytest.raises(SystemExit):
         parser().parse_args(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("highest learning rate (default: 0.001)", "after the warm-up (default: cosine)", "(default: float32)"):
+    for words in (
+        "highest learning rate (default: 0.001)",
+        "after the warm-up (default: cosine)",
+        "(default: float32)",
+    ):
         assert words in said
 
 
