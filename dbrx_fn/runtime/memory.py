@@ -1,6 +1,6 @@
 """The device's memory: what stays resident on a Mac, what is given back, and how large one buffer may be.
 
-`docs/mac.md` has the reasons and their sources. On other machines than Macs only `release_unused` does something.
+`docs/mac.md` has the reasons and their sources. On machines other than Macs these functions do nothing.
 """
 
 import math
