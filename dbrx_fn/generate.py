@@ -124,6 +124,11 @@ def _run(options: argparse.Namespace) -> None:
         return
     if options.out is not None:
         raise InputError("--out is the file of a batch's answers: give --batch too, or leave it out.")
+    _run_one(options)
+
+
+def _run_one(options: argparse.Namespace) -> None:
+    """Continues or answers one prompt."""
     report = Report(options.model, secrets.randbits(32) if options.seed is None else options.seed)
     check_generation_options(options)
     key = random_key(report.seed)

@@ -97,10 +97,7 @@ def compare(
         InputError: if a size isn't positive, if there is nothing to predict, if a token isn't in the model's
             vocabulary, or if the configs describe different models.
     """
-    check_targets(token_file)
-    check_ids(token_file, first.config)
-    for number, other in enumerate(others):
-        check_same_model(first.config, other.config, "the first model", f"others[{number}]")
+    _check_comparable(first, others, token_file)
     targets, read, done = 0, 0, 0
     of_first: _Sums = []
     of_others: list[_Sums] = [[] for _ in others]
@@ -139,6 +136,13 @@ def compare(
         )
         for nats, pairs, divergence, same_token, same_experts in of_others
     ]
+
+
+def _check_comparable(first: Model, others: Sequence[Model], token_file: TokenFile) -> None:
+    check_targets(token_file)
+    check_ids(token_file, first.config)
+    for number, other in enumerate(others):
+        check_same_model(first.config, other.config, "the first model", f"others[{number}]")
 
 
 def kl_divergence(
