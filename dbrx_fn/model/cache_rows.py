@@ -90,7 +90,7 @@ def rewind(cache: Cache, lengths: Sequence[int]) -> Cache:
     """`cache` cut back to the first `lengths` tokens of each row.
 
     Nothing is copied, and nothing waits for the device. The dropped keys and values stay in the arrays until later
-    tokens overwrite them; no token attends to them.
+    tokens overwrite them. Attention gives them weight 0, so only a NaN among them spreads.
 
     Args:
         cache: the cache to shorten.

@@ -1,4 +1,4 @@
-"""The lengths, capacities and attention spans that are computed. They are few, since each one costs a trace."""
+"""The lengths, capacities and attention spans that the model runs with. They are few, since each one costs a trace."""
 
 from dbrx_fn.runtime.device import backend
 
@@ -27,7 +27,7 @@ def chunk_widths(time: int, chunk_size: int) -> list[int]:
     while time:
         width = min(chunk_size, time)
         bucket = _power_of_two(width)
-        # Two passes cost less than one that is a quarter padding, unless both are so short that they cost the same.
+        # Two passes cost less than one that is a quarter padding, unless a pass of half the length costs as much.
         if bucket > cheap_chunk() and 4 * width <= 3 * bucket:
             width = bucket // 2
         widths.append(width)
@@ -71,7 +71,7 @@ def capacity_bucket(length: int) -> int:
 
 
 def traced_first(prompt_length: int, chunk_size: int, capacity: int) -> list[tuple[int, int]]:
-    """The passes through the model that are each the first of a trace, for a prompt and the single tokens after it.
+    """The passes through the model that each start a trace, for a prompt and the single tokens after it.
 
     A CPU traces nothing. One chunk of each width is enough there.
 

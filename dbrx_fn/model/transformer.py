@@ -49,8 +49,8 @@ def forward(
 
     Args:
         params: the tree, as `load` or `init_params` makes it.
-        tokens: integer `[batch time]`. An id outside of the vocabulary is no error, since finding it would wait for the
-            device: it makes its row's logits NaN, in its chunk and in all that continues from it.
+        tokens: integer `[batch time]`. An id outside of the vocabulary raises no error, since finding it would wait for
+            the device. It makes its row's logits NaN, in its chunk and in all later ones.
         cache: the tokens so far, and the model's config. A cache of capacity 0 is empty and stays empty.
         lengths: how many of each row's tokens are real, counted from the left. All, if not given. The rest is padding:
             its ids may be anything, and its logits mean nothing. A row of length 0 is left unchanged.
@@ -309,7 +309,7 @@ def _logits(params: Params, x: Stream, config: LayerConfig) -> mx.array:
 
 
 def _check_outline(params: Params, config: Config) -> None:
-    """Checks that all parts are there. Each part's leaves are checked once, when its layer is traced."""
+    """Checks that all parts are there. Each part's leaves are checked by its layer, once for each set of shapes."""
     try:
         transformer = params["transformer"]
         parts = [transformer["wte"], *transformer["blocks"], transformer["norm_f"], params["lm_head"]]
@@ -363,7 +363,7 @@ def check_tokens(tokens: mx.array) -> None:
 
 
 def _check_logits(tokens: mx.array, config: Config) -> None:
-    """Raises `InputError` if the logits of `[batch time]` tokens, the widest array there is, can't be one buffer."""
+    """Raises `InputError` if the logits of `[batch time]` tokens, the widest activations, don't fit one buffer."""
     if tokens.shape[1] > 1:
         nbytes = tokens.size * config.vocab_size * getattr(mx, config.dtype).size
         check_buffer(

@@ -23,7 +23,7 @@ def attention(
         k: keys.
         v: values.
         mask: added to the scores. Causal, if not given.
-        wraps: whether some queries' positions lie past the last key. If not, query t sees keys up to `seen - time + t`.
+        wraps: whether some queries' positions lie past the last key. Else query t sees no key after `seen - time + t`.
     """
     scale = q.shape[-1] ** -0.5
     if cpu.on_linux_cpu():

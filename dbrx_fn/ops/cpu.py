@@ -23,7 +23,7 @@ def on_linux_cpu() -> bool:
 
 
 def exp(x: mx.array) -> mx.array:
-    """e^x for float32. The base is 3e-8 from e, so the error is about that of rounding x once more."""
+    """e^x for float32. The base's relative error is 3e-8, so the result's is about that of rounding x once more."""
     return mx.power(mx.array(math.e, mx.float32), x)
 
 
@@ -44,7 +44,7 @@ def _sigmoid_vjp(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.
 
 
 def layer_norm(weight: mx.array, x: mx.array, eps: float) -> mx.array:
-    """`mx.fast.layer_norm` without a bias, with sums computed as products with a column of ones.
+    """`mx.fast.layer_norm` without a bias, with means computed as products with a constant column.
 
     MLX adds numbers one after the other. A product adds several partial sums side by side, which is faster and more
     exact (`docs/performance.md`).
@@ -67,15 +67,16 @@ def _mean(rows: mx.array) -> mx.array:
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None, *, wraps: bool) -> mx.array:
     """`mx.fast.scaled_dot_product_attention`, one block of queries at a time.
 
-    Scores that no query of a block may see aren't computed: nearly half of them, for a whole prompt. The softmax's
-    division comes after the product with `v`, where there are fewer numbers. `docs/performance.md` has the times.
+    A block skips the keys that none of its queries sees. That saves nearly half of a whole prompt's scores. The
+    softmax's division comes after the product with `v`, where there are fewer numbers. `docs/performance.md` has the
+    times.
 
     Args:
         q: `[batch heads time head_dim]`.
         k, v: `[batch kv_heads seen head_dim]`.
         scale: factor of the scores.
         mask: `[batch 1 time seen]`, added to the scores. Causal, if not given.
-        wraps: whether some queries' positions lie past the last key. If not, query t sees keys up to `seen - time + t`.
+        wraps: whether some queries' positions lie past the last key. Else query t sees no key after `seen - time + t`.
     """
     time, seen = q.shape[2], k.shape[2]
     if mask is None:

@@ -11,9 +11,9 @@ matrix product with one expert's weights:
     segments   [t0 t1] [t2 .] [t1 .] [t0 t2] [. .] [. .]
     of expert     0       0      1      2      2     2
 
-`min(rows, rows // segment_rows + experts)` segments are enough for every routing, and that many are computed. Segments
-of one row make this a gather, which suits decoding. Long segments make it a batched product, which suits prompts and
-training. Gradients flow through the rows, but not through the choice of experts.
+`min(pairs, pairs // rows + experts)` segments of `rows` rows are enough for every routing, and that many are computed.
+Segments of one row make this a gather, which suits decoding. Long segments make it a batched product, which suits
+prompts and training. Gradients flow through the rows, but not through the choice of experts.
 
 The routing is dropless, as in MegaBlocks (https://arxiv.org/abs/2211.15841), the library that DBRX was trained with:
 there is no capacity factor, and no token is dropped. Names follow MegaBlocks: `top_experts`, `expert_weights`,
@@ -35,7 +35,7 @@ from dbrx_fn.runtime.device import backend
 class Dispatch(NamedTuple):
     """The place of each row of work. Pairs are numbered across all tokens, slots across all segments.
 
-    `slot_pairs`: int `[segments rows]`, the (token, choice) pair in each slot. Padding has the number of pairs.
+    `slot_pairs`: int `[segments rows]`, the (token, choice) pair in each slot. Padding slots hold the number of pairs.
     `segment_experts`: int `[segments]`, each segment's expert, ascending.
     `pair_slots`: int `[tokens top_k]`, the slot of each pair.
     """

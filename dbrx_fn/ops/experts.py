@@ -77,7 +77,8 @@ def mix_experts(
         expert_weights: the weight of each choice.
         top_experts: the chosen experts. Each must exist; one may occur twice.
         activation: name of the gate's activation.
-        cached: whether there is a cache. Then no gradients of the weights are expected, and kernels may be used.
+        cached: whether there is a cache. Then no gradients of dense weights are expected, so kernels may be used
+            for them too.
     """
     w1 = params["w1"]
     experts = w1["weight"].shape[0]

@@ -1,7 +1,7 @@
 """Matrix products with the tree's weights: `linear` for one matrix, `expert_linear` for segments and their experts.
 
-A matrix is dense or quantized (`dbrx_fn.ops.formats`). Gradients reach the activations through both kinds, and the
-weights of dense matrices.
+A matrix is dense or quantized (`dbrx_fn.ops.formats`). Activations have gradients through both kinds. Weights have
+them in dense matrices only.
 """
 
 import mlx.core as mx
@@ -82,8 +82,8 @@ def expert_linear(
     if experts == 1:
         return (x.astype(dtype) @ weight[0].astype(dtype).T).astype(x.dtype)
     # With `sorted_indices`, MLX computes the weights' gradient expert by expert. Without, it makes one matrix per
-    # segment. For single rows on CUDA it also picks another kernel, which is slower and was wrong for some operands
-    # (MLX 0.32.4).
+    # segment. But for single rows on CUDA, sorted indices select a kernel that is slower and was wrong for some
+    # operands (MLX 0.32.4).
     ascending = backend() != "cuda" or rows > 1
     x, weight = _in_eights(x.astype(dtype)), _in_eights(weight.astype(dtype))
     product = mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=segment_experts, sorted_indices=ascending)
@@ -93,8 +93,8 @@ def expert_linear(
 def _in_eights(matrices: mx.array) -> mx.array:
     """Rows padded with zeros to a multiple of 8 entries on CUDA.
 
-    The gradient's product reads 8 entries at a time along these rows, whatever their length (MLX 0.32.4). An odd length
-    ends in a "misaligned address".
+    The gradient's product reads 8 entries at a time along these rows, whatever their length (MLX 0.32.4). Any other
+    length ends in a "misaligned address".
     """
     odd = -matrices.shape[-1] % 8 if backend() == "cuda" else 0
     return mx.pad(matrices, [(0, 0), (0, 0), (0, odd)]) if odd else matrices

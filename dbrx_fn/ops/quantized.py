@@ -13,7 +13,7 @@ from dbrx_fn.runtime.device import backend, on_cpu
 def pays_as_floats(rows: int, form: Format) -> bool:
     """Whether dequantizing first and then a dense product is faster for this many rows.
 
-    On a CPU with OpenBLAS a few rows are enough, since MLX computes quantized products there row by row
+    On a CPU with a fast BLAS a few rows are enough, since MLX computes quantized products there row by row
     (`docs/performance.md` has the times).
     """
     if backend() != "cpu" or FAST_BLAS is None:

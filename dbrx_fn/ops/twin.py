@@ -1,7 +1,7 @@
 """`with_kernel` joins stock MLX operations, which run everywhere, to a kernel for some machines.
 
 The decorated function holds the stock operations. If a kernel fits the arguments, the kernel computes the values.
-Gradients are always those of the stock operations, since MLX has none for custom kernels.
+Gradients are those of the stock operations, since MLX has none for custom kernels.
 """
 
 import functools
@@ -22,8 +22,8 @@ def with_kernel(
     Args:
         kernel: takes the same arguments as the stock operations.
         fits: whether the kernel can take these arguments on this machine.
-        gradients: whether calls have gradients where the kernel runs: those of the stock operations, by each argument
-            that is an array of floats or a dict of such arrays. If false, MLX raises when a gradient is asked for.
+        gradients: if true, the kernel has the stock operations' gradients, by each argument that is an array of floats
+            or a dict of such arrays. If false, MLX raises when a gradient is asked for.
     """
 
     def decorate(stock: Callable[P, R]) -> Callable[P, R]:

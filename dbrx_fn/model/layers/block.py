@@ -40,8 +40,8 @@ def block(
         The residual stream after this layer, the layer's cache with the new tokens, and its routing.
 
     Raises:
-        CheckpointError: if the parameters don't fit the config. All layers share this code, so it names the leaves of
-            the first block.
+        CheckpointError: if the parameters don't fit the config. All layers share this code, so the error names
+            the first block's leaves.
     """
     residual, normed, after = norm_attn_norm(params["norm_attn_norm"], x, cache, positions, config=config)
     mixed, routing = moe(params["ffn"], normed, jitter_key, config=config.ffn, cached=cache is not None)

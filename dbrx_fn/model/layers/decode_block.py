@@ -1,8 +1,8 @@
 """`block` by CUDA kernels, for one token per sequence on Hopper GPUs.
 
 It computes what `block` computes by stock operations. One sequence takes nine kernel launches instead of about eighty.
-Launches are what can be saved, since the bound is reading the weights (`docs/performance.md`). The kernels read and
-write any shape, which saves the host's reshapes.
+Launches are what can be saved, since the bound is reading the weights (`docs/performance.md`). Each kernel's results
+have the shapes that the next one reads, which saves reshapes.
 """
 
 import mlx.core as mx

@@ -15,7 +15,7 @@ from dbrx_fn.runtime.compile import typed
 def embedding(
     params: Linear, tokens: Integer[mx.array, "batch time"], *, config: LayerConfig
 ) -> Float[mx.array, "batch time {config.d_model}"]:
-    """The matrix's row for each token, in `config.dtype`. Of a quantized matrix only these rows are dequantized.
+    """The matrix's row for each token, in `config.dtype`. Only these rows of a quantized matrix are dequantized.
 
     An id outside of the vocabulary makes its entire row of the batch NaN, since attention mixes a row's tokens.
 

@@ -55,7 +55,7 @@ def router(
     dtype = x.dtype
     if jitter_key is not None and config.moe_jitter_eps:
         eps = config.moe_jitter_eps
-        # The input stays float32 up to the logits: bfloat16 has only five numbers within 0.01 of 1.
+        # The input stays float32 up to the logits: bfloat16 has only four numbers within 0.01 of 1.
         x = x * mx.random.uniform(1 - eps, 1 + eps, x.shape, mx.float32, jitter_key)
     logits = linear(params["layer"], x).astype(mx.float32)
     probabilities = mx.softmax(logits, axis=-1)

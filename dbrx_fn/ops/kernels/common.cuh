@@ -63,9 +63,9 @@ __device__ __forceinline__ float exp2_of(float x) {
   return y;
 }
 
-// Adds to sums `[16, 8]` the product of a `[16, 16]` and b `[8, 16]`. A warp holds them in PTX's layout for m16n8k16: a
-// lane has rows lane / 4 and lane / 4 + 8, and of the inner axis the entries 2 (lane % 4) and 2 (lane % 4) + 8, each
-// with the next one.
+// Adds to sums `[16, 8]` the product of a `[16, 16]` and b `[8, 16]`. A warp holds them in PTX's layout for m16n8k16. A
+// lane has rows lane / 4 and lane / 4 + 8 of a, and row lane / 4 of b. In each row it has the entries 2 (lane % 4) and
+// 2 (lane % 4) + 8, each with the next one.
 __device__ __forceinline__ void multiply_accumulate(float *sums, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])

@@ -13,7 +13,7 @@
 // Values: their dimensions are A's rows. Entry 8 (lane / 4) + 2 r and the one after it are rows lane / 4 and
 // 8 + lane / 4 of tile r.
 // A probability is passed as two bfloat16 numbers: a single one would double the error of rounding the output.
-// When a tile's keys are used, the next tile's keys are loaded into their registers. Values are loaded in the same way.
+// Once a tile's keys are used, the next tile's keys are loaded into their registers. Values are loaded in the same way.
 //
 // Macros: HEAD_DIM, 64 or 128; GROUP, the number of query heads that share a key head; WARPS per block.
 #include "common.cuh"

@@ -63,9 +63,9 @@ def decode_attention(
 
 
 def _splits(blocks: int, capacity: int) -> int:
-    """How many blocks share the positions of one key head, given `blocks` key heads of all rows.
+    """How many splits the positions have, given the number of blocks in each split.
 
-    As many as the GPU runs at once, if there are enough positions. At least four, since otherwise one long row among
+    As many as fill the GPU with blocks, if the positions suffice. At least four, since otherwise one long row among
     many short ones would use only a few multiprocessors.
     """
     return min(max(4, _BLOCKS_AT_ONCE // blocks), -(-capacity // (16 * _WARPS)), _MOST_SPLITS)

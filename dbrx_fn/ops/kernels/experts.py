@@ -59,7 +59,7 @@ def mix_experts(
     top_experts: mx.array,
     residual: mx.array | None = None,
 ) -> mx.array:
-    """`dbrx_fn.ops.experts.mix_experts`, plus `residual` if given. The result then has its shape."""
+    """`dbrx_fn.ops.experts.mix_experts`, plus `residual` if given. The result then has `residual`'s shape."""
     tokens, top_k = top_experts.shape
     pairs, experts = top_experts.size, params["w1"]["weight"].shape[0]
     gate, up, down = params["w1"], params["v1"], params["w2"]

@@ -6,8 +6,8 @@
 #define SUMS(s, i) SUMS4(s, i), SUMS4(s, i + 4), SUMS4(s, i + 8), SUMS4(s, i + 12)
 
 // Adds to sums `[64, COLUMNS]` the product of `a` `[64, 16]`, in the registers of four warps, and `b` `[COLUMNS, 16]`,
-// in shared memory. Warp w has the 16 rows from 16w on. Of these, a lane's sums 4i and 4i + 1 are row lane / 4 at
-// columns 8i + 2 (lane % 4) and the next; sums 4i + 2 and 4i + 3 are 8 rows below.
+// in shared memory. Warp w has the 16 rows from 16w on. A lane's sums 4i and 4i + 1 are in the warp's row lane / 4, at
+// columns 8i + 2 (lane % 4) and the next. Its sums 4i + 2 and 4i + 3 are 8 rows below.
 template <int COLUMNS>
 __device__ __forceinline__ void multiply_accumulate(float *sums, const u32 *a, u64 b);
 
@@ -109,7 +109,7 @@ __device__ __forceinline__ void copy_to_shared(u32 to, const void *from, u32 byt
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
 }
-// Copies shared memory that ordinary stores have written. Returns when it has been read.
+// Copies shared memory that ordinary stores have written. Returns when the copy is complete.
 __device__ __forceinline__ void copy_to_global(void *to, u32 from, u32 bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
                : "memory");

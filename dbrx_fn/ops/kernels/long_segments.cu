@@ -1,7 +1,7 @@
 // Segments of up to 256 rows times their expert's matrix, as in prompts and training. Arithmetic is the bound.
 //
 // Weights are operand A of the tensor cores, which may come from registers. They are read from memory in the order that
-// the tensor cores need, and are converted to bfloat16 while the tensor cores multiply the weights before. A segment's
+// the tensor cores need, and are converted to bfloat16 while the tensor cores multiply the previous ones. A segment's
 // rows are operand B, with up to 256 columns, so each weight is unpacked once for many rows. B lies in shared memory. A
 // ninth warp copies it there from the layout of pack_rows.cu, one block of 128 entries at a time, a few blocks ahead.
 //
@@ -132,8 +132,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) long_segments(
   asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
 
 #if GATED
-  // The 64 results are the entries of half a block of w2's inner axis. A warp's 8 are neighbours in one quarter, in the
-  // order in which pairs become words.
+  // The 64 results are the entries of half a block of w2's inner axis. A warp's 8 are neighbours in one quarter,
+  // ordered as activations_of pairs them.
   const int block = tile / 2, half = tile % 2, part = warp / 4, of_quarter = warp % 4;
   const int order = NIBBLES ? group / 2 + 4 * (group % 2) : group;
   const u64 row = first + block * 128 + 32 * of_quarter + 16 * half + 8 * part + order;

@@ -2,11 +2,11 @@
 //
 // A block has TOKENS tokens. A thread normalizes 8 entries of each. For the logits, tensor cores take 16 experts' rows
 // as operand A and the tokens as B. Each warp has two stretches of 128 entries of the inner axis, and the warps' sums
-// meet in shared memory. Of a stretch, a lane has the entries 32 i + 8 (lane % 4) to + 7 for i from 0 to 3, in both
-// operands, since a sum may take its terms in any order.
+// meet in shared memory. In a stretch, a lane has 8 entries from 32 i + 8 (lane % 4) on, for i from 0 to 3, in both
+// operands. A sum may take its terms in any order.
 //
-// For a single token, the router's rows are loaded before the norm is known, since reading them takes longer than the
-// norm. Half of them go to registers (all that fit), the other half to L2.
+// For TOKENS = 1 and at most 16 experts, the router's rows are loaded before the norm is known, since reading them
+// takes longer than the norm. Half of them go to registers (all that fit), the other half to L2.
 //
 // Macros: WIDTH; EXPERTS, at most 32; TOP_K; TOKENS, at most 8.
 //   NORM: the divisor of the chosen experts' weights. NONE divides by nothing, SUM by their sum, ORDER by their norm of

@@ -53,7 +53,7 @@ def norm_router(
     d_model = x.shape[-1]
     tokens = x.size // d_model
     experts = router.shape[0]
-    # Two tokens share one read of the router, if there are blocks enough for all multiprocessors.
+    # Two tokens share one read of the router, if there are more tokens than multiprocessors.
     together = 1 if tokens <= _MULTIPROCESSORS else 2
     defines: dict[str, int | str] = {
         "WIDTH": d_model,

@@ -1,4 +1,4 @@
-// Packs rows for long_segments.cu. Each segment of 256 rows and each block of 128 entries becomes two halves of 256 x
+// Packs rows for long_segments.cu. In each segment of 256 rows, each block of 128 entries becomes two halves of 256 x
 // 64 bfloat16 numbers. They are permuted as in weights.cuh, and swizzled as tensor cores read shared memory.
 //
 // Macros: those of weights.cuh, for the product's weights; DENSE: 1 if a segment's rows are the next 256 rows of x.

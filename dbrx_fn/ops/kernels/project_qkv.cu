@@ -1,7 +1,7 @@
 // Queries, keys and values of one token of each of a few sequences: norm, projection, clamp, RoPE, split into heads.
 //
-// A block computes 8 pairs of a head's entries i and i + HEAD_DIM / 2, which RoPE rotates together. They are the upper
-// and the lower rows of a product. A single token is normalized by each block again.
+// A block computes 8 pairs of a head's entries i and i + HEAD_DIM / 2, which RoPE rotates together. The first are
+// the upper rows of a product, the second the lower ones. A single token is normalized by each block again.
 //
 // Macros: those of products.cuh except TALL and DEPTH.
 //   BLOCKS: blocks per multiprocessor.
@@ -81,7 +81,7 @@ __device__ __forceinline__ void normalize(const u16 *x, const u16 *weight, u16 *
 __device__ __forceinline__ float clamp(float x, float clip) { return x > clip ? clip : x < -clip ? -clip : x; }
 
 // The angle modulo 2 pi, with 2 pi in three parts. From -pi to pi the fast sine and cosine are exact to 5e-7. sincosf
-// handles every angle, but is four times as long and has branches. Up to angles of 1e5 this remainder is as exact.
+// handles every angle, but is four times as long and has branches. Up to angles of 1e5 this remainder is exact to 2e-7.
 __device__ __forceinline__ float within_turn(float angle) {
   const float turns = rintf(angle * 0.15915494f);
   angle = fmaf(turns, -6.2831850051879884f, angle);

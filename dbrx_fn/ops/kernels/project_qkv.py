@@ -1,6 +1,6 @@
 """Queries, keys and values in one kernel: norm, projection, clamp, rotary embedding and the split into heads.
 
-With stock operations each of these is a launch of its own, and together they take about as long as the projection.
+With stock operations each of these is a launch of its own. The others together take about as long as the projection.
 """
 
 import math
@@ -60,7 +60,7 @@ def project_qkv(
     rows = 8 if batch <= 8 else 16
     defines = format_defines(matrix, d_model) | {
         "WARPS": _WARPS,
-        # Four run all blocks at once, if there are registers for that.
+        # Blocks per multiprocessor. With four, DBRX's all run at once, if there are registers for that.
         "BLOCKS": 4 if alone else 3,
         "TILES": rows // 8,
         "HEAD_DIM": head_dim,

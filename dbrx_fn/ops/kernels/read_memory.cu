@@ -3,7 +3,7 @@
 // Macros: THREADS per block; AHEAD, the number of a thread's loads in flight.
 #include "common.cuh"
 
-// Loads through L2 only, since L1 keeps nothing from one kernel to the next.
+// Loads past L1, which would serve repeated reads here but keeps nothing from one kernel to the next.
 __device__ __forceinline__ uint4 load_past_first_cache(const void *address) {
   uint4 v;
   asm volatile("ld.global.cg.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"

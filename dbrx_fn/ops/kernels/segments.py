@@ -24,7 +24,7 @@ INNER = 128
 
 _DENSE = 0
 _QUANTIZED: dict[tuple[Mode, int], int] = {("affine", 4): 1, ("affine", 8): 2, ("mxfp4", 4): 3}
-# Warps per block; blocks per multiprocessor; rows of a matrix from which on blocks of twice the height are enough.
+# Warps per block; blocks per multiprocessor; matrix rows in all segments from which blocks are twice as tall.
 _SHORT_WARPS, _SHORT_BLOCKS, _TALL_FROM = 8, 3, 16384
 # Shared memory: a pipeline of blocks of rows, and a buffer for the gated products of half a block.
 _STAGES, _STAGE_BYTES, _OUTGOING_BYTES = 3, LONG_ROWS * 256, LONG_ROWS * 128
@@ -175,7 +175,7 @@ def _short_segments(
     four_bits = defines["FORMAT"] in (_QUANTIZED["affine", 4], _QUANTIZED["mxfp4", 4])
     enough = outer % (2 * height) == 0 and outer * count >= _TALL_FROM
     tall = 2 if four_bits and enough and rows == 8 and not mixed else 1
-    # Mixed experts have too few blocks for that. There a warp has twice as long rows in flight instead.
+    # Mixed experts have too few blocks for that. There a warp has twice as much of each row in flight.
     depth = 2 if four_bits and mixed and inner % (2 * INNER) == 0 else 1
     defines |= {
         "WARPS": _SHORT_WARPS,

@@ -6,7 +6,7 @@
 // MIXED: the segments are one token's choices, with one row each. A block takes all of them in turn, and sums the
 // experts' weighted outputs in registers. The residual is the token's.
 //
-// Macros: those of products.cuh, with a segment's TILES.
+// Macros: those of products.cuh. A segment has 8 TILES rows.
 //   BLOCKS: blocks per multiprocessor.
 //   GATED: 1 for silu(gate x) * (up x).
 //   SOURCE: the row of x for a slot: DENSE (the slot's number), TOKENS (slot_pairs / top_k), or SLOTS (the slot's
@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) short_segments(
 #endif
 #if MIXED
   constexpr int segment = 0;
-  // Warps continue in the next segment where they stopped, so all get equally many blocks.
+  // Warps continue in the next segment where they stopped, so all get about equally many blocks.
   for (int choice = 0, block = DEPTH * warp; choice < MIXED; choice++) {
     float said[TILES][TALL][4] = {};
     block = add_segment(said, choice, block) - inner / 128;

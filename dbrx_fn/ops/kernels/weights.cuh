@@ -1,4 +1,4 @@
-// Rows of a weight matrix as operands of tensor cores: bfloat16, or integers that are converted to it in registers.
+// Rows of a weight matrix as operands of tensor cores: bfloat16, or 4 or 8 bits that are converted to it in registers.
 //
 // Tensor cores multiply 16 entries of the inner axis per step. The lane with `quarter` = lane % 4 holds the entries
 // {2 quarter, 2 quarter + 1} and {8 + 2 quarter, 8 + 2 quarter + 1}. A sum may take its terms in any order. So a lane
