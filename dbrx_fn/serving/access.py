@@ -1,4 +1,4 @@
-"""Who may ask: API keys, the pages whose scripts may, and the names that the server goes by."""
+"""Access control: API keys, allowed origins of browser scripts, and the server's host names."""
 
 import hashlib
 import hmac
@@ -16,17 +16,17 @@ KEY_VARIABLE = "DBRX_FN_API_KEY"
 
 _LARGEST_FILE = 2**20
 _OPEN_PATHS = ("/", "/health")
-"""What everybody may see: the page has a field for the key, and a balancer has none."""
+"""Paths that need no key: the page itself asks for the key, and load balancers have none."""
 
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask.
+    """Who may send requests.
 
-    `keys`: SHA-256 of each API key; without any, everybody may who reaches the server.
-    `origins`: pages of other servers whose scripts may, as `https://example.org`; `*` for all.
-    `hosts`: names of the server beside `localhost` and addresses. Without keys others are refused: a stranger's page
-        could have its own name lead here (https://en.wikipedia.org/wiki/DNS_rebinding).
+    `keys`: SHA-256 of each API key. Without keys, everybody who reaches the server may send requests.
+    `origins`: other sites whose scripts may send requests, such as `https://example.org`; `*` for all.
+    `hosts`: names of the server besides `localhost` and IP addresses. Without keys, other names are refused, since
+        another site could let its own name point here (https://en.wikipedia.org/wiki/DNS_rebinding).
     """
 
     keys: tuple[bytes, ...] = ()
@@ -34,11 +34,11 @@ class Access:
     hosts: frozenset[str] = frozenset()
 
     def check(self, path: str, headers: Mapping[str, str]) -> None:
-        """Makes sure that a request may be answered.
+        """Checks that a request may be answered.
 
         Args:
-            path: of its URL.
-            headers: by their names in lower case.
+            path: the URL's path.
+            headers: values by lower-case names.
 
         Raises:
             HttpError: if it may not.
@@ -69,7 +69,7 @@ class Access:
     def _has_key(self, authorization: str) -> bool:
         scheme, _, key = authorization.partition(" ")
         given = _digest(key.strip())
-        # All are compared, and each in constant time, so that time tells nothing about any.
+        # All keys are compared, each in constant time, so that the time reveals nothing about them.
         right = [hmac.compare_digest(given, known) for known in self.keys]
         return scheme.lower() == "bearer" and any(right)
 
@@ -85,8 +85,8 @@ def read_keys(file: Path | None, variable: str | None) -> tuple[bytes, ...]:
     """The keys of a file, one a line, and the one of the environment; empty lines and those after # are none.
 
     Args:
-        file: its path, if there is one.
-        variable: what the environment says under `KEY_VARIABLE`, if anything.
+        file: the path of the file, if there is one.
+        variable: value of the environment variable `KEY_VARIABLE`, if it is set.
 
     Raises:
         InputError: if the file can't be read or has no key, or a key can't be sent in a header.

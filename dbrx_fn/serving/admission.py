@@ -1,4 +1,4 @@
-"""Whether an engine can serve a request at all, told before it waits."""
+"""Checks whether an engine can ever serve a request, before the request is queued."""
 
 from dbrx_fn.errors import InputError
 from dbrx_fn.generation.stream import token_budget
@@ -9,10 +9,10 @@ from dbrx_fn.serving.schedule import never_fits
 
 
 def budget_of(request: Request, config: Config, limits: Limits) -> int:
-    """How many tokens a request may make: `max_tokens`, or what the context leaves if that is fewer.
+    """How many tokens a request may generate: `max_tokens`, or fewer if the context ends before.
 
     Raises:
-        InputError: if the request can't work with this model, or doesn't fit even when nobody else is there.
+        InputError: if the model can't serve the request, or it wouldn't fit even if it were alone.
     """
     budget, length = token_budget(request.prompt, config, request.max_tokens), len(request.prompt)
     strange = [token for token, _ in request.sampling.logit_bias if token >= config.vocab_size]

@@ -1,4 +1,4 @@
-"""An answer on its way: a request's choices in the engine, from their beginning to the end of the last one."""
+"""An answer in progress: a request's choices in the engine, from submission to the end of the last one."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -14,7 +14,7 @@ from dbrx_fn.serving.service import Service
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected."""
 
 
 class Answering:
@@ -25,7 +25,7 @@ class Answering:
                 for index, delta in deltas:
                     ...
 
-    Whatever ends the block, what still runs is cancelled.
+    When the block ends for any reason, running choices are cancelled.
 
     Raises:
         DbrxError: on entering, as `Engine.submit`.
@@ -76,11 +76,11 @@ class Answering:
         self._cancel()
 
     async def deltas(self) -> AsyncGenerator[list[tuple[int, Delta]]]:
-        """What the choices get, as much of it at a time as there is; ends when all choices have.
+        """Yields the choices' new deltas, all that are available at a time, until every choice has ended.
 
         Raises:
-            DbrxError: what a choice failed with.
-            ClientGone: if the client went away.
+            DbrxError: the error of a failed choice.
+            ClientGone: if the client disconnected.
         """
         while not all(choice.ended for choice in self.choices):
             events = await self._inbox.take()

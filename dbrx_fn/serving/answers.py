@@ -1,4 +1,4 @@
-"""The endpoint of completions and chats: a request's body in, an answer out, whole or as it is made."""
+"""The endpoint of completions and chats: reads a request's body, and sends the answer whole or as a stream."""
 
 import asyncio
 import secrets
@@ -23,7 +23,7 @@ from dbrx_fn.serving.served_model import ServedModel
 from dbrx_fn.serving.service import Service
 
 _MANY = 256
-"""Tokens with log-probabilities or experts that are made into JSON on the event loop, in a millisecond or two."""
+"""The most tokens with log-probabilities or experts that the event loop itself writes as JSON, in 1 to 2 ms."""
 
 Written = TypeVar("Written")
 
@@ -32,9 +32,9 @@ class Answers:
     """An ASGI application that answers completions or chats.
 
     Args:
-        service: what serves them.
-        kind: which of the two.
-        read: reads their bodies.
+        service: serves the requests.
+        kind: completions or chats.
+        read: reads a request's body.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Answers:
         self._service, self._kind, self._read = service, kind, read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request. Its texts are cancelled as soon as the client goes away."""
+        """Answers one request. Its texts are cancelled as soon as the client disconnects."""
         request, service = Request(scope, receive), self._service
         clock = service.metrics.clock()
         with service.one_more_open():
@@ -58,7 +58,7 @@ class Answers:
                         response = await self._whole(asked, answering)
                         await response(scope, receive, send)
             except ClientGone:
-                # Nobody is there to be told.
+                # The client has disconnected, so there is nobody to answer.
                 pass
             finally:
                 watcher.cancel()
@@ -96,7 +96,7 @@ class Answers:
             await stream.put(await self._written(lambda: events(some), [delta for _, delta in some]))
 
         async with aclosing(answering.deltas()) as deltas:
-            # What fails before the first token has a status of its own.
+            # An error before the first token still gets its own HTTP status.
             first = await anext(deltas)
             await stream.begin()
             await put(first)
@@ -111,7 +111,7 @@ class Answers:
         await stream.end()
 
     async def _written(self, write: Callable[[], Written], deltas: Sequence[Delta]) -> Written:
-        """What is written of these parts, on another thread if they are large."""
+        """These parts as JSON, written on another thread if they are large."""
         many = sum(len(delta.entries) + len(delta.experts) for delta in deltas) > _MANY
         return await self._service.aside(write, large=True) if many else write()
 

@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's completions and chats, vLLM's tokenizing, health, figures, and the page."""
+"""The HTTP API: OpenAI's completions and chats, vLLM's tokenizing, health, metrics, and the chat page."""
 
 from collections.abc import Awaitable, Callable
 
@@ -31,8 +31,8 @@ def make_app(service: Service, access: Access) -> Starlette:
     """The API as an ASGI application.
 
     Args:
-        service: what it serves.
-        access: who may ask.
+        service: serves the requests.
+        access: who may send requests.
     """
     middleware = [Middleware(Gate, access=access, service=service)]
     if access.origins:
@@ -54,7 +54,7 @@ def make_app(service: Service, access: Access) -> Starlette:
             Exception: fault,
         },
     )
-    # A redirection would name whatever host the client says it asked.
+    # A redirect would repeat the host name that the client sent.
     app.router.redirect_slashes = False
     return app
 
@@ -125,7 +125,7 @@ def _tokenizer_info(service: Service) -> Endpoint:
 
 
 def _reading(service: Service, answer: Callable[[bytes, ServedModel], Object]) -> Endpoint:
-    """An endpoint that needs nothing but a body and the model."""
+    """An endpoint that needs only a body and the model."""
 
     async def answered(request: Request) -> Response:
         with service.one_more_open():

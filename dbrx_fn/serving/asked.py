@@ -1,4 +1,4 @@
-"""What a request over HTTP asks for, and the fields that completions and chats share."""
+"""An HTTP request as read, and the fields that completions and chats share."""
 
 import secrets
 from collections.abc import Iterable, Sequence
@@ -12,20 +12,20 @@ from dbrx_fn.serving.served_model import ServedModel
 from dbrx_fn.serving.structures import read_structure
 
 _MOST_STOPS, _LONGEST_STOP = 4, 256
-"""Stop strings, as many as OpenAI takes, and characters of one. A stream looks for them at each token."""
+"""The most stop strings (OpenAI's limit), and the most characters of one. Each new token is checked for all of them."""
 
 
 @dataclass(frozen=True)
 class Asked:
     """A request that has been read.
 
-    `requests`: one for each choice: those of the first prompt, then those of the next.
-    `n`: choices of each prompt.
-    `stop_strings`: they end a text, and aren't part of it.
-    `stream`: whether tokens are sent as they come.
-    `include_usage`: whether a stream tells at its end how many there were.
-    `echoes`: for each prompt what its texts begin with; `None` if with nothing.
-    `prompt_only`: whether the one token that the engine makes isn't wanted.
+    `requests`: one per choice, first those of the first prompt, then those of the next.
+    `n`: choices per prompt.
+    `stop_strings`: strings that end a text and are cut from it.
+    `stream`: whether tokens are sent as they are generated.
+    `include_usage`: whether a stream ends with the token counts.
+    `echoes`: per prompt, the text that its answers begin with; `None` for none.
+    `prompt_only`: `max_tokens` is 0, so the one token that the engine generates is dropped.
     """
 
     requests: tuple[Request, ...]
@@ -38,17 +38,17 @@ class Asked:
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether log-probabilities are to be told."""
+        """Whether the answer has log-probabilities."""
         return self.requests[0].top_logprobs is not None
 
     @property
     def wants_experts(self) -> bool:
-        """Whether experts are to be told."""
+        """Whether the answer has the chosen experts."""
         return self.requests[0].experts
 
 
 def read_request(fields: Fields, model: ServedModel, *, top_logprobs: int | None) -> Request:
-    """A request without a prompt, from the fields that completions and chats share."""
+    """A request whose prompt is still to be set, from the fields that completions and chats share."""
     structure = read_structure(fields)
     goes_on = fields.flag("ignore_eos")
     if goes_on and structure is not None:
@@ -68,12 +68,12 @@ def read_request(fields: Fields, model: ServedModel, *, top_logprobs: int | None
 def choices_of(
     request: Request, prompts: Iterable[Sequence[int]], n: int, max_tokens: int | None, model: ServedModel
 ) -> tuple[Request, ...]:
-    """The request for each choice of each prompt. Choices of one prompt have seeds that follow one another."""
+    """The request for each choice of each prompt. Choices of one prompt have consecutive seeds."""
     return tuple(
         replace(
             request,
             prompt=prompt,
-            # A length that nobody asked for is no reason to refuse a long prompt.
+            # A long prompt must not be refused for a default length, so the default shrinks.
             max_tokens=max_tokens or max(1, min(model.max_tokens, model.capacity + 1 - len(prompt))),
             seed=(request.seed + choice) % 2**64,
         )
@@ -83,12 +83,12 @@ def choices_of(
 
 
 def read_n(fields: Fields, model: ServedModel) -> int:
-    """How many texts are to be made of each prompt."""
+    """The number of choices per prompt."""
     return fields.whole("n", 1, model.most_choices) or 1
 
 
 def read_stream(fields: Fields) -> tuple[bool, bool]:
-    """Whether to stream, and whether to tell the usage then."""
+    """Whether to stream, and whether the stream ends with the usage."""
     stream = fields.flag("stream")
     options = fields.inner("stream_options")
     if options is None:
@@ -102,7 +102,7 @@ def read_stream(fields: Fields) -> tuple[bool, bool]:
 
 
 def read_stops(fields: Fields, model: ServedModel, request: Request) -> tuple[str, ...]:
-    """The stop strings; the checkpoint's own if none are given, but for a text that has a form and so an end."""
+    """The stop strings. The default is the checkpoint's own, or none for a text with a structure, which ends anyway."""
     value = fields.take("stop")
     if value is None:
         return model.defaults.stop_strings if request.structure is None else ()
@@ -127,7 +127,7 @@ def _sampling(fields: Fields, defaults: Sampling) -> Sampling:
     given = {name: value for name, value in numbers.items() if value is not None}
     top_k = fields.whole("top_k", -1, 2**31 - 1)
     bias = _logit_bias(fields, defaults.logit_bias)
-    # Others write -1 for all.
+    # Other servers accept -1 for all.
     top_k = defaults.top_k if top_k is None else max(top_k, 0)
     values: dict[str, Any] = {**given, "top_k": top_k, "logit_bias": bias}
     return replace(defaults, **values)

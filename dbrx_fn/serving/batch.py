@@ -1,7 +1,7 @@
-"""The rows that decode together: their cache, and on the device one entry of everything else for each row.
+"""The rows that decode together: their cache, and the other state of each row on the device.
 
-A batch is a value. A step and a rearrangement make a new one and leave nothing behind, so what the device computes
-depends on which rows are there, and not on how they came.
+A batch is an immutable value. A step or a rearrangement makes a new one. So what the device computes depends only on
+the rows in the batch, and not on the order in which they joined.
 """
 
 from collections.abc import Sequence
@@ -31,15 +31,15 @@ from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Request
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What a batch has for each row beside its cache, on the device.
+    """The state of each row besides its cache, on the device.
 
-    `requests`: whose row it is; `None` for an idle row.
+    `requests`: the request of each row; `None` for an idle row.
     `tokens`: int32 `[batch]`, each row's last token, which the cache doesn't hold yet.
-    `positions`: how many tokens each row has made.
-    `numbers`: for sampling.
-    `history`: what penalties look at; `None` if no row has any.
-    `bias`: float32 `[batch vocab]`, added to logits; `None` if nothing is.
-    `experts`: uint32 `[layers batch top_k]`, those that computed the latest logits; `None` if no row wants to know.
+    `positions`: how many tokens each row has generated.
+    `numbers`: settings for sampling.
+    `history`: the tokens that penalties look at; `None` if no row has penalties.
+    `bias`: float32 `[batch vocab]`, added to logits; `None` if no row has a bias.
+    `experts`: uint32 `[layers batch top_k]`, the experts that computed the latest logits; `None` if no row wants them.
     """
 
     requests: tuple[Request | None, ...]
@@ -60,12 +60,12 @@ class Batch:
 
     @property
     def idle(self) -> tuple[int, ...]:
-        """Rows that are nobody's."""
+        """Idle rows."""
         return tuple(row for row, request in enumerate(self.rows.requests) if request is None)
 
 
 def first_rows(request: Request, made: Sequence[int], vocab_size: int) -> Rows:
-    """The one row of a request that has made these tokens, of which the last isn't known to the device yet."""
+    """The row of a request that has generated these tokens. The last one isn't on the device yet."""
     rows = _rows([request], vocab_size)
     history = rows.history
     if history is not None and made:
@@ -75,7 +75,7 @@ def first_rows(request: Request, made: Sequence[int], vocab_size: int) -> Rows:
 
 
 def same_rows(request: Request, rows: int, vocab_size: int) -> Rows:
-    """Rows of one request many times."""
+    """The row of one request, repeated."""
     return _rows([request] * rows, vocab_size)
 
 
@@ -99,20 +99,20 @@ def _rows(requests: Sequence[Request | None], vocab_size: int) -> Rows:
 def arranged(
     batch: Batch | None, kept: Sequence[int], joining: Sequence[Batch], rows: int, capacity: int, config: Config
 ) -> tuple[Batch, tuple[int | None, ...]]:
-    """A batch of `rows` rows of `capacity` positions: some of an earlier one's rows, then others, then idle ones.
+    """A batch of `rows` rows of `capacity` positions: kept rows of an earlier batch, joining rows, and idle rows.
 
-    Rows that stay in place aren't copied, if the shape stays the same too.
+    If the shape is unchanged, rows that keep their place aren't copied.
 
     Args:
         batch: the earlier one, if there is one.
-        kept: which of its rows go on.
+        kept: indices of its rows that go on.
         joining: batches of one row each.
-        rows: at least as many as go on and join.
-        capacity: at least what any of them holds.
+        rows: at least the number of kept and joining rows.
+        capacity: at least the positions that any of these rows holds.
         config: the model's.
 
     Returns:
-        The new batch, and for each of its rows a place in `[*kept, *joining]`; `None` for an idle row.
+        The new batch, and for each of its rows the index in `[*kept, *joining]`; `None` for an idle row.
     """
     if batch is None and len(joining) == rows == 1:
         return replace(joining[0], cache=resize(joining[0].cache, capacity)), (0,)
@@ -140,10 +140,10 @@ def one_row(batch: Batch, row: int, config: Config) -> Batch:
 
 
 def decoded(params: Params, batch: Batch, *, whole_cache: bool) -> tuple[mx.array, Batch]:
-    """Puts the last tokens into the cache. Nothing is waited for.
+    """Computes the last tokens into the cache. Doesn't wait for the device.
 
     Returns:
-        Logits of the next ones, `[batch vocab]`, and the batch.
+        Logits of the next tokens, `[batch vocab]`, and the new batch.
     """
     cache, requests = batch.cache, batch.rows.requests
     tokens, experts = batch.rows.tokens[:, None], None
@@ -158,12 +158,13 @@ def decoded(params: Params, batch: Batch, *, whole_cache: bool) -> tuple[mx.arra
 def chosen(logits: mx.array, rows: Rows, allowed: Sequence[NDArray[np.uint32] | None] = ()) -> tuple[Choice, Rows]:
     """Chooses a token for each row from `logits` `[batch vocab]`.
 
-    What some row adjusts, all rows adjust, by nothing if need be. So there are few traces, and the others' bits stay.
+    If one row needs a penalty or bias, it is computed for all rows, with neutral values for the others. So there are
+    few traces, and the other rows keep their bits.
 
     Args:
         logits: of any float dtype.
-        rows: whose they are.
-        allowed: for each row the tokens that may be chosen, uint32 `[words]` as of `Matcher.allowed`; `None` for all.
+        rows: the rows' state.
+        allowed: per row, the tokens that may be chosen, uint32 `[words]` as in `Matcher.allowed`; `None` for all.
     """
     history, bias, words = rows.history, rows.bias, None
     vocab = logits.shape[-1]
@@ -187,12 +188,12 @@ def _steps(requests: Sequence[Request | None]) -> Steps:
     there = [request for request in requests if request is not None]
     wanted = [request.top_logprobs for request in there if request.top_logprobs is not None]
     steps = steps_of([request.sampling for request in there], MOST_TOP_LOGPROBS if wanted else None)
-    # Drawing without filters is rare, and would be one more trace.
+    # Drawing without filters is rare, and would need one more trace.
     return replace(steps, filters=steps.draws)
 
 
 def _places(batch: Batch | None, kept: Sequence[int], rows: int) -> tuple[int | None, ...]:
-    """For each row of the new batch the row of the old one that it takes over. Those stay in place that can."""
+    """For each row of the new batch, the row of the old one that it takes over. Rows keep their place if they can."""
     places: list[int | None] = [None] * rows
     if batch is not None:
         for row in kept:
@@ -205,7 +206,7 @@ def _places(batch: Batch | None, kept: Sequence[int], rows: int) -> tuple[int | 
 
 
 def _rows_from(sources: Sequence[tuple[Batch, int] | None], vocab_size: int) -> Rows:
-    """The rows of several batches as one batch's; idle ones where there is no source."""
+    """The rows of several batches as one batch's. A row without a source is idle."""
     requests = [None if source is None else source[0].rows.requests[source[1]] for source in sources]
     fresh = _rows(requests, vocab_size)
     pool = list(dict.fromkeys(source[0] for source in sources if source is not None))

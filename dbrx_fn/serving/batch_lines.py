@@ -1,4 +1,4 @@
-"""A file of requests, one on each line, for a batch.
+"""Reads a batch's requests from a file, one per line.
 
 A line is a JSON object, in OpenAI's form (https://platform.openai.com/docs/guides/batch) or plain:
 
@@ -40,12 +40,12 @@ _URLS: dict[str, Literal["chat", "completion"]] = {
 
 @dataclass(frozen=True)
 class BatchInput:
-    """A file of requests that has been looked through.
+    """A file of requests that has been checked.
 
-    `nbytes`: its size; what is appended later isn't read.
-    `sha256`: of its content.
-    `count`: lines that aren't blank.
-    `last`: the number of the last of them.
+    `nbytes`: its size. Lines that are appended later aren't read.
+    `sha256`: SHA-256 of its content.
+    `count`: number of lines that aren't blank.
+    `last`: line number of the last one.
     """
 
     path: Path
@@ -69,7 +69,7 @@ class BatchRequest:
 
 
 def read_batch_input(path: Path) -> BatchInput:
-    """Looks through a file, whose size isn't bounded, in bounded memory.
+    """Checks a file of any size, in bounded memory.
 
     Raises:
         InputError: if it can't be read, has no lines, or has a `custom_id` twice.
@@ -77,7 +77,7 @@ def read_batch_input(path: Path) -> BatchInput:
     try:
         found = file_sum(path)
         with open_regular(path) as file:
-            # 16 bytes and a number for each line take less memory than the texts.
+            # A digest of 16 bytes and a number per line take less memory than the ids themselves.
             digests, numbers, count, last = bytearray(), array("Q"), 0, 0
             for number, content in _lines(file, found["bytes"]):
                 count, last = count + 1, number
@@ -100,7 +100,7 @@ def read_batch_input(path: Path) -> BatchInput:
 
 
 def custom_id(content: bytes | None) -> str | None:
-    """A line's `custom_id`, if it has one that is a text."""
+    """A line's `custom_id`, if it is a text."""
     try:
         value = None if content is None else parse_json(content)
     except ValueError:
@@ -114,11 +114,11 @@ def read_line(content: bytes | None, model: ServedModel, seed: int | None) -> Ba
 
     Args:
         content: the line; `None` if it is too long.
-        model: what is asked.
-        seed: for a request that gives none; drawn if not given.
+        model: the served model.
+        seed: used if the request has no seed. If both are missing, a seed is drawn.
 
     Raises:
-        DbrxError: naming what can't be followed.
+        DbrxError: naming the field that can't be followed.
     """
     if content is None:
         raise InputError(f"The line has more than {LARGEST_LINE} bytes: shorten it.")
@@ -180,7 +180,7 @@ def _lines(file: BinaryIO, nbytes: int) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _first_repeat(digests: bytes) -> tuple[int, int] | None:
-    """The places of two digests of 16 bytes that are the same."""
+    """The indices of two equal digests of 16 bytes."""
     halves = np.frombuffer(digests, np.uint64).reshape(-1, 2)
     order = np.lexsort((halves[:, 1], halves[:, 0]))
     same = (halves[order[1:]] == halves[order[:-1]]).all(axis=1)

@@ -1,7 +1,7 @@
-"""The answers of a batch: a file that only grows, by whole lines, so that a batch can be killed and go on.
+"""The answers of a batch. The file only grows, by whole lines, so an interrupted batch can go on.
 
-Each line's `id` tells what it belongs to: `batch_req_INPUT_OPTIONS_WEIGHTS_LINE`, where the first three are beginnings
-of SHA-256 sums. A process that was killed may leave a part of a line, which the next one removes.
+Each line's `id` is `batch_req_INPUT_OPTIONS_WEIGHTS_LINE`. The first three are prefixes of SHA-256 sums. A killed
+process may leave an incomplete line. The next process removes it.
 """
 
 import os
@@ -29,13 +29,13 @@ class BatchOutput:
         self._path, self._descriptor = path, descriptor
         self._sums = tuple(digest[:_DIGITS] for digest in sums)
         self._weights: str | None = None
-        # A byte for each line, since there may be millions.
+        # One byte per line, since there may be millions of lines.
         self._answered = bytearray(last + 1)
         self._read()
 
     @property
     def count(self) -> int:
-        """How many lines are answered."""
+        """The number of answered lines."""
         return self._answered.count(1)
 
     def has(self, number: int) -> bool:
@@ -43,24 +43,24 @@ class BatchOutput:
         return bool(self._answered[number])
 
     def begin(self, weights: str) -> None:
-        """Says which weights make the answers from now on.
+        """Sets the weights that the following answers are made with.
 
         Args:
             weights: their fingerprint.
 
         Raises:
-            InputError: if the answers that are there are of others.
+            InputError: if the file holds answers of other weights.
         """
         if self._weights not in (None, weights[:_DIGITS]):
             raise self._refusal("holds answers of other weights")
         self._weights = weights[:_DIGITS]
 
     def write(self, number: int, answer: Object) -> None:
-        """Adds the answer of a line, whole.
+        """Appends the answer of a line.
 
         Raises:
-            InputError: if it can't be written. What was there stays, and what was written of the line goes when the
-                file is opened again.
+            InputError: if it can't be written. Earlier answers stay. The incomplete line is removed when the file is
+                next opened.
         """
         identity = "_".join(["batch_req", *self._sums, str(self._weights), str(number)])
         line = memoryview(json_bytes({"id": identity, **answer}) + b"\n")
@@ -75,7 +75,7 @@ class BatchOutput:
         self._answered[number] = 1
 
     def _read(self) -> None:
-        """Notes what is answered, and removes a part of a line at the end."""
+        """Reads which lines are answered, and removes an incomplete last line."""
         with open(os.dup(self._descriptor), "rb") as file:
             file.seek(0)
             start = 0
@@ -104,7 +104,7 @@ class BatchOutput:
         self._weights = weights
 
     def _may_be_cut(self, head: bytes) -> bool:
-        """Whether this may be the beginning of a line of this batch."""
+        """Whether these bytes may be the beginning of a line of this batch."""
         ours = ('{"id":"' + "_".join(["batch_req", *self._sums])).encode()
         rest = rb"_[0-9a-f]{0,12}(_[0-9]*\"?)?"
         return ours.startswith(head) or re.fullmatch(re.escape(ours) + rest, head) is not None
@@ -115,16 +115,17 @@ class BatchOutput:
 
 @contextmanager
 def batch_output(path: Path, input_sum: str, last: int, options_sum: str) -> Iterator[BatchOutput]:
-    """Opens the file of a batch's answers, new or with those that are there.
+    """Opens the file of a batch's answers, which may be new or hold some already.
 
     Args:
         path: the file. It is locked until the block ends.
         input_sum: SHA-256 of the requests, in hexadecimal.
         last: the last line's number.
-        options_sum: the same of all options that answers depend on.
+        options_sum: SHA-256 of all options that answers depend on, in hexadecimal.
 
     Raises:
-        InputError: if it can't be written, another process writes to it, or it holds something else. It stays as it is.
+        InputError: if it can't be written, another process writes to it, or it holds something else. The file stays as
+            it is.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
@@ -143,7 +144,7 @@ def batch_output(path: Path, input_sum: str, last: int, options_sum: str) -> Ite
 
 
 def _skip_line(file: BinaryIO, head: bytes) -> bool:
-    """Reads on to the end of a line; whether it has one."""
+    """Reads to the end of a line. Returns whether the line is complete."""
     while head and not head.endswith(b"\n"):
         head = file.readline(2**20)
     return bool(head)

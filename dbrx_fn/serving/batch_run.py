@@ -1,4 +1,4 @@
-"""Works a batch's requests through an engine, some hundreds at a time, and writes each answer as it is there."""
+"""Runs a batch's requests through an engine, some hundreds at a time, and writes each answer when it is finished."""
 
 import queue
 import secrets
@@ -22,12 +22,12 @@ MOST_TEXTS = 256
 """Texts that are in the engine at once."""
 
 Progress = Callable[[int, int], None]
-"""Called with the number of lines that were answered, and of tokens that were made, since the last call."""
+"""Called with the numbers of lines answered and of tokens generated since the last call."""
 
 
 @dataclass(eq=False)
 class _Job:
-    """A line on its way."""
+    """A line in progress."""
 
     number: int
     name: str | None
@@ -39,7 +39,7 @@ class _Job:
 
 
 class BatchRun:
-    """One batch on its way through an engine.
+    """One batch in progress.
 
     Attributes:
         failed: lines that were answered with an error.
@@ -52,14 +52,14 @@ class BatchRun:
         self.failed = 0
 
     def run(self, lines: BatchInput, seed: int | None) -> None:
-        """Answers all lines that aren't answered.
+        """Answers all lines that have no answer yet.
 
         Args:
             lines: the requests.
-            seed: for those that give none: line N gets seed + N. Drawn if not given.
+            seed: a request in line N without its own seed gets seed + N. If this is `None`, its seed is drawn.
 
         Raises:
-            EngineError: if the engine can't go on. What was answered is written.
+            EngineError: if the engine can't go on. The finished answers are written.
             InputError: if an answer can't be written.
         """
         for number, content in lines.lines():
@@ -111,7 +111,7 @@ class BatchRun:
             return
         if isinstance(event, Failed):
             if isinstance(event.error, EngineError):
-                # Not the line's fault: another run answers it.
+                # The line isn't at fault, so it stays unanswered for the next run.
                 raise event.error
             self._jobs.remove(job)
             self._cancel(job)

@@ -1,4 +1,4 @@
-"""How an engine uses a store of prefixes: whose beginning is known, without a wait while others compute."""
+"""How an engine looks up cached prefixes, without waiting for the disk while other requests compute."""
 
 from collections.abc import Iterable
 
@@ -9,36 +9,36 @@ from dbrx_fn.serving.prefix_store import Lookup, PrefixStatistics, PrefixStore
 from dbrx_fn.serving.served import Served
 
 _AHEAD = 4
-"""Waiting requests whose beginnings are read from disk at once. It bounds the memory that this takes."""
+"""The most waiting requests whose prefixes are read from disk at once. It bounds memory."""
 
 
 class Beginnings:
-    """The store that an engine may have, and the lookups for its waiting requests. It is for the engine's thread."""
+    """An engine's optional prefix store, and lookups for its waiting requests. Only the engine's thread may use it."""
 
     def __init__(self, store: PrefixStore | None, config: Config) -> None:
         self._store, self._config = store, config
         self._lookups: dict[int, Lookup] = {}
 
     def ready(self, waiting: Iterable[Served], *, can_wait: bool) -> list[Served]:
-        """Those of the oldest waiting requests whose beginnings are at hand; the disk is asked for the others'.
+        """The oldest waiting requests whose prefixes are in memory. Reading the others' from disk begins.
 
         Args:
             waiting: all requests without a cache.
-            can_wait: nobody else needs the thread, so it may wait for the disk, and all are ready.
+            can_wait: the engine has no other work, so it may wait for the disk. Then all of them are ready.
         """
         if self._store is None:
             return list(waiting)
         oldest = sorted(waiting, key=lambda served: served.number)[:_AHEAD]
         known, self._lookups = self._lookups, {}
         for served in oldest:
-            # Log-probabilities of a prompt are to be computed, so all of it is read.
+            # The prompt's log-probabilities are wanted, so the entire prompt must be computed.
             if not served.request.prompt_logprobs:
                 self._lookups[served.number] = known.get(served.number) or self._store.begin(served.tokens)
         pending = {number for number, lookup in self._lookups.items() if not lookup.is_ready}
         return [served for served in oldest if can_wait or served.number not in pending]
 
     def cache(self, served: Served, capacity: int) -> Cache:
-        """A cache of one row that holds what is known of a request's text: nothing, unless `ready` has named it."""
+        """A cache of one row with the stored prefix of a request; empty unless `ready` has returned the request."""
         lookup = self._lookups.pop(served.number, None)
         if self._store is None or lookup is None:
             return init_cache(self._config, 1, capacity)
@@ -58,7 +58,7 @@ class Beginnings:
         return None if self._store is None else self._store.statistics()
 
     def forget(self) -> None:
-        """Forgets what the device may have failed to compute."""
+        """Forgets chunks that the device may have failed to compute."""
         self._lookups = {}
         if self._store is not None:
             self._store.forget_memory()

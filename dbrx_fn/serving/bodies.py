@@ -1,4 +1,4 @@
-"""Reads requests' bodies, within bounds on each one's size and time, and on the memory of all."""
+"""Reads requests' bodies. Each has a limit of size and time, and all together have a limit of memory."""
 
 import asyncio
 
@@ -8,13 +8,13 @@ from dbrx_fn.errors import BusyError
 from dbrx_fn.serving.openai_objects import HttpError
 
 LARGEST = 2 * 2**20
-"""Bytes of a body. Reading JSON of this size takes some 50 ms, in which no other thread runs."""
+"""The most bytes of a body. Parsing JSON of this size takes some 50 ms, and no other thread runs meanwhile."""
 
 SECONDS = 30.0
-"""How long a body may take to come."""
+"""Seconds that a body may take to arrive."""
 
 _TOGETHER = 128 * 2**20
-"""Bytes of all bodies that are being read."""
+"""The most bytes of all bodies that are being read."""
 
 
 class Bodies:
@@ -29,7 +29,7 @@ class Bodies:
         Raises:
             HttpError: if it is larger than `LARGEST`, or takes longer than `SECONDS`.
             BusyError: if too much is being read at once.
-            ClientDisconnect: if the client went away.
+            ClientDisconnect: if the client disconnected.
         """
         declared = request.headers.get("content-length", "0")
         if not (declared.isascii() and declared.isdecimal() and len(declared) < 20) or int(declared) > LARGEST:

@@ -38,12 +38,12 @@ def read_chat(body: bytes, model: ServedModel) -> Asked:
     """Reads a body, and encodes its conversation.
 
     Fields and their meaning: https://platform.openai.com/docs/api-reference/chat/create. Beside those there are
-    `top_k`, `min_p`, `repetition_penalty` and `ignore_eos`, as vLLM has them, and `experts`. What messages say is text:
-    control tokens that it spells are none.
+    `top_k`, `min_p`, `repetition_penalty` and `ignore_eos`, as vLLM has them, and `experts`. Messages are plain
+    text: control tokens spelled in them stay text.
 
     Raises:
-        InputError: naming what can't be followed.
-        TokenizerError: the chat template can't be rendered.
+        InputError: naming the field that can't be followed.
+        TokenizerError: if the chat template can't be rendered.
     """
     fields = read_object(body)
     model.check_meant(fields)

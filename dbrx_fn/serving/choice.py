@@ -1,4 +1,4 @@
-"""One text of an answer in the making: the engine's tokens as what clients are told of them."""
+"""One choice in progress: turns the engine's tokens into the deltas that clients get."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ class Entry:
     """A token with its log-probabilities.
 
     `token`: its id.
-    `offset`: characters of the text before it.
-    `logprobs`: `None` for the first of a prompt.
+    `offset`: number of characters of the text before it.
+    `logprobs`: `None` for a prompt's first token.
     """
 
     token: int
@@ -25,9 +25,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Delta:
-    """What a token adds to a text: characters that are certain, perhaps none; how the text ended, if it did.
+    """What a token adds to a text: the characters that are certain, perhaps none, and why the text ended, if it did.
 
-    `entries`, `experts`: one for the token, where asked for.
+    `entries`, `experts`: one per token, if asked for.
     """
 
     text: str = ""
@@ -37,14 +37,14 @@ class Delta:
 
 
 class Choice:
-    """A text in the making.
+    """A text in progress.
 
     Args:
-        request: the engine's.
-        model: what is served.
-        stop_strings: they end the text.
-        echo: what the text begins with; `None` if nothing of the prompt.
-        prompt_only: whether the token that the engine makes is left out.
+        request: the engine's request.
+        model: the served model.
+        stop_strings: strings that end the text.
+        echo: the prompt that the text begins with; `None` for no echo.
+        prompt_only: whether the token that the engine generates is left out.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Choice:
         self.ended = False
 
     def begin(self, logprobs: Sequence[TokenLogprobs | None]) -> Delta:
-        """The prompt's part, whose tokens have these log-probabilities if they are wanted."""
+        """The delta of the echoed prompt, with its tokens' log-probabilities if they are wanted."""
         if self._echo is None:
             return Delta()
         stream = self._model.tokenizer.stream(skip_special_tokens=False)
@@ -75,7 +75,7 @@ class Choice:
         return Delta(self._echo, tuple(entries))
 
     def push(self, event: TokenMade) -> Delta:
-        """A token's part."""
+        """The delta of a token."""
         if self._prompt_only:
             self.ended = True
             return Delta(finish_reason="length")

@@ -1,4 +1,4 @@
-"""Reads the body of `/v1/completions`: a text, or many, to be continued."""
+"""Reads the body of `/v1/completions`: one or more prompts to continue."""
 
 from dataclasses import replace
 from typing import cast
@@ -9,10 +9,10 @@ from dbrx_fn.serving.served_model import ServedModel
 from dbrx_fn.text.prompt_length import encode_prompt
 
 _MOST_LOGPROBS = 5
-"""Likeliest tokens for which OpenAI's older API tells log-probabilities."""
+"""The most top tokens with log-probabilities in OpenAI's completions API."""
 
 _MOST_SCORED = 2**18
-"""Prompt tokens whose log-probabilities one answer may tell; in JSON each takes some 100 bytes."""
+"""The most prompt tokens with log-probabilities in one answer. Each takes some 100 bytes of JSON."""
 
 Prompt = str | list[int]
 
@@ -24,8 +24,8 @@ def read_completion(body: bytes, model: ServedModel) -> Asked:
     `top_k`, `min_p`, `repetition_penalty` and `ignore_eos`, as vLLM has them, and `experts`.
 
     Raises:
-        InputError: naming what can't be followed.
-        TokenizerError: the tokenizer fails at a prompt.
+        InputError: naming the field that can't be followed.
+        TokenizerError: if the tokenizer fails on a prompt.
     """
     fields = read_object(body)
     model.check_meant(fields)
@@ -62,7 +62,7 @@ def read_completion(body: bytes, model: ServedModel) -> Asked:
 
 
 def _prompts(value: object, model: ServedModel, n: int) -> list[Prompt]:
-    """The prompts of any of the forms: a text, a list of ids, or a list of these."""
+    """The prompts, given as a text, a list of token ids, or a list of these."""
     is_one = not isinstance(value, list) or (value and type(value[0]) is int)
     prompts: list[object] = [value] if is_one else cast(list[object], value)
     if not prompts:
@@ -80,7 +80,7 @@ def _prompt(value: object, model: ServedModel) -> Prompt:
 
 
 def checked_ids(field: str, value: object, model: ServedModel) -> list[int]:
-    """Token ids as they come in a body.
+    """The token ids of a prompt in a body.
 
     Raises:
         FieldError: if they aren't a list of ids of the model's vocabulary.

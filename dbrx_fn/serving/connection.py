@@ -1,7 +1,7 @@
-"""An HTTP connection that can't be held for nothing: uvicorn's, with deadlines and errors in OpenAI's form.
+"""uvicorn's HTTP connection with deadlines for idle clients, and errors in OpenAI's form.
 
-uvicorn closes a connection that is silent after an answer. These deadlines are for the others: for one that sends no
-request or sends its head slowly, and for one that doesn't read its answer.
+uvicorn closes a connection that is idle after an answer. The deadlines here are for clients that send no request, send
+its head slowly, or don't read their answer.
 """
 
 import asyncio
@@ -16,10 +16,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from dbrx_fn.serving.openai_objects import error_object, json_bytes
 
 HEAD_SECONDS = 10.0
-"""How long a request's head may take to come, from the connection's beginning or the head's first byte."""
+"""How long a request's head may take to arrive, from the connection's start or the head's first byte."""
 
 STALLED_SECONDS = 60.0
-"""How long a client may read nothing of what waits for it."""
+"""How long a client may read nothing while data waits for it."""
 
 
 class ServerConfig(Config):
@@ -29,7 +29,7 @@ class ServerConfig(Config):
 
 
 class _Deadline:
-    """A moment at which something is done, unless it is put off."""
+    """A timer that calls a function at its deadline."""
 
     def __init__(self) -> None:
         self._timer: asyncio.TimerHandle | None = None
@@ -39,7 +39,7 @@ class _Deadline:
         return self._timer is not None
 
     def set(self, seconds: float, action: Callable[[], None]) -> None:
-        """Sets it, instead of one that was set before."""
+        """Sets the deadline, and replaces an earlier one."""
         self.clear()
         self._timer = asyncio.get_running_loop().call_later(seconds, self._pass, action)
 
@@ -63,13 +63,13 @@ class Connection(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request of it is being answered."""
+        """Whether none of its requests is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Watches a new connection, and makes room for it: who has been silent the longest has to go."""
+        """Watches a new connection. If there are too many, the one that has been idle the longest is closed."""
         super().connection_made(cast(asyncio.Transport, transport))
-        # Whatever the client hasn't read is noticed.
+        # Any unread byte then calls `pause_writing`.
         self.transport.set_write_buffer_limits(high=0)
         self._watch_head()
         if len(self.connections) > cast(ServerConfig, self.config).most_connections:
@@ -78,33 +78,33 @@ class Connection(H11Protocol):
             min(idle or [self], key=lambda connection: connection._idle_since).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends what watches it."""
+        """Stops its timers."""
         self._head.clear()
         self._reader.clear()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
 
     def data_received(self, data: bytes) -> None:
-        """Takes bytes, which may be a request's head or not yet."""
+        """Receives bytes, which may complete a request's head."""
         super().data_received(data)
         if self.is_idle:
             self._watch_head()
 
     def handle_events(self) -> None:
-        """Looks at what has come; a request's head among it has met its deadline."""
+        """Parses what has arrived. A complete head ends its deadline."""
         super().handle_events()
         if not self.is_idle:
             self._head.clear()
 
     def on_response_complete(self) -> None:
-        """An answer has ended; the next request may take its time, unless it has begun."""
+        """An answer has ended. The next head has a deadline only if it has begun to arrive."""
         self._idle_since = time.monotonic()
         super().on_response_complete()
         if self.is_idle and self.conn.trailing_data[0]:
             self._watch_head()
 
     def pause_writing(self) -> None:
-        """The client doesn't read as fast as it gets."""
+        """The client reads more slowly than the server sends."""
         super().pause_writing()
         self._watch_reader()
 

@@ -14,13 +14,13 @@ from dbrx_fn.serving.served import Served
 
 @dataclass(eq=False)
 class Decoding:
-    """A batch that decodes, and whose its rows are; `None` for idle ones."""
+    """A batch that decodes, and the request of each row; `None` for idle rows."""
 
     batch: Batch
     rows: tuple[Served | None, ...]
 
     def held(self) -> list[tuple[Served, int, int]]:
-        """Whose rows they are, their places, and the tokens that the cache holds of them."""
+        """Each request in the batch, its row, and how many of its tokens the cache holds."""
         lengths = self.batch.cache.lengths
         return [
             (served, row, length)
@@ -31,7 +31,7 @@ class Decoding:
 
 @dataclass(frozen=True, eq=False)
 class Launched:
-    """Tokens that the device is making: a choice, whose its rows are, and their experts as `Rows` has them."""
+    """Tokens that the device is computing: the choice, the request of each row, and the experts as in `Rows`."""
 
     choice: Choice
     rows: tuple[Served | None, ...]
@@ -44,12 +44,12 @@ def rearranged(
     groups: Sequence[tuple[Group, Sequence[Served]]],
     config: Config,
 ) -> list[Decoding]:
-    """The batches that hold just the members of each group.
+    """Batches that hold exactly the members of each group.
 
     Args:
-        old: the batches before. Each goes on as the one that most of its rows are to be in.
-        joining: batches of one row, of those who weren't in any.
-        groups: shapes, and who is in each.
+        old: the batches before. Each goes on as the batch that most of its rows belong to now.
+        joining: batches of one row, of requests that weren't in any batch.
+        groups: the shape and members of each batch.
         config: the model's.
     """
     rows = {served: (one, row) for one in old for served, row, _ in one.held()}
@@ -77,7 +77,7 @@ def rearranged(
 
 
 def _bases(old: Sequence[Decoding], groups: Sequence[Sequence[Served]]) -> list[Decoding | None]:
-    """For each group the batch that most of it is in already; each batch for one group."""
+    """For each group, the batch that most of its rows are in already. Each batch goes to one group only."""
     left, bases = list(old), list[Decoding | None]()
     for group in groups:
         base = max(left, key=lambda one: sum(served in group for served in one.rows), default=None)

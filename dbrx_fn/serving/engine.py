@@ -1,8 +1,8 @@
-"""Many requests at once: one thread that alone touches MLX. Everybody else hands it requests and gets events.
+"""Serves many requests at once. Only the engine's thread uses MLX; other threads submit requests and receive events.
 
-Each turn of the engine plans (`schedule.plan`), launches a decoding step of all rows and a chunk of one prompt, and
-hands out the tokens of the step before while the device works. A row's token is known a turn after it was launched. So
-a row that ends by a stop token is computed once more, and that token is dropped.
+Each turn plans (`schedule.plan`), launches a decoding step of all rows and a chunk of one prompt, and hands out the
+tokens of the step before while the device works. The host knows a token one turn after its launch. So a row that ends
+by a stop token has one more step under way by then, whose token is dropped.
 """
 
 import contextvars
@@ -36,7 +36,7 @@ from dbrx_fn.serving.statistics import Statistics
 from dbrx_fn.serving.warm_up import warm_up
 
 _QUEUE = 256
-"""Requests that may wait, unless asked otherwise."""
+"""Default for the most requests that may wait."""
 
 
 class Engine:
@@ -46,8 +46,8 @@ class Engine:
             for made in engine.answer(Request(prompt=tuple(tokens))):
                 ...
 
-    In the exact mode (`Limits.exact`) a request's tokens and log-probabilities are the same bits whoever else is served
-    and in whatever order they came (`docs/exactness.md`).
+    In the exact mode (`Limits.exact`) a request's tokens and log-probabilities are the same bits under any load
+    and in any order of arrival (`docs/exactness.md`).
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Engine:
         prefixes: PrefixStore | None = None,
         queue: int = _QUEUE,
     ) -> None:
-        """Starts the thread. All weights are in memory then.
+        """Evaluates all weights, and starts the thread.
 
         Args:
             params: the tree.
@@ -86,7 +86,7 @@ class Engine:
         self._cancelled: set[int] = set()
         self._closing = False
         self._failure: EngineError | None = None
-        # The thread's own. Whoever has not ended is in `_alive`, and in one of the other four.
+        # Only the thread uses these. Each request that hasn't ended is in `_alive`, and in one of the next four.
         self._alive: dict[int, Served] = {}
         self._waiting: dict[int, Served] = {}
         self._reading: dict[int, Served] = {}
@@ -97,9 +97,9 @@ class Engine:
         self._passed_over = 0
         self._counts: Counter[str] = Counter()
         self._ready = threading.Event()
-        # What is lazy belongs to the thread that made it, and MLX has no stream for it in another.
+        # MLX can't evaluate a lazy array on another thread than the one that made it.
         mx.eval(params)
-        # The thread chooses for the same back end as whoever makes the engine (`runtime.device.as_if`).
+        # With its caller's context the thread uses the same back end (`runtime.device.as_if`).
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run,), name="dbrx_fn engine", daemon=True)
         self._thread.start()
@@ -116,8 +116,8 @@ class Engine:
         The last event is a `TokenMade` with a finish reason, or a `Failed`. A cancelled request has no more events.
 
         Raises:
-            InputError: if the request can't work with this model, or never fits these limits.
-            BusyError: if as many requests wait as may.
+            InputError: if the model can't serve the request, or it can never fit these limits.
+            BusyError: if the queue is full.
             EngineError: if the engine was closed or has failed.
         """
         budget = budget_of(request, self._config, self.limits)
@@ -141,7 +141,7 @@ class Engine:
             self._lock.notify_all()
 
     def answer(self, request: Request) -> Generator[TokenMade]:
-        """Submits a request and yields its tokens. Whoever stops asking cancels it.
+        """Submits a request and yields its tokens. Closing the iterator cancels the request.
 
         Raises:
             DbrxError: as `submit`, or what the request failed with.
@@ -179,7 +179,7 @@ class Engine:
         )
 
     def wait_until_ready(self) -> None:
-        """Waits until everything is traced that requests may need. Requests that come before wait in the queue."""
+        """Waits until every trace is made that requests may need. Requests that come earlier wait in the queue."""
         while self._thread.is_alive() and not self._ready.wait(0.1):
             pass
 
@@ -189,7 +189,7 @@ class Engine:
         return self._failure
 
     def close(self, drain: float = 0.0) -> None:
-        """Ends the engine. Requests that are there get `drain` seconds to end; the others fail with `EngineError`."""
+        """Ends the engine. Open requests get `drain` seconds to end. The rest then fail with `EngineError`."""
         with self._lock:
             self._closing = True
             self._lock.notify_all()
@@ -233,7 +233,7 @@ class Engine:
         mx.clear_streams()
 
     def _take_messages(self) -> bool:
-        """Waits for something to do; whether to go on."""
+        """Waits for work. Returns whether to go on."""
         while not (self._alive or self._arrived) and self._beginnings.write_some():
             pass
         with self._lock:
@@ -253,7 +253,7 @@ class Engine:
             table.pop(served.number, None)
 
     def _turn(self) -> None:
-        """Plans, launches, and hands out what was launched before."""
+        """Plans, launches, and hands out the tokens of the turn before."""
         step = plan(self._state(), self.limits)
         for number in step.put_aside:
             self._put_aside(self._alive[number])
@@ -275,8 +275,8 @@ class Engine:
         for decoding, one, is_free in zip(self._decoding, logits, free, strict=True):
             if not is_free:
                 self._choose(decoding, one)
-        # The step that was just launched keeps the device busy until the chunk is there. Were the chunk launched before
-        # the tokens are handed out, the device would be a turn further ahead, and whoever comes next would wait for it.
+        # The step that was just launched keeps the device busy meanwhile. If the chunk were launched before the tokens
+        # are handed out, the device would be a turn further ahead, and the next request would wait for that turn.
         if step.read is not None and step.read in self._reading:
             self._read(self._reading[step.read])
         self._beginnings.write_some()
@@ -294,10 +294,10 @@ class Engine:
         )
 
     def _put_aside(self, served: Served) -> None:
-        """Takes a request's cache away. What it has made is known, so it goes on from there when its turn comes."""
+        """Preempts a request: drops its cache and keeps its tokens. It goes on from there when it is admitted again."""
         self._counts["put aside"] += 1
         if served.number not in self._reading:
-            # Its last token is still being made.
+            # The device is still computing its last token.
             launched, self._launched = self._launched, []
             for one in launched:
                 self._hand_out(one)
@@ -335,16 +335,16 @@ class Engine:
         self._joining.append((served, batch))
 
     def _arrange(self, groups: Sequence[Group]) -> None:
-        """Makes the batches hold those who decode on, as they are grouped, and nobody else."""
+        """Rearranges the batches so that they hold exactly the requests in `groups`."""
         self._remember_decoded([served for one in self._decoding for served, _, _ in one.held() if not served.goes_on])
         members = [[self._alive[number] for number in group.numbers] for group in groups]
         old, self._decoding, joining, self._joining = self._decoding, [], dict(self._joining), []
         self._decoding = rearranged(old, joining, list(zip(groups, members, strict=True)), self._config)
 
     def _remember_decoded(self, leaving: list[Served]) -> None:
-        """Keeps the texts of rows that leave, for the next turns of their conversations.
+        """Stores the texts of rows that leave, for the next turns of their conversations.
 
-        The exact mode doesn't: what decoding computes isn't what reading the same tokens computes, to the bit.
+        The exact mode doesn't, since decoding and prefill may give different bits for the same tokens.
         """
         if not self.limits.exact:
             for one in self._decoding:
@@ -380,7 +380,7 @@ class Engine:
             served.hand_out(token, of_token, chosen_experts)
 
     def _lose_device_state(self, error: RuntimeError) -> None:
-        """What the device was computing failed, mostly for want of memory. Those whose it was fail; others go on."""
+        """Handles an error of the device, usually too little memory. The requests being computed fail; others go on."""
         remedy = "it lacks memory, so try a shorter text or try later" if lacks_memory(error) else "try again"
         for served in [served for number, served in self._alive.items() if number not in self._waiting]:
             served.fail(EngineError(f"The device couldn't compute this ({error}): {remedy}."))

@@ -9,7 +9,7 @@ from dbrx_fn.serving.openai_objects import Object, json_bytes
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
-    # nginx would collect the events otherwise.
+    # Otherwise nginx would buffer the events.
     (b"x-accel-buffering", b"no"),
     (b"x-content-type-options", b"nosniff"),
 ]
@@ -19,7 +19,7 @@ class EventStream:
     """Sends events over one HTTP response.
 
     Args:
-        send: of ASGI. It waits for a client that reads slowly.
+        send: ASGI's function. It waits if the client reads slowly.
     """
 
     def __init__(self, send: Send) -> None:
@@ -35,7 +35,7 @@ class EventStream:
             await self._send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def end(self) -> None:
-        """Tells that nothing follows."""
+        """Ends the response."""
         await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
 

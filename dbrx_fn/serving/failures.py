@@ -1,4 +1,4 @@
-"""Whatever fails, as a response: OpenAI's error object with the right status."""
+"""Turns every failure into a response: OpenAI's error object with its HTTP status."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from dbrx_fn.files.json_file import shown
 from dbrx_fn.serving.openai_objects import HttpError, Object, error_object, json_bytes, status_of, told
 
 _RETRY_AFTER = "2"
-"""Seconds after which a client that was sent away may come again. Some text or other has ended by then."""
+"""Seconds after which a refused client may try again. By then some running text has usually ended."""
 
 
 def json_response(content: Object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -21,7 +21,7 @@ def json_response(content: Object, status: int = 200, headers: Mapping[str, str]
 
 
 def refusal(error: DbrxError) -> Response:
-    """The response to what can't be done."""
+    """The response for an error."""
     status = status_of(error)
     headers = error.headers if isinstance(error, HttpError) else {}
     if status in (429, 503):
@@ -36,7 +36,7 @@ async def refused(request: Request, error: Exception) -> Response:
 
 
 async def no_endpoint(request: Request, error: Exception) -> Response:
-    """Starlette's handler of a path or method that there is none of."""
+    """Starlette's handler of unknown paths and methods."""
     assert isinstance(error, HTTPException)
     path = shown(request.url.path)
     sentence = f"There is nothing at {path}." if error.status_code == 404 else f"{path}: {error.detail}."
@@ -46,10 +46,10 @@ async def no_endpoint(request: Request, error: Exception) -> Response:
 
 
 async def client_gone(request: Request, error: Exception) -> Response:
-    """Starlette's handler for a client that went away; nobody gets this."""
+    """Starlette's handler for a client that disconnected. Nobody receives this."""
     return Response(status_code=499)
 
 
 async def fault(request: Request, error: Exception) -> Response:
-    """Starlette's handler for a fault of the server's own."""
+    """Starlette's handler for an internal error."""
     return json_response(error_object("The server failed at this by a fault of its own.", "server_error"), 500)

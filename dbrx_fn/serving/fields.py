@@ -1,4 +1,4 @@
-"""Reading a request's body field by field: each is done, or refused by its name."""
+"""Reads a request's body field by field. Each field is followed, or refused by name."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ class FieldError(InputError):
     """A field that can't be followed.
 
     `field`: its name.
-    `code`: OpenAI's word for what is wrong with it, if it has one.
+    `code`: OpenAI's error code, if it has one.
     """
 
     def __init__(self, field: str, sentence: str, code: str | None = None) -> None:
@@ -21,7 +21,7 @@ class FieldError(InputError):
 
 
 class Fields:
-    """The fields of a JSON object. Whoever reads it takes them one by one, and then says that there are no others.
+    """The fields of a JSON object. The reader takes them one by one, and then calls `finish`.
 
     A field that is null counts as absent, as OpenAI's clients mean it.
     """
@@ -32,15 +32,15 @@ class Fields:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those that haven't been taken."""
+        """Fields that haven't been taken yet."""
         return tuple(self._left)
 
     def take(self, name: str) -> Any:
-        """A field's value, whatever it is; `None` if it is absent."""
+        """A field's value of any type; `None` if it is absent."""
         return self._left.pop(name, None)
 
     def required(self, name: str) -> Any:
-        """A field's value, whatever it is.
+        """A field's value of any type.
 
         Raises:
             FieldError: if it is absent.
@@ -91,7 +91,7 @@ class Fields:
         raise self._wrong(name, value, "an object")
 
     def refuse(self, name: str, *neutral: object) -> None:
-        """Refuses a field that isn't supported, unless its value is one that asks for nothing.
+        """Refuses an unsupported field, unless its value asks for nothing.
 
         Raises:
             FieldError: if it asks for something.
@@ -105,10 +105,10 @@ class Fields:
             )
 
     def finish(self) -> None:
-        """Makes sure that no field is left.
+        """Checks that every field has been taken.
 
         Raises:
-            FieldError: naming one that is.
+            FieldError: naming one that hasn't.
         """
         for name in self._left:
             field = name if name.isprintable() and len(name) <= 80 else shown(name)

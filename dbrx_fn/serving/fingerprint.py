@@ -1,4 +1,4 @@
-"""Short texts that are others for other weights, and for whatever else changes the bits of keys and values."""
+"""Fingerprints that differ if the weights differ, or anything else that changes the bits of keys and values."""
 
 import hashlib
 import json
@@ -17,18 +17,18 @@ from dbrx_fn.runtime.device import backend
 from dbrx_fn.serving.limits import Limits
 
 _SAMPLE = 4096
-"""Words that are taken of each leaf."""
+"""The number of words in the sample of each leaf."""
 
 
 _SETTINGS = ("DBRX_FN_", "MLX_", "OPENBLAS_", "OMP_", "MKL_")
 
 
 def fingerprint(params: Params, config: Config, limits: Limits, release: str) -> str:
-    """64 hexadecimal digits for a `PrefixStore`: the same only where an engine computes the same keys and values.
+    """64 hexadecimal digits for a `PrefixStore`. They are equal only if engines compute the same keys and values.
 
     They depend on `weights_fingerprint`, and on what rounding depends on (`docs/exactness.md`): this package's release,
-    MLX's, the device, the BLAS, the number of cores, and environment variables for these. The exact mode has prefixes
-    of its own for each capacity, since in the other mode what was decoded is kept too.
+    MLX's, the device, the BLAS, the number of cores, and environment variables for these. The exact mode has its own
+    prefixes for each capacity, since the fast mode also keeps what was decoded.
 
     Args:
         params: the tree; all of it is evaluated.
@@ -53,7 +53,8 @@ def weights_fingerprint(params: Params, config: Config) -> str:
     They are the SHA-256 sum of each leaf's name, shape, dtype, a sample of its words of 32 bits, and the sum of the
     words of each of its rows. Training, another quantization or another seed change the sample, and a small edit
     changes a row's sum, which the device computes at about its memory's speed. Files aren't looked at, so a checkpoint
-    that was copied keeps its fingerprint. It doesn't protect from someone who searches for other weights of the same.
+    that was copied keeps its fingerprint. It doesn't protect against somebody who searches for other weights with the
+    same fingerprint.
 
     Args:
         params: the tree; all of it is evaluated.

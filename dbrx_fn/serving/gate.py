@@ -1,4 +1,4 @@
-"""What every request passes on its way in, and is counted at on its way out."""
+"""The outermost layer: checks every request on its way in, and counts it on its way out."""
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,16 +15,16 @@ _ENDPOINTS = frozenset(
     )
 )
 _WHILE_ENDING = ("/health", "/metrics")
-"""Endpoints that still answer while the server ends."""
+"""Endpoints that still answer during shutdown."""
 
 
 class Gate:
-    """An ASGI application before another one.
+    """An ASGI application that wraps another one.
 
     Args:
-        app: the other one.
-        access: who may pass.
-        service: counts requests, and knows whether the server is ending.
+        app: the wrapped one.
+        access: who may send requests.
+        service: counts requests, and knows whether the server is shutting down.
     """
 
     def __init__(self, app: ASGIApp, access: Access, service: Service) -> None:
@@ -53,6 +53,6 @@ class Gate:
             else:
                 await self._app(scope, receive, count)
         finally:
-            # A path that a client made up is no label.
+            # An unknown path from a client must not become a label.
             known = "/v1/models/{name}" if path.startswith("/v1/models/") else path if path in _ENDPOINTS else "other"
             self._service.metrics.answered(known, status or 499)

@@ -1,4 +1,4 @@
-"""What an engine may use of a machine: rows, and positions of a cache."""
+"""How much of a machine an engine may use: rows, and positions of caches."""
 
 from dataclasses import dataclass
 
@@ -17,14 +17,14 @@ _GPU_CHUNK, _CPU_CHUNK = 256, 128
 
 
 FREE_CHUNKS = 8
-"""How many chunks of a prompt are read at once while nobody decodes. The exact mode reads one at a time."""
+"""How many chunks of a prompt are prefilled at once while no row decodes. The exact mode reads one at a time."""
 
 _USED = 0.91
-"""What part of memory weights and caches may take. The rest is for what a chunk computes (`docs/serving.md`)."""
+"""The share of memory for weights and caches. The rest is for activations of a chunk (`docs/serving.md`)."""
 
 
 _MOST_EXACT_CPU_ROWS = 8
-"""Of 16 rows OpenBLAS's AVX2 kernels round some by their place among the others, and of 8 none."""
+"""With 16 rows, the rounding of OpenBLAS's AVX2 kernels depends on a row's place. With 8 it doesn't."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Limits:
     """What an engine may use.
 
     `rows`: requests that decode at once, at most.
-    `positions`: positions of a cache that memory has room for, over all rows and prompts that are read.
+    `positions`: cache positions that memory has room for, over all rows and all prompts in prefill.
     `capacity`: the longest text in tokens; in the exact mode every row has room for it.
-    `exact`: one static batch of `rows` rows, whoever is there.
-    `chunk`: prompt tokens that are read between two decoding steps.
+    `exact`: one static batch of `rows` rows, under any load.
+    `chunk`: prompt tokens that are prefilled between two decoding steps.
     """
 
     rows: int
@@ -71,10 +71,10 @@ def default_limits(
         rows: requests that decode at once; 32 if not given, 8 in the exact mode.
         capacity: the longest text in tokens; as much as the context and memory allow, if not given.
         exact: one static batch, for answers that don't depend on load.
-        reserved: bytes that something else needs, such as a `PrefixStore`.
+        reserved: bytes to leave for other uses, such as a `PrefixStore`.
 
     Raises:
-        InputError: if memory has no room for that.
+        InputError: if memory has no room for these limits.
     """
     rows = rows or (8 if exact else 32)
     leaves: dict[str, mx.array] = dict(tree_flatten(params))
@@ -91,7 +91,7 @@ def default_limits(
 
 
 def _largest_bucket(positions: int) -> int:
-    """The largest capacity that a cache may be given within so many positions; 0 if there is none."""
+    """The largest capacity bucket of at most `positions` positions; 0 if there is none."""
     largest = 0
     while (bucket := capacity_bucket(largest + 1)) <= positions:
         largest = bucket

@@ -17,10 +17,10 @@ _BETWEEN = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.
 
 
 class Metrics:
-    """Figures of a server in a registry of their own.
+    """A server's metrics, in their own registry.
 
     Args:
-        statistics: gives the engine's.
+        statistics: returns the engine's.
     """
 
     def __init__(self, statistics: Callable[[], Statistics]) -> None:
@@ -42,11 +42,11 @@ class Metrics:
         self._requests.labels(endpoint, str(status)).inc()
 
     def clock(self) -> "Clock":
-        """Starts to measure a request."""
+        """Starts measuring a request."""
         return Clock(self._first, self._between)
 
     def page(self) -> bytes:
-        """All figures in Prometheus's text format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
     def _histogram(self, name: str, meaning: str, bounds: tuple[float, ...]) -> Histogram:

@@ -17,19 +17,19 @@ from dbrx_fn.serving.served_model import ServedModel
 Object = dict[str, Any]
 
 _LEAST_LOGPROB = -9999.0
-"""What OpenAI tells for tokens that can't come. JSON has no infinity."""
+"""OpenAI's log-probability of impossible tokens. JSON has no infinity."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request: its prompts', those of them that were known from earlier ones, and those made."""
+    """Token counts of a request: of its prompts, of their cached part, and of its answers."""
 
     prompt: int
     cached: int
     made: int
 
     def as_object(self) -> Object:
-        """As OpenAI tells it."""
+        """The usage in OpenAI's form."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.made,
@@ -42,7 +42,7 @@ class Usage:
 class Form:
     """One of the two forms of answers.
 
-    `id`: this answer's.
+    `id`: the answer's id.
     `created`: in seconds since 1970.
     """
 
@@ -52,7 +52,7 @@ class Form:
     model: ServedModel
 
     def answer(self, choices: Iterable[Sequence[Delta]], usage: Usage, asked: Asked) -> Object:
-        """A whole answer, of all parts of each choice."""
+        """A whole answer, from all parts of each choice."""
         whole = []
         for index, deltas in enumerate(choices):
             joined = Delta(
@@ -70,7 +70,7 @@ class Form:
         return {**self._head(whole=True), "choices": whole, "usage": usage.as_object()}
 
     def chunk(self, index: int, delta: Delta, asked: Asked, *, first: bool) -> Object:
-        """A part of a choice in a stream, the choice's first or not."""
+        """A part of a choice in a stream. A choice's first part differs."""
         content: Object = {"text": delta.text}
         if self.kind == "chat":
             said = {"content": delta.text} if delta.text or first or not delta.finish_reason else {}
@@ -80,7 +80,7 @@ class Form:
         return {**self._head(whole=False), "choices": [choice], **usage}
 
     def last_chunk(self, usage: Usage) -> Object:
-        """The part that tells the usage."""
+        """The last part of a stream, with the usage."""
         return {**self._head(whole=False), "choices": [], "usage": usage.as_object()}
 
     def _head(self, *, whole: bool) -> Object:
@@ -102,12 +102,12 @@ class Form:
 
 
 def models(model: ServedModel) -> Object:
-    """The list of models, which has one."""
+    """The list of models, which has one entry."""
     return {"object": "list", "data": [one_model(model)]}
 
 
 def one_model(model: ServedModel) -> Object:
-    """The model. `max_model_len` is vLLM's name for the longest text, and `moe_num_experts` is config.json's."""
+    """The model. `max_model_len` (the longest text) is vLLM's name, and `moe_num_experts` is config.json's."""
     return {
         "id": model.name,
         "object": "model",
@@ -129,9 +129,9 @@ def error_object(message: str, kind: str, field: str | None = None, code: str | 
 
 
 class HttpError(DbrxError):
-    """What HTTP has a status of its own for.
+    """An error with its own HTTP status.
 
-    `status`: that.
+    `status`: the HTTP status.
     `code`: a word for programs.
     `headers`: to send along.
     """
@@ -167,7 +167,7 @@ def told(error: DbrxError) -> Object:
 
 
 def _older_logprobs(entries: Sequence[Entry], model: ServedModel) -> Object:
-    """`logprobs` of a completion. The token itself is always among the likeliest that are told."""
+    """`logprobs` of a completion. `top_logprobs` always includes the chosen token."""
     tops: list[Mapping[str, float] | None] = []
     for entry in entries:
         if entry.logprobs is None:
@@ -204,7 +204,7 @@ def _finite(logprob: float) -> float:
 
 
 def token_text(piece: bytes) -> str:
-    """A token's text. A part of a character is told as OpenAI does, so that two such tokens don't look alike."""
+    """A token's text. A part of a character is written as OpenAI does, so that different tokens look different."""
     try:
         return piece.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The page to chat on: one file, whose own script and style are all that a browser runs of it."""
+"""The chat page: one file. A browser runs only its own script and style."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""Chunks of prompts' beginnings: their names, what a cache holds of them, and a cache made of them again.
+"""Chunks of prefixes: their names, their keys and values copied from a cache, and a cache restored from them.
 
 A text is cut into chunks of equal size from its start. A chunk's name is the SHA-256 sum of the name before it and of
 its own tokens, so equal names mean equal texts up to the chunk's end. The first of all names is a sum of everything
@@ -29,11 +29,11 @@ VERSION = "1"
 
 @dataclass(frozen=True)
 class Chunk:
-    """One chunk of a text, and by `before` all that precedes it.
+    """One chunk of a text. `before` identifies all that precedes it.
 
     `name`: 64 hexadecimal digits.
     `before`: the name of the chunk before it, or the form's `root`.
-    `tokens`: its own.
+    `tokens`: its tokens.
     """
 
     name: str
@@ -72,12 +72,12 @@ class Form:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of a chunk's keys and values: `[2*layers kv_heads chunk head_dim]`."""
+        """Shape of a chunk's keys and values: `[2*layers kv_heads chunk head_dim]`."""
         return 2 * self.config.n_layers, self.config.attn.kv_n_heads, self.size, self.config.head_dim
 
     @property
     def dtype(self) -> mx.Dtype:
-        """Of keys and values."""
+        """Dtype of keys and values."""
         dtype: mx.Dtype = getattr(mx, self.config.dtype)
         return dtype
 
@@ -87,7 +87,7 @@ class Form:
         return math.prod(self.shape) * self.dtype.size
 
     def chunks(self, tokens: Sequence[int]) -> list[Chunk]:
-        """The whole chunks of a text. Tokens behind the last whole one are left out."""
+        """The complete chunks of a text. Tokens after the last complete chunk are left out."""
         found, before = list[Chunk](), self.root
         for start in range(0, len(tokens) - self.size + 1, self.size):
             own = array("q", tokens[start : start + self.size])
@@ -101,8 +101,8 @@ class Form:
 class Prefix:
     """A text's beginning that needn't be computed again.
 
-    `length`: its tokens.
-    `chunks`: its keys and values, one array a chunk.
+    `length`: number of its tokens.
+    `chunks`: its keys and values, one array per chunk.
     """
 
     length: int
@@ -110,12 +110,12 @@ class Prefix:
 
 
 def cut(cache: Cache, row: int, start: int, stop: int) -> KeysAndValues:
-    """A copy of what a row of a cache holds from `start` to before `stop`. Until it is evaluated it keeps the cache."""
+    """A copy of positions `start` to `stop` - 1 of a cache's row. Until evaluated, it keeps the cache in memory."""
     return mx.stack([held[row, :, start:stop] for held in cache.keys + cache.values])
 
 
 def restored(prefix: Prefix, config: Config, capacity: int) -> Cache:
-    """A cache of one row that holds a prefix, bit for bit. It is lazy: nothing waits for the device.
+    """A cache of one row that holds a prefix, bit for bit. It is lazy, and doesn't wait for the device.
 
     Args:
         prefix: as `PrefixStore` found it.

@@ -1,10 +1,10 @@
 """One chunk's keys and values as a file.
 
 The file is safetensors (https://github.com/huggingface/safetensors#format) with one tensor, `keys_and_values`
-`[2*layers kv_heads chunk head_dim]` in the config's dtype. The header's texts are the facts that keys and values depend
-on, the chunk's tokens, the name of the chunk before it, and the SHA-256 sum of the data. Whoever looks for a chunk
-knows all of them but the sum. So a reader parses nothing: the header must be, byte for byte, the one that it would
-write before this data.
+`[2*layers kv_heads chunk head_dim]` in the config's dtype. The header's metadata are the facts that keys and
+values depend on, the chunk's tokens, the name of the chunk before it, and the SHA-256 sum of the data. The reader knows
+all of these except for the sum. So it parses nothing: it builds the header for this data, and compares it byte for
+byte.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import numpy as np
 from dbrx_fn.generation.cache_file import DTYPE_CODES
 from dbrx_fn.serving.prefix_chunks import Chunk, Form, KeysAndValues
 
-# NumPy has no bfloat16, and bits are all that a file needs.
+# NumPy has no bfloat16, and a file needs only the bits.
 _BITS: Mapping[int, type[np.unsignedinteger]] = {2: np.uint16, 4: np.uint32}
 _NO_SUM = "0" * 64
 
@@ -30,12 +30,12 @@ def size_in_file(form: Form, chunk: Chunk) -> int:
 
 
 def as_bits(array: KeysAndValues) -> mx.array:
-    """Keys and values as unsigned integers of the same bits."""
+    """Keys and values as unsigned integers with the same bits."""
     return array.view(mx.uint16 if array.itemsize == 2 else mx.uint32)
 
 
 def write_chunk(file: BinaryIO, form: Form, chunk: Chunk, data: memoryview) -> None:
-    """Writes a chunk's file; `data` are its bits. Nothing of MLX is used, so any thread may do it."""
+    """Writes a chunk's file; `data` are its bits. It doesn't use MLX, so any thread may call it."""
     file.write(_header(form, chunk, hashlib.sha256(data).hexdigest()))
     file.write(data)
 

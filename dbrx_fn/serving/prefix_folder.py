@@ -1,10 +1,10 @@
-"""A folder of chunks' files, bounded, for one process. It survives the process, however that ends.
+"""A folder of chunk files, of bounded size, for one process at a time. It survives a crash of the process.
 
-A file is written under a hidden name and renamed when it is whole. It isn't flushed to the disk: what a crash of the
-machine spoils is found by its sum. What is found to be spoilt is a miss, and is removed.
+A file is written under a hidden name and renamed when it is whole. It isn't flushed to disk. If a crash
+of the machine damages a file, its sum shows that. A damaged file is a miss, and is removed.
 
-The last use of a file is its time of modification, so the order of use survives too. The thread that computes only
-hands over bytes: one thread writes, and a few read.
+A file's modification time is the time of its last use, so the order of use survives too. The engine's thread only hands
+over bytes. One thread writes, and a few read.
 """
 
 import contextlib
@@ -34,19 +34,19 @@ _MOST_WAITING = 2**29
 """Bytes that may wait to be written."""
 
 _MOST_READERS = 4
-"""Threads that read. Their time goes to sums, which Python computes in parallel."""
+"""Number of reading threads. They mostly compute sums, which Python does in parallel."""
 
 
 class PrefixFolder:
-    """Files of chunks of one form. Methods are for the thread that computes, but for the counts."""
+    """Files of chunks of one form. Only the engine's thread may call the methods; any thread may read the counts."""
 
     def __init__(self, path: Path, most: int, form: Form) -> None:
-        """Opens the folder, made if it isn't there, and removes the files used the longest ago that are too much.
+        """Opens or makes the folder. If it holds too much, the least recently used files are removed.
 
         Args:
-            path: the folder. Files in it that aren't chunks' are left alone.
-            most: bytes that its files may have together.
-            form: what its chunks are of. Files of other forms stay until they are the oldest.
+            path: the folder. Other files in it are left alone.
+            most: the most bytes of all its files.
+            form: its chunks' form. Files of other forms stay until they are the least recently used.
 
         Raises:
             InputError: if another process has it open, or it can't be made, or is a link or a file.
@@ -87,10 +87,10 @@ class PrefixFolder:
         Args:
             chunk: its name and tokens.
             array: its keys and values.
-            chain: names of all chunks of the text, from its start. They aren't given up for this one.
+            chain: names of all chunks of the text, from its start. None of them is evicted for this one.
 
         Returns:
-            Whether it was taken: not if too much waits.
+            Whether it was taken. It isn't if too many bytes wait.
         """
         size = size_in_file(self._form, chunk)
         with self._lock:
@@ -100,15 +100,15 @@ class PrefixFolder:
             self._waiting[chunk.name] = size
         bits = as_bits(array)
         if backend() == "cuda":
-            # A look from the host moves an array to memory that the GPU reads slowly. So it looks at a copy.
+            # Access by the host moves an array to memory that the GPU reads slowly. So the host reads a copy.
             bits = bits | mx.array(0, bits.dtype)
-        # Begun now, it needn't wait for what is launched before it is handed over.
+        # Started now, the copy needn't wait for work that is launched later.
         mx.async_eval(bits)
         self._offered.append((chunk, bits, chain))
         return True
 
     def hand_over(self) -> bool:
-        """Hands one chunk to the thread that writes, once the device has computed it; whether more were offered.
+        """Hands one chunk to the writing thread, once the device has computed it. Returns whether more were offered.
 
         Raises:
             RuntimeError: MLX's, if the device failed to compute it.
@@ -121,7 +121,7 @@ class PrefixFolder:
         return bool(self._offered)
 
     def withdraw(self) -> None:
-        """Forgets what was offered and not yet handed over."""
+        """Forgets chunks that were offered and not yet handed over."""
         with self._lock:
             for chunk, _, _ in self._offered:
                 del self._waiting[chunk.name]
@@ -136,7 +136,7 @@ class PrefixFolder:
                 self._writer.submit(self._write_uses)
 
     def read(self, chunk: Chunk) -> Future[list[mx.array] | None] | None:
-        """What `read_chunk` will give, or `None` if the file is spoilt; `None` at once if there is no file."""
+        """A future of `read_chunk`'s result, or of `None` if the file is damaged. `None` if there is no file."""
         with self._lock:
             if chunk.name not in self._recency:
                 return None
@@ -152,7 +152,7 @@ class PrefixFolder:
         self._closing.close()
 
     def _found(self) -> list[tuple[int, str, int]]:
-        """Last use, name and size of each chunk's file that is there. What a killed process left is removed."""
+        """Last use, name and size of each chunk file. Incomplete files of a killed process are removed."""
         found: list[tuple[int, str, int]] = []
         for file in self._folder.names():
             own = re.fullmatch(r"([0-9a-f]{64})\.safetensors|\.[0-9a-f]{64}\.safetensors\.unfinished", file)
@@ -162,18 +162,18 @@ class PrefixFolder:
             if own[1] is not None and stat.S_ISREG(status.st_mode):
                 found.append((status.st_mtime_ns, own[1], status.st_size))
             else:
-                # It can't be removed if it is a folder, and does no harm.
+                # If it is a folder it can't be removed, and does no harm.
                 with contextlib.suppress(OSError):
                     self._folder.remove(file)
         return found
 
     def _use(self, chain: Sequence[str]) -> None:
-        """Marks chunks as used, here and for `_write_uses`. The lock is held."""
+        """Marks chunks as used, here and for `_write_uses`. The caller holds the lock."""
         for name in self._recency.use(chain):
             self._used[name] = self._next_use()
 
     def _next_use(self) -> int:
-        """A time in nanoseconds, later than all that it gave before."""
+        """A time in nanoseconds, later than any that it returned before."""
         self._last_use = max(time.time_ns(), self._last_use + 1)
         return self._last_use
 
@@ -184,7 +184,7 @@ class PrefixFolder:
         with self._lock:
             size = self._waiting[chunk.name]
             own_use = self._next_use()
-            # Those before it are used later than it, also if this process is killed between two of the next lines.
+            # Chunks before it must count as used after it, even if the process is killed between two of the next lines.
             self._use(chain)
             given_up = self._recency.make_room(size, keep=frozenset(chain))
         try:
@@ -226,10 +226,10 @@ class PrefixFolder:
                 with opened:
                     return read_chunk(opened, self._form, chunk)
         except (MemoryError, RuntimeError):
-            # MLX's error where it lacks memory.
+            # MLX raises this if memory is short.
             return None
         except (OSError, ValueError, InputError):
-            # A link, and what else isn't a regular file, is an InputError.
+            # A link or another special file raises InputError.
             pass
         with self._lock:
             self.spoilt += 1

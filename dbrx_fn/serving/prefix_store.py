@@ -1,4 +1,4 @@
-"""Keys and values of prompts' beginnings, so that another request with the same beginning doesn't compute them again.
+"""Keeps keys and values of prefixes, so that requests with the same prefix don't compute them again.
 
     store = PrefixStore(config, fingerprint)
     prefix = store.longest(tokens)
@@ -7,8 +7,8 @@
     store.put(tokens, cache)
     store.close()
 
-Beginnings are kept in whole chunks. Continued from the end of a chunk, `forward` gives the bits that it gives without a
-store, if it is always called with chunks of this size (`docs/exactness.md`).
+Prefixes are kept in complete chunks. If `forward` is always called with chunks of this size, it gives the same bits
+after a restored prefix as without a store (`docs/exactness.md`).
 """
 
 from collections.abc import Sequence
@@ -32,13 +32,13 @@ Reading = Future[list[mx.array] | None]
 
 @dataclass(frozen=True)
 class PrefixStatistics:
-    """What a store has done since it was opened, and what it holds.
+    """What a store has done since it was opened, and what it holds now.
 
     `hits`, `misses`: lookups that found at least one chunk, and others.
-    `tokens`: all that were found.
+    `tokens`: total number of tokens that lookups found.
     `memory_bytes`, `disk_bytes`: of the chunks that are held.
-    `memory_evictions`, `disk_evictions`: chunks that were given up for others.
-    `dropped`: chunks that weren't written, since too much waited or the disk was full.
+    `memory_evictions`, `disk_evictions`: chunks that were evicted for others.
+    `dropped`: chunks that weren't written, since too many waited or the disk was full.
     `spoilt`: files that were found to be damaged or missing.
     """
 
@@ -55,10 +55,10 @@ class PrefixStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Lookup:
-    """A search that `PrefixStore.begin` began.
+    """A lookup that `PrefixStore.begin` started.
 
     `chunks`: all chunks of the text.
-    `parts`: of the first of them, as many as are known, keys and values, or their bits as they are read from disk.
+    `parts`: for each stored chunk from the first on, its keys and values, or a future of their bits on disk.
     """
 
     chunks: tuple[Chunk, ...]
@@ -66,15 +66,15 @@ class Lookup:
 
     @property
     def is_ready(self) -> bool:
-        """Whether nothing is being read any more."""
+        """Whether all reading from disk has ended."""
         return all(part.done() for part in self.parts if isinstance(part, Future))
 
 
 class PrefixStore:
     """Chunks of prompts' beginnings in memory, and on disk if there is a folder for them.
 
-    Memory and disk are bounded, and what was used the longest ago is given up first. One thread may use a store, the
-    one that computes; `statistics` may be called from any.
+    Memory and disk are bounded. The least recently used chunks are evicted first. Only the thread that computes may use
+    a store; `statistics` may be called from any thread.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class PrefixStore:
             fingerprint: any text; another text for whatever else changes keys and values (`fingerprint`).
             chunk: tokens in a chunk.
             memory: bytes of keys and values that are kept in memory, at most.
-            folder: where they are kept on disk; one process at a time may use it. Nowhere, if not given.
+            folder: where they are kept on disk, for one process at a time. `None` keeps nothing on disk.
             disk: bytes of files in the folder, at most.
 
         Raises:
@@ -110,14 +110,14 @@ class PrefixStore:
         self._hits = self._misses = self._tokens = self._evictions = 0
 
     def longest(self, tokens: Sequence[int]) -> Prefix:
-        """The longest beginning of `tokens` that is known: whole chunks, and at least one token less than all.
+        """The longest stored prefix of `tokens`, in complete chunks. At least the last token is left out.
 
-        Waits for the disk where chunks are only there; `begin` and `finish` are the same without that.
+        Waits for the disk if chunks are only there. `begin` and `finish` do the same without waiting.
         """
         return self.finish(self.begin(tokens))
 
     def begin(self, tokens: Sequence[int]) -> Lookup:
-        """Begins to read from disk what `longest` would find there. Nothing waits."""
+        """Starts reading from disk what `longest` would find there. Doesn't wait."""
         chunks = self._form.chunks(tokens[:-1])
         parts = list[KeysAndValues | Reading]()
         for chunk in chunks:
@@ -130,7 +130,7 @@ class PrefixStore:
         return Lookup(tuple(chunks), tuple(parts))
 
     def finish(self, lookup: Lookup) -> Prefix:
-        """What was found, and what has come to memory since. Waits for the disk if the lookup isn't ready."""
+        """The prefix that was found, with chunks stored since. Waits for the disk if the lookup isn't ready."""
         found = list[KeysAndValues]()
         names = [chunk.name for chunk in lookup.chunks]
         self._recency.use(names)
@@ -154,9 +154,9 @@ class PrefixStore:
         return prefix
 
     def put(self, tokens: Sequence[int], cache: Cache, row: int = 0) -> None:
-        """Keeps the whole chunks among the tokens that a row of a cache holds. Known ones cost nothing.
+        """Stores the complete chunks of the tokens that a row of a cache holds. Chunks already stored cost nothing.
 
-        Nothing waits for the device. For the disk, chunks wait until `write_some` is called.
+        Doesn't wait for the device. Chunks for the disk wait until `write_some` is called.
 
         Args:
             tokens: the row's. They may go on beyond what the cache holds.
@@ -181,7 +181,7 @@ class PrefixStore:
             if array is None and (to_keep or to_write):
                 start = number * self._form.size
                 array = cut(cache, row, start, start + self._form.size)
-                # Evaluated, it doesn't keep the cache.
+                # An evaluated copy doesn't keep the cache in memory.
                 mx.async_eval(array)
             if array is not None and to_keep:
                 self._keep(chunk, array)
@@ -190,14 +190,15 @@ class PrefixStore:
         self._use(names)
 
     def write_some(self) -> bool:
-        """Hands one chunk that waits for the disk to the thread that writes; whether there are more.
+        """Hands one chunk that waits for the disk to the writing thread. Returns whether there are more.
 
-        Waits until the device has computed that chunk, so a turn of an engine hands over one, after its other work.
+        It waits until the device has computed that chunk. So each turn of an engine hands over only one, after its
+        other work.
         """
         return self._folder is not None and self._folder.hand_over()
 
     def statistics(self) -> PrefixStatistics:
-        """What has been done, and what is held."""
+        """The store's current statistics."""
         folder = self._folder
         return PrefixStatistics(
             hits=self._hits,
@@ -212,14 +213,14 @@ class PrefixStore:
         )
 
     def forget_memory(self) -> None:
-        """Gives up all that is in memory or waits to be handed over, as is due when the device failed to compute it."""
+        """Drops all chunks in memory or waiting to be handed over. To be called when the device failed to compute."""
         self._held.clear()
         self._recency = Recency(self._recency.most)
         if self._folder is not None:
             self._folder.withdraw()
 
     def close(self) -> None:
-        """Gives the memory back, and writes what waits for the disk. Nothing may be called afterwards."""
+        """Frees the memory, and writes the chunks that wait for the disk. The store can't be used afterwards."""
         if self._folder is not None:
             self._folder.close()
         self._held.clear()
@@ -243,7 +244,7 @@ class PrefixStore:
             self._folder.use(chain)
 
     def _make_room(self, chain: Sequence[str]) -> bool:
-        """Makes room in memory for one chunk more beside those of `chain`; whether there is."""
+        """Makes room in memory for one more chunk without evicting those of `chain`. Returns whether it could."""
         given_up = self._recency.make_room(self._form.nbytes, keep=frozenset(chain))
         for name in given_up or []:
             del self._held[name]
