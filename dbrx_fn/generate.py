@@ -128,7 +128,6 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _run_one(options: argparse.Namespace) -> None:
-    """Continues or answers one prompt."""
     report = Report(options.model, secrets.randbits(32) if options.seed is None else options.seed)
     check_generation_options(options)
     key = random_key(report.seed)

@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from dbrx_fn.checkpoints.loader import load
+
 TINY: dict[str, Any] = {
     "model_type": "dbrx",
     "d_model": 32,
@@ -75,3 +81,14 @@ def metrics(run: Path, *, clock: bool = False) -> list[dict[str, Any]]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file under a folder."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def parameters(checkpoint: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """A checkpoint's parameters in float32, by their paths."""
+    leaves: dict[str, mx.array] = dict(tree_flatten(load(checkpoint)[0]))
+    return {path: np.array(array.astype(mx.float32)) for path, array in leaves.items()}
+
+
+def names(folder: Path) -> list[str]:
+    """What lies in a folder."""
+    return sorted(entry.name for entry in folder.iterdir())
