@@ -131,9 +131,12 @@ def resize(cache: Cache, capacity: int) -> Cache:
 
 
 def _with_rows(held: mx.array, index: mx.array, new: mx.array) -> mx.array:
-    """`held` with `new` `[rows kv_heads time head_dim]` written at the start of the rows in `index`."""
+    """`held` with its rows in `index` replaced by `new` `[rows kv_heads time head_dim]` and zeros behind it.
+
+    Nothing of the old row is left: attention gives its positions weight 0, but 0 times NaN is NaN.
+    """
     changed = mx.array(held)
-    changed[index, :, : new.shape[2]] = new
+    changed[index] = mx.pad(new, [(0, 0), (0, 0), (0, held.shape[2] - new.shape[2]), (0, 0)])
     return changed
 
 

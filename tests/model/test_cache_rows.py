@@ -192,3 +192,16 @@ def test_a_row_too_long_for_the_cache_is_refused() -> None:
 def test_lengths_that_no_cache_can_be_rewound_to(lengths: list[int]) -> None:
     with pytest.raises(CacheError, match=r"each row is expected, at most its current length: \[2, 1\]"):
         rewind(batch_of([1, 2], [3]), lengths)
+
+
+def test_a_row_that_held_nan_leaves_none_to_the_next() -> None:
+    params = init_params(CONFIG, mx.random.key(0))
+    damaged, fresh = init_cache(CONFIG, 2, CAPACITY), init_cache(CONFIG, 2, CAPACITY)
+    # An id outside of the vocabulary makes its row NaN.
+    _, damaged = forward(params, mx.array([[1] * LONGEST + [5_000_000] * 3, [2] * (LONGEST + 3)], mx.int32), damaged)
+    _, other = forward(params, mx.array([[3, 4]], mx.int32), init_cache(CONFIG, 1, LONGEST))
+    logits = [
+        np.array(forward(params, mx.array([[5], [6]], mx.int32), put_rows(cache, [0], other))[0][0])
+        for cache in (damaged, fresh)
+    ]
+    np.testing.assert_array_equal(*logits)
