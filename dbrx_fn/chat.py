@@ -1,4 +1,4 @@
-"""`python -m dbrx_fn.chat`: talks with a model in the terminal, turn by turn."""
+"""`python -m dbrx_fn.chat`: a chat with a model in the terminal."""
 
 import argparse
 import secrets
@@ -37,12 +37,12 @@ _MOST_TOKENS = 1000
 """The number of tokens of an answer if neither the options nor the checkpoint give one."""
 
 _FIRST_PROMPT = 64
-"""Tokens of a prompt that everything is compiled for before the first turn."""
+"""Prompt length in tokens that is compiled for before the first turn."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are made; as in `stream_text`."""
+    """How answers are generated; as in `stream_text`."""
 
     max_tokens: int
     sampling: Sampling
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options; those that mlx-lm has too are named as there."""
+    """The command's options. Those that mlx-lm has too have its names."""
     options = Parser(
         prog=program("chat"),
         description="Talk with a DBRX model. Each turn computes only what is new in the conversation. /help lists what"
@@ -118,7 +118,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _talk(session: ChatSession, settings: Settings, key: mx.array, reader: MessageReader) -> None:
-    """Answers messages until there are no more. Only on a terminal does it go on after an error or Ctrl-C."""
+    """Answers messages until there are no more. After an error or Ctrl-C it goes on only on a terminal."""
 
     def weights() -> str:
         return weights_fingerprint(session.params, session.config)
@@ -146,7 +146,7 @@ def _talk(session: ChatSession, settings: Settings, key: mx.array, reader: Messa
 
 
 def _answer(session: ChatSession, text: str, settings: Settings, key: mx.array, *, stops_only: bool) -> None:
-    """Prints an answer as it is made.
+    """Prints an answer as it is generated.
 
     Args:
         stops_only: whether Ctrl-C does no more than stop the answer.
@@ -170,21 +170,21 @@ def _answer(session: ChatSession, text: str, settings: Settings, key: mx.array, 
 
 
 def _cut(finish_reason: str, made: int, settings: Settings) -> str | None:
-    """What ended an answer before its end, if anything did."""
+    """Why an answer was cut, if it was."""
     if finish_reason == "stop":
         return None
     return "cut by --max-tokens" if made == settings.max_tokens else "cut by the model's context, which is full"
 
 
 def _tell(text: str) -> None:
-    """Says something about the work, dimmed."""
+    """Prints a dimmed status message."""
     lines = "\n".join(plain(line) for line in text.split("\n"))
     print(dimmed(lines, sys.stderr), file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _ctrl_c_raises(wanted: bool) -> Iterator[None]:
-    """Makes each Ctrl-C an exception, not only the first one, unless it is ignored."""
+    """Makes every Ctrl-C raise an exception, not only the first one, unless Ctrl-C is ignored."""
     found = signal.getsignal(signal.SIGINT)
     wanted = wanted and found is not signal.SIG_IGN
     if wanted:

@@ -1,4 +1,4 @@
-"""`python -m dbrx_fn.serve`: serves a model to OpenAI's clients, and to people who chat."""
+"""`python -m dbrx_fn.serve`: serves a model over OpenAI's API, with a chat page."""
 
 import argparse
 import ipaddress
@@ -34,15 +34,15 @@ from dbrx_fn.serving.structures import trie_if_any
 from dbrx_fn.text.tokenizer import read_tokenizer
 
 _MOST_CHOICES = 128
-"""Texts that one request may ask for."""
+"""The most texts that one request may ask for."""
 
 _MAX_TOKENS = 512
-"""What is made where neither a request, nor the options, nor the checkpoint say."""
+"""The most tokens of a text, unless the request, the options or the checkpoint give another number."""
 
 _LONGEST_DRAIN = 24 * 3600
 
 _ARRIVING = 64
-"""Requests that may be read beside those that wait or run."""
+"""The most requests that may be parsed at once, besides those that wait or run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options; those that mlx-lm's server has too are named as there."""
+    """The command's options. Those that mlx-lm's server has too have its names."""
     options = Parser(
         prog=program("serve"),
         description="Serve a DBRX model over HTTP, to OpenAI's clients and to people who chat on its page.",
@@ -109,7 +109,7 @@ def _add_limits(options: argparse.ArgumentParser) -> None:
 
 def _add_prompt_cache(options: argparse.ArgumentParser) -> None:
     add = options.add_argument_group(
-        "prompt cache", "The caches of prompts' beginnings are kept, and reused by later requests with the same ones."
+        "prompt cache", "Keys and values of prompts' prefixes are kept for later requests with the same prefix."
     ).add_argument
     add(
         "--prompt-cache-bytes",
@@ -173,7 +173,7 @@ def _run(options: argparse.Namespace) -> None:
             print_result(url)
             print_message(_budget(model, engine.limits))
             if not keys and not _is_own_machine(url):
-                print_message("warning: whoever reaches this address can ask: set API keys with --api-key-file.")
+                print_message("warning: this address takes requests from everybody: set keys with --api-key-file.")
 
         def tell() -> None:
             print_message(f"ending: what runs has {options.drain:g} seconds.")
@@ -186,7 +186,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuses what can be refused before a checkpoint is looked at."""
+    """Makes all checks that don't need the checkpoint."""
     for name in ("decode_concurrency", "capacity", "queue", "max_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -199,12 +199,13 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _loaded(options: argparse.Namespace) -> tuple[ServedModel, Engine]:
-    """The model, and an engine that is ready for it."""
+    """The served model, and an engine that is ready."""
     path = checkpoint_path(options.model)
     folder = tokenizer_folder(path)
     defaults = _with_options(options, read_generation_config(folder))
     tokenizer = read_tokenizer(folder)
-    # The first message that spells a control token would wait for what this makes: a second for a large vocabulary.
+    # This fills a cache, which takes a second for a large vocabulary. Otherwise the first message that spells a control
+    # token would wait for it.
     spelled = "".join(tokenizer.control_tokens)
     tokenizer.encode(spelled, literal=[(0, len(spelled))])
     with byte_progress("loading") as progress:
@@ -263,7 +264,7 @@ def _with_options(options: argparse.Namespace, defaults: GenerationConfig) -> Ge
 
 
 def _budget(model: ServedModel, limits: Limits) -> str:
-    """What there is room for, in a line."""
+    """One line that says what there is room for."""
     room = size_text(limits.positions * cache_bytes(model.config, 1))
     mode = " in the exact mode" if limits.exact else ""
     return (

@@ -1,4 +1,4 @@
-"""A client of `/v1/completions` that measures: when each part of a streamed answer came."""
+"""A client of `/v1/completions` that measures when each part of a streamed answer arrives."""
 
 import json
 import re
@@ -12,24 +12,24 @@ from dbrx_fn.benchmarks.http_client import HttpFailure, Site, response
 from dbrx_fn.errors import InputError
 
 _LARGEST = 2**22
-"""Bytes of an event, or of an answer that isn't a stream. A benchmark's are far smaller."""
+"""The most bytes of an event, or of an answer that isn't a stream. A benchmark's are far smaller."""
 
 _OPTIONS: tuple[dict[str, Any], ...] = (
     {"ignore_eos": True, "stream_options": {"include_usage": True}},
     {"stream_options": {"include_usage": True}},
     {},
 )
-"""Fields that not every server takes, from what is wanted to what all take."""
+"""Sets of fields to try, from those wanted to those that every server takes."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a request. Times are of `time.perf_counter`.
+    """The result of a request. Times are of `time.perf_counter`.
 
     `due`, `sent`, `ended`: when it should have been sent, when it was, and when its answer ended.
-    `times`: when each event with text came.
-    `prompt_tokens`, `cached_tokens`, `made_tokens`: as the server told; made ones are events with text if it didn't.
-    `failure`: why there is no whole answer.
+    `times`: when each event with text arrived.
+    `prompt_tokens`, `cached_tokens`, `made_tokens`: as the server reports them. If it doesn't, `made_tokens` counts
+    events with text. `failure`: why there is no whole answer.
     """
 
     due: float
@@ -44,11 +44,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """How to ask a server.
+    """How to send requests to a server.
 
     `model`: its name in requests, if it needs one. `temperature`: of every request.
     `options`: other fields of every request.
-    `words_per_token`: of prompts made of words.
+    `words_per_token`: ratio for prompts made of words.
     """
 
     site: Site
@@ -59,7 +59,7 @@ class Endpoint:
 
 
 async def find_endpoint(site: Site, model: str | None, temperature: float, words: list[str], answer: int) -> Endpoint:
-    """Asks a server, to learn which fields it takes.
+    """Sends a trial request, to learn which fields a server takes.
 
     Args:
         site: its address.
@@ -85,7 +85,7 @@ async def find_endpoint(site: Site, model: str | None, temperature: float, words
 
 
 async def ask(endpoint: Endpoint, prompt: str, answer: int, due: float) -> Answer:
-    """Sends a request, and follows its answer to the end. What fails is told in the answer."""
+    """Sends a request, and follows its answer to the end. The result says what failed."""
     fields = {
         **({} if endpoint.model is None else {"model": endpoint.model}),
         "prompt": prompt,

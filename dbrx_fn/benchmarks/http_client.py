@@ -1,4 +1,4 @@
-"""An HTTP client for asyncio: one connection a request, and the body as it arrives."""
+"""An HTTP client for asyncio. It uses one connection per request, and gives the body as it arrives."""
 
 import asyncio
 import ssl
@@ -13,7 +13,7 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.files.json_file import shown
 
 _PATIENCE = 600.0
-"""Seconds for which a server may be silent. A queue can be long."""
+"""The most seconds that a server may be silent. A queue can be long."""
 
 _AT_ONCE = 2**16
 

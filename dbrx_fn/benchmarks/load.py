@@ -1,7 +1,7 @@
-"""The load of a serving benchmark: when requests arrive, how long prompts and answers are, and texts of a length.
+"""The load of a serving benchmark: arrival times, lengths of prompts and answers, and the prompts' words.
 
 Everything is drawn from a seed. Lengths are the same under every load, so loads can be compared. Texts differ, since a
-server would know the beginning of a prompt that it has read before.
+server could have cached the prefix of an earlier prompt.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 from dbrx_fn.errors import InputError
 
 _LONGEST = 4
-"""Lengths are cut at this many times the median, so that one of them doesn't decide a run."""
+"""Lengths are cut at this many times the median, so that a single one doesn't dominate a run."""
 
 _WIDEST = 3
 
@@ -56,7 +56,7 @@ def loads_of(rates: Sequence[float] | None, clients: Sequence[int] | None) -> li
 
 @dataclass(frozen=True)
 class Limits:
-    """What makes an answer good, in seconds: its first text, and each later one after the one before.
+    """The limits of a good answer, in seconds: to its first text, and from each text to the next.
 
     Raises:
         InputError: if one of them isn't positive.
@@ -73,13 +73,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked for under each load.
+    """The requests of each load.
 
     `prompt`, `answer`: medians of lengths, in tokens. `spread`: standard deviation of the lengths' logarithms; 0 gives
     all requests the medians.
 
     Raises:
-        InputError: if the spread or the seed can't be drawn from.
+        InputError: if the spread or the seed is out of range.
     """
 
     requests: int
@@ -95,11 +95,11 @@ class Workload:
             raise InputError(f"--seed is {self.seed} where it must be at least 0.")
 
     def prompts(self) -> list[int]:
-        """Tokens of each request's prompt."""
+        """Number of tokens of each request's prompt."""
         return self._lengths(self.prompt, 0)
 
     def answers(self) -> list[int]:
-        """Tokens of each request's answer."""
+        """Number of tokens of each request's answer."""
         return self._lengths(self.answer, 1)
 
     def arrivals(self, rate: float) -> list[float]:
@@ -107,7 +107,7 @@ class Workload:
         return list(accumulate(np.random.default_rng([self.seed, 2]).exponential(1 / rate, self.requests).tolist()))
 
     def words(self, number: int) -> Iterator[str]:
-        """Words for the prompts of the load with this number, without end."""
+        """An endless stream of words for the prompts of the load with this number."""
         drawn, words = np.random.default_rng([self.seed, 3, number]), _TEXT.split()
         while True:
             yield from (words[index] for index in drawn.integers(len(words), size=256))

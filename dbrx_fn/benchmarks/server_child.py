@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dbrx_fn.errors import InputError
 
 _PATIENCE = 10.0
-"""Seconds that it has to end."""
+"""Seconds that the server has to end."""
 
 
 @contextmanager

@@ -32,14 +32,14 @@ class ServingFigure:
     """One load. Times are in seconds.
 
     `seconds`: from the first request to the end of the last answer.
-    `first_token`: from when a request was due to its first text. `between_tokens`: from one text to the next, of all
-    answers together.
+    `first_token`: from the time when a request was due to its first text. `between_tokens`: from one text to the next,
+    over all answers.
     `in_flight`: mean number of requests that were sent and not answered yet.
-    `latest`: how long after it was due a request was sent, at most. It should be little.
+    `latest`: the longest time from when a request was due until it was sent. It should be short.
     `good`: requests within the limits.
     `waiting`, `most_waiting`, `rows_filled`: mean and highest number of texts in the server's queue, and the mean share
     of its rows with a text; only this package's servers tell.
-    `prompt_tokens`, `cached_tokens`: `None` if the server doesn't tell.
+    `prompt_tokens`, `cached_tokens`: `None` if the server doesn't report them.
     """
 
     load: Load
@@ -94,7 +94,7 @@ async def measure_serving(
 def serving_figure(
     load: Load, answers: Sequence[Answer], limits: Limits, samples: Sequence[_Sample] = ()
 ) -> ServingFigure:
-    """The figure of one load's answers, of which there is at least one."""
+    """The figures of one load, which has at least one answer."""
     whole = [answer for answer in answers if answer.failure is None]
     gaps = [gap for answer in whole for gap in _gaps(answer)]
     good = sum(_first(answer) <= limits.first and max(_gaps(answer), default=0) <= limits.between for answer in whole)
@@ -157,7 +157,7 @@ async def _answers(
 
 
 async def _sample(endpoint: Endpoint, samples: list[_Sample]) -> None:
-    """Reads the figures of a server of this package, again and again. Another server's page ends it."""
+    """Reads the metrics of this package's server repeatedly. It ends if the server is another one."""
     while (page := await read_page(endpoint.site, "/metrics")) is not None:
         found = {(state or rows).decode(): int(value) for rows, state, value in _COUNT.findall(page)}
         if not {"rows", "waiting", "decoding"} <= found.keys():
@@ -167,7 +167,7 @@ async def _sample(endpoint: Endpoint, samples: list[_Sample]) -> None:
 
 
 def _first(answer: Answer) -> float:
-    """Seconds to the first text; of an answer without one, to its end."""
+    """Seconds to the first text, or to the end of an answer without text."""
     return (answer.times[0] if answer.times else answer.ended) - answer.due
 
 

@@ -71,7 +71,7 @@ def serving_object(measured: Measured) -> dict[str, Any]:
 
 
 def draw_serving(measured: Measured) -> "Figure":
-    """Latencies and tokens a second over the load, whose loads are all rates or all numbers of clients.
+    """Plots latencies and tokens per second over the loads, which must be all rates or all numbers of clients.
 
     Raises:
         InputError: if there is no matplotlib.

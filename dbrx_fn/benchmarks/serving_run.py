@@ -13,12 +13,12 @@ from dbrx_fn.benchmarks.server_child import served
 from dbrx_fn.benchmarks.serving import ServingFigure, measure_serving
 
 _WORDS = 64
-"""Words of the trial's prompt."""
+"""Number of words of the trial's prompt."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured. `server`: how it is called in reports. `figures`: one for each load, at least one."""
+    """What was measured. `server`: its name in reports. `figures`: one per load, at least one."""
 
     server: str
     endpoint: Endpoint
@@ -39,13 +39,13 @@ def run_serving(
     """Measures a server under each load.
 
     Args:
-        server: the URL of one that runs, or the options of this package's server, which is started and ended.
+        server: the URL of a running server, or options with which this package's server is started and later ended.
         model: the model's name in the requests to a URL, if it needs one.
         api_key: sent with each request.
         temperature: of each request.
-        workload: what is asked for.
+        workload: the requests.
         loads: at least one.
-        limits: what makes an answer good.
+        limits: the limits of a good answer.
 
     Raises:
         InputError: if the server doesn't start, can't be reached, or answers no request.

@@ -1,4 +1,4 @@
-"""What can be entered in a chat beside messages: commands that begin with a slash."""
+"""The commands of a chat, which begin with a slash."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ HELP = '''\
 /undo               takes the last turn back
 /system TEXT        sets the system prompt; without TEXT there is none
 /save FILE          saves the conversation as JSON
-/save --cache FILE  saves beside it, in FILE.cache, what was computed of it too
+/save --cache FILE  saves the conversation's keys and values too, in FILE.cache
 /load FILE          goes on with a saved conversation
 /help               shows this
 /quit               ends, as Ctrl-D does
@@ -31,10 +31,10 @@ def obey(command: str, session: ChatSession, weights: Callable[[], str]) -> str:
     Args:
         command: the line.
         session: the conversation.
-        weights: gives the model's fingerprint.
+        weights: returns the model's fingerprint.
 
     Returns:
-        What to tell the user.
+        The message for the user.
 
     Raises:
         DbrxError: if the command is unknown, or can't be carried out. The conversation stays as it was.

@@ -1,4 +1,4 @@
-"""Messages as a person types them, with the terminal's own line editing, or as they come from a pipe."""
+"""Reads chat messages from a terminal, with line editing, or from a pipe."""
 
 import sys
 from contextlib import suppress
@@ -8,11 +8,11 @@ from dbrx_fn.errors import InputError
 
 _QUOTE = '"""'
 _LARGEST_LINE = 16 * 2**20
-"""Bytes of a line from a pipe."""
+"""The most bytes of a line from a pipe."""
 
 
 class Message(NamedTuple):
-    """What was entered. One that begins with a slash is a command, unless it is quoted."""
+    """One input. It is a command if it begins with a slash and isn't quoted."""
 
     text: str
     is_command: bool
@@ -21,9 +21,9 @@ class Message(NamedTuple):
 class MessageReader:
     """Reads messages from standard input.
 
-    A message is a line. A line that ends with a backslash goes on in the next one, and what stands between triple
-    quotes may have many lines. On a terminal there are prompts. They go to standard output if that is a terminal too,
-    and to standard error if not.
+    A message is a line. A line that ends with a backslash goes on in the next one. A message between triple quotes may
+    have many lines. On a terminal each message is prompted for. The prompts go to standard output if it is a terminal
+    too, and otherwise to standard error.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,7 @@
-"""A conversation as a file: JSON with `messages`, as chat APIs and training data have them.
+"""Saves and loads a conversation: JSON with `messages`, as chat APIs and training data have them.
 
-What was computed of it may lie beside it (`save_cache`), under the same name and `.cache`. The JSON then says in
-`cache` which tokens it holds, its size and SHA-256, and the fingerprint of the weights. A cache that doesn't fit isn't
-used.
+Its keys and values may lie beside it (`save_cache`), under the same name with `.cache`. The JSON's `cache` then has the
+cached tokens, the cache's size and SHA-256, and the fingerprint of the weights. A cache that doesn't fit isn't used.
 """
 
 import json
@@ -21,12 +20,12 @@ from dbrx_fn.text.conversation import read_conversation
 
 
 def save_chat(file: Path, session: ChatSession, weights: str | None = None) -> None:
-    """Saves a conversation. It replaces a saved conversation of that name, and no other file.
+    """Saves a conversation. It replaces only a saved conversation of that name, and no other file.
 
     Args:
         file: any name in an existing folder.
         session: the conversation.
-        weights: the model's fingerprint, to save what was computed too; if not given, that isn't saved.
+        weights: the model's fingerprint, to save the cache too. `None` saves no cache.
 
     Raises:
         InputError: if a file can't be written, or another one is in the way. What was there stays.
@@ -48,15 +47,15 @@ def save_chat(file: Path, session: ChatSession, weights: str | None = None) -> N
 
 
 def load_chat(file: Path, session: ChatSession, weights: Callable[[], str]) -> str | None:
-    """Puts a saved conversation in place of the session's.
+    """Replaces the session's conversation by a saved one.
 
     Args:
         file: from `save_chat`, or with `messages` of any chat.
         session: the conversation.
-        weights: gives the model's fingerprint, if it is needed.
+        weights: returns the model's fingerprint; called only if it is needed.
 
     Returns:
-        Why the cache beside it isn't used, as a clause; `None` if it is, or if there is none.
+        Why the saved cache isn't used, as a clause; `None` if it is used, or if there is none.
 
     Raises:
         InputError: if the file can't be read, or isn't a conversation. The session stays as it was.
@@ -86,7 +85,7 @@ def load_chat(file: Path, session: ChatSession, weights: Callable[[], str]) -> s
 
 
 def cache_beside(file: Path) -> Path:
-    """Where the cache of a conversation lies."""
+    """The path of a conversation's cache."""
     return file.with_name(f"{file.name}.cache")
 
 
@@ -105,7 +104,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _cache(file: Path, note: Any, session: ChatSession, weights: Callable[[], str]) -> Held:
     if not isinstance(note, dict) or not note.keys() >= {"weights", "tokens", "bytes", "sha256"}:
-        raise ValueError("what is noted of it is incomplete")
+        raise ValueError("the note about it is incomplete")
     if note["weights"] != weights():
         raise ValueError("it was made with other weights")
     different = disagreement(file_sum(file), {name: note[name] for name in ("bytes", "sha256")})

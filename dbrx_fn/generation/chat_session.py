@@ -29,14 +29,14 @@ class Held:
 
 
 class ChatSession:
-    """A conversation in the making.
+    """A conversation in progress.
 
     Attributes:
         system: the system prompt; `None` for the model's default one, blank for none at all.
         messages: the turns, each a message of the user and one of the assistant.
-        held: what was computed; `None` before the first turn.
-        prompt_tokens: of the last turn, tokens of the whole conversation before the answer.
-        new_tokens: of these, how many had to be computed.
+        held: the cache and its tokens; `None` before the first turn.
+        prompt_tokens: in the last turn, number of tokens of the entire conversation before the answer.
+        new_tokens: how many of these had to be computed.
     """
 
     def __init__(self, params: Params, config: Config, tokenizer: Tokenizer, system: str | None = None) -> None:
@@ -57,10 +57,10 @@ class ChatSession:
         stop_strings: Sequence[str] = (),
         chunk_size: int = CHUNK_SIZE,
     ) -> Generator[Piece]:
-        """Yields the answer to a message. If the caller closes it before its end, what there is becomes the answer.
+        """Yields the answer to a message. If the caller closes it early, the text so far becomes the answer.
 
         Args:
-            text: the user's message. Control tokens that it spells are plain text.
+            text: the user's message. Control tokens spelled in it are plain text.
             max_tokens: as in `stream_text`, like all that follows.
 
         Raises:
@@ -89,7 +89,7 @@ class ChatSession:
             chunk_size=chunk_size,
             cache=known,
         )
-        # Whoever else holds the cache makes writing to it a copy.
+        # A second reference to the cache would make each write a copy.
         del known
         made: list[Piece] = []
         try:
@@ -112,7 +112,7 @@ class ChatSession:
         return bool(turns)
 
     def _take_known(self, prompt: Sequence[int]) -> Cache | None:
-        """A cache of the prompt's first tokens, all but the last at most. The session then holds nothing."""
+        """A cache of the prompt's first tokens, without at least the last one. The session gives up its own."""
         held, self.held = self.held, None
         if held is None:
             return None

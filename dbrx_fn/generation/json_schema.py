@@ -1,7 +1,7 @@
-"""JSON schemas, checked and rewritten so that llguidance enforces every keyword of them or refuses the schema.
+"""Checks and rewrites a JSON schema so that every keyword is enforced, or the schema is refused.
 
-llguidance ignores keywords that it doesn't know, and enforces some only in part. So each keyword of a schema is looked
-at here first: llguidance enforces it, or it constrains nothing, or the schema is refused.
+llguidance ignores keywords that it doesn't know, and enforces some only in part. So each keyword is checked here first.
+If llguidance doesn't enforce it, and it constrains anything, the schema is refused.
 Source of the keywords' meaning: https://json-schema.org/draft/2020-12/json-schema-validation.
 """
 
@@ -16,22 +16,22 @@ from dbrx_fn.files.json_file import shown
 
 Schema = dict[str, Any]
 Path = tuple[str | int, ...]
-"""The steps from the whole schema to a part of it."""
+"""The path from the entire schema to a part of it."""
 
 _LEVELS = 1000
-"""Levels of schemas inside of each other, with those behind each $ref: llguidance overflows a stack from 2,000 on."""
+"""The most levels of nested schemas, counted through each $ref. From 2,000 on, llguidance overflows a stack."""
 
 _DEEPEST = 120
-"""Steps from the whole schema to a part, not counting those behind a $ref. llguidance takes 127 levels of JSON."""
+"""The most steps from the entire schema to a part, not through a $ref. llguidance takes 127 levels of JSON."""
 
 _COSTS = {"schemas": 2000, "patternProperties": 100, "pattern": 10_000, "multipleOf": 10_000}
-"""How many schemas and patterned properties a whole schema may have, of how many characters its patterns may be, and
-how many remainders its divisors may have: with each of them compiling takes a second at most, with more soon minutes.
+"""Limits for an entire schema: subschemas, patterned properties, characters of patterns, and remainders of divisors. At
+each limit compiling takes a second at most. Well above it, compiling takes minutes.
 """
 
 _MOST_DIGITS = 15
 _JOINED = {("pattern", "format"): 8, ("multipleOf",): 1}
-"""How many of these one value may have to fit at once: work and memory to compile are exponential in it."""
+"""The most of these that one value may have to fit at once. Compiling takes time and memory exponential in it."""
 
 _FORMATS = ("date", "date-time", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 _TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
@@ -46,18 +46,17 @@ _DRAFTS = (*_OLD_DRAFTS, "https://json-schema.org/draft/2020-12/schema")
 _LEAP_YEAR = r"(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
 _YEAR = r"(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
 _CALENDAR = rf"^{_YEAR}-(?:0[13-9]|1[0-2]|02-(?:[01][0-9]|2[0-8]))|^{_LEAP_YEAR}-02-29"
-"""How a date begins that exists: llguidance lets every year have a 29 February, and lets there be a year 0."""
+"""The beginning of a valid date. llguidance itself allows 29 February in every year, and a year 0."""
 
 _ESCAPED = "\b\t\n\f\r"
-"""The control characters that a text can hold, each as an escape of one letter."""
+"""The control characters that a text can hold, each written as an escape of one letter."""
 
 
 def enforceable(schema: Schema) -> Schema:
-    """The schema to give llguidance for this one.
+    """The rewritten schema for llguidance.
 
     Raises:
-        InputError: the schema isn't valid, or holds what can't be enforced; the message names the keyword and where it
-            is.
+        InputError: if the schema isn't valid, or can't be enforced. The message names the keyword and its place.
     """
     walk = _Walk(schema)
     written = walk.rewritten(schema, ())
@@ -77,7 +76,7 @@ def enforceable(schema: Schema) -> Schema:
 
 
 def described(path: Path) -> str:
-    """A keyword and its place as a sentence can show them, such as `'format' at #/properties/day/format`."""
+    """A keyword and its place for an error message, such as `'format' at #/properties/day/format`."""
     steps = (str(step).replace("~", "~0").replace("/", "~1") for step in path)
     return f"{shown(str(path[-1]))} at {shown('/'.join(('#', *steps)), 200)[1:-1]}"
 
@@ -88,12 +87,12 @@ def reference_path(reference: str) -> tuple[str, ...]:
 
 
 class _Walk:
-    """What is met on the way through a schema.
+    """What the walk through a schema collects.
 
-    `levels`: how many levels of schemas are in each, by its id.
-    `references`: where each $ref is and what it leads to, one for each target.
-    `spent`: how much there was of each of `_COSTS`.
-    `visited`: the schemas and where they are, inner ones first.
+    `levels`: number of levels below each schema, by the schema's `id()`.
+    `references`: path and target of each $ref, one per target.
+    `spent`: the amount so far of each of `_COSTS`.
+    `visited`: the schemas and their paths, inner ones first.
     """
 
     def __init__(self, root: Schema) -> None:
@@ -106,7 +105,7 @@ class _Walk:
         self.visited: list[tuple[Schema, Path]] = []
 
     def rewritten(self, schema: Any, path: Path) -> Any:
-        """The schema that is there as llguidance shall have it."""
+        """The schema at this path, rewritten for llguidance."""
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
@@ -121,7 +120,7 @@ class _Walk:
         return self._completed(written)
 
     def check_joined(self) -> None:
-        """Refuses schemas by which one value has to fit too many of `_JOINED`."""
+        """Refuses schemas that make one value fit too many of `_JOINED` at once."""
         for counted, most in _JOINED.items():
             joined = self._joined(counted)
             for schema, path in self.visited:
@@ -135,7 +134,7 @@ class _Walk:
         entered: set[int] = set()
 
         def most(schemas: list[Schema]) -> int:
-            # A schema inside of itself counts once.
+            # A schema inside itself counts once.
             return max((known.get(id(schema), 0) for schema in schemas), default=0)
 
         # Python's own stack is too short for a chain of references.
@@ -158,7 +157,7 @@ class _Walk:
         return known
 
     def _inner(self, schema: Schema, *names: str) -> list[Schema]:
-        """The schemas in these keywords, apart from booleans."""
+        """The schemas in these keywords, except booleans."""
         inner = [one for name in names if name in schema for _, one in schemas_in(name, schema[name])]
         if "$ref" in names and "$ref" in schema:
             inner.append(self._target(schema["$ref"], ()))
@@ -239,9 +238,9 @@ class _Walk:
         return schema
 
     def _resolvable(self, branch: Any) -> Any:
-        """A branch of `oneOf` that llguidance looks behind the $ref of, to see that the branches exclude each other.
+        """A branch of `oneOf` whose $ref llguidance resolves, to see that the branches exclude each other.
 
-        It does so only beside another keyword.
+        llguidance does this only if the branch has another keyword too.
         """
         if not isinstance(branch, dict) or "$ref" not in branch or "type" in branch:
             return branch
@@ -254,7 +253,7 @@ def _has_list(schema: dict[str, Any]) -> bool:
 
 
 def schemas_in(keyword: str, value: Any) -> Iterator[tuple[Path, Any]]:
-    """The schemas in a keyword's value, and the steps to each."""
+    """The schemas in a keyword's value, and the path to each."""
     if keyword in _MAPS:
         yield from (((name,), inner) for name, inner in value.items())
     elif isinstance(value, list) and keyword in (*_LISTS, "items"):
@@ -268,7 +267,7 @@ def _refuse(path: Path, what: str) -> NoReturn:
 
 
 def _is_number(value: object) -> bool:
-    """Whether llguidance reads the number exactly, which it computes from its digits and a power of ten in float64."""
+    """Whether llguidance reads the number exactly. It multiplies the digits by a power of ten in float64."""
     if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 10**_MOST_DIGITS:
         return False
     _, digits, exponent = Decimal(str(value)).normalize().as_tuple()
@@ -276,7 +275,7 @@ def _is_number(value: object) -> bool:
 
 
 def _remainders(divisor: float) -> int:
-    """How many states a lexer needs to tell multiples: the divisor's digits as an integer."""
+    """The number of states that a lexer needs for multiples: the divisor's digits as an integer."""
     exact = Decimal(str(divisor)).normalize()
     return int(exact.scaleb(-min(0, int(exact.as_tuple().exponent))))
 
@@ -291,7 +290,7 @@ def _is_types(value: object) -> bool:
 
 
 def _is_constant(value: object) -> bool:
-    """Whether a text can hold it exactly."""
+    """Whether a text can hold the value exactly."""
     if isinstance(value, str):
         return all((character >= " " and character != "\x7f") or character in _ESCAPED for character in value)
     if isinstance(value, list):
@@ -305,7 +304,7 @@ _IDS = ("$id", "id")
 _COMMENTS = {
     *(*_IDS, "$schema", "$comment", "title", "description", "default", "examples", "deprecated", "readOnly"),
     *("writeOnly", "contentMediaType", "contentEncoding"),
-    # OpenAPI's hint of which branch applies; the branches say all that is required.
+    # OpenAPI's hint to the branch that applies. The branches hold all requirements.
     "discriminator",
 }
 """Keywords that constrain nothing."""

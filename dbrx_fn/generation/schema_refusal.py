@@ -1,4 +1,4 @@
-"""Finds the keyword of a JSON schema that llguidance refuses it for, since llguidance's own words rarely name it."""
+"""Finds the keyword for which llguidance refuses a JSON schema. llguidance's own messages rarely name it."""
 
 import json
 from collections.abc import Callable
@@ -9,24 +9,24 @@ from dbrx_fn.generation.json_schema import CONSTRAINING, DEFINITIONS, Path, Sche
 _MOST_WORK = 2_000_000
 _WORK_OF_A_TRIAL = 40_000
 _WORK_OF_A_LONG_TRIAL = 500_000
-"""The most work to look for it, and what a trial is of it; each character of its schema is one more.
+"""The most work of the search, and the work of one trial. Each character of the tried schema adds 1.
 
-A count finds the same keyword on every machine, where a clock doesn't. What is found by then is returned.
+Unlike a clock, this limit gives the same keyword on every machine. At the limit, the best result so far is returned.
 """
 
 _LIMITS = ("too large", "too big")
-"""Words of llguidance about a schema that it worked on up to a limit, which takes up to a second each time."""
+"""llguidance's words for a schema that reached a limit of work. Each such trial takes up to a second."""
 
 
 def refused_keyword(schema: Schema, refusal: Callable[[Schema], str | None]) -> Path | None:
-    """The innermost keyword that a refusal is about; `None` if none is found.
+    """The innermost keyword that causes a refusal; `None` if none is found.
 
-    The search goes from the whole schema inwards. It enters a part if the schema is refused in the same words with
-    everything beside that part left out. Where no keyword alone does that, it takes one without which the words change.
+    The search goes from the entire schema inwards. It enters a part if the schema with only that part is refused in the
+    same words. If no single keyword is, it takes one whose removal changes the words.
 
     Args:
-        schema: one that is refused, and that `enforceable` has checked.
-        refusal: why a schema is refused, `None` if it isn't.
+        schema: a refused one that `enforceable` has checked.
+        refusal: gives the reason for refusing a schema, `None` if it isn't refused.
     """
     words = refusal(schema)
     left = _MOST_WORK
@@ -43,7 +43,7 @@ def refused_keyword(schema: Schema, refusal: Callable[[Schema], str | None]) -> 
 
     while path not in followed and isinstance(here := _part(schema, path), dict):
         followed.add(path)
-        # Without its type a schema may be refused for another type's sake.
+        # Without its type, a schema may be refused because of another type.
         names = sorted(here.keys() & CONSTRAINING, key=lambda name: (name == "type", list(here).index(name)))
         beside = {name: here[name] for name in ("type", *DEFINITIONS) if name in here}
         alone = (name for name in names if refused_alike(path, {name: here[name], **beside}))
@@ -60,9 +60,9 @@ def refused_keyword(schema: Schema, refusal: Callable[[Schema], str | None]) -> 
 
 
 def _refused_inside(place: Path, value: Any, refused_alike: Callable[[Path, Any], bool]) -> Path:
-    """The place of the schema in a keyword's value that is refused alone; `()`, where the search began, if none is.
+    """The path of the one schema in a keyword's value that is refused alone; `()` if there is none.
 
-    Half of the schemas are tried at once, so a thousand take twenty trials at most.
+    It bisects, so a thousand schemas take at most twenty trials.
     """
     keyword = str(place[-1])
     waiting = list(schemas_in(keyword, value))
@@ -83,13 +83,13 @@ def _only(value: Any, schemas: list[tuple[Path, Any]], keyword: str) -> Any:
         return schemas[0][1]
     if isinstance(value, list):
         return [inner for _, inner in schemas]
-    # A property that is left out could be refused for being required.
+    # A property that is left out may have any value. If it were missing, it could be refused as required.
     others = dict.fromkeys(value, True) if keyword == "properties" else {}
     return others | {steps[0]: inner for steps, inner in schemas}
 
 
 def _placed(schema: Any, names: tuple[str, ...]) -> Path:
-    """The path with these names, as numbers where they count the items of a list."""
+    """The path with these names. Indices of a list become numbers."""
     path: Path = ()
     for name in names:
         path = (*path, int(name) if isinstance(_part(schema, path), list) else name)
@@ -103,7 +103,7 @@ def _part(schema: Any, path: Path) -> Any:
 
 
 def _replaced(schema: Any, path: Path, part: Any) -> Any:
-    """The schema with another part at this place."""
+    """The schema with the part at this path replaced."""
     if not path:
         return part
     copy = schema.copy()

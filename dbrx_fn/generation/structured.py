@@ -1,9 +1,9 @@
-"""Structured output: texts that must be JSON, fit a JSON schema or a regular expression, or be one of some strings.
+"""Structured output: texts that must be JSON, fit a JSON schema, match a regular expression, or be one of some strings.
 
-A `Structure` describes the text. A `Matcher` follows one text and gives the tokens that may come next, among which
-`sample` and `sample_rows` choose. It needs a `TokenTrie`, which is made once per tokenizer.
+A `Structure` describes the text. A `Matcher` follows one text and gives the tokens that may come next. `sample` and
+`sample_rows` choose among these. A matcher needs a `TokenTrie`, which is made once per tokenizer.
 
-llguidance (https://github.com/guidance-ai/llguidance) does the matching. Nothing else needs it.
+llguidance (https://github.com/guidance-ai/llguidance) does the matching. The rest of the package works without it.
 """
 
 import functools
@@ -46,7 +46,7 @@ _LIMITS: dict[str, Any] = {
 _JSON_OPTIONS: dict[str, Any] = {
     # If white space may continue without end, a weak model may generate nothing else.
     "whitespace_pattern": r" |\r?\n[ \t]{0,32}",
-    # A key written with \u could be that of another property, and not fit that one's schema.
+    # A key with a \u escape could spell another property's name, whose schema its value need not fit.
     "json_allowed_escapes": 'nrbtf\\"',
 }
 
@@ -55,7 +55,7 @@ _PLAINER = {
     "NoExtensionBias": "no text fits it",
     "coerce_one_of": "it isn't certain that its branches exclude each other, as different types or constants do",
 }
-"""What to say where llguidance's error holds these words."""
+"""The reason to give if llguidance's error contains these words."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,14 @@ class Structure:
 
 
 class TokenTrie:
-    """A tokenizer's vocabulary as llguidance needs it; made once, in a second for 100,000 tokens."""
+    """A tokenizer's vocabulary as llguidance needs it. It is made once, which takes a second for 100,000 tokens."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_tokens: Iterable[int] | None = None) -> None:
         """
         Args:
             tokenizer: the checkpoint's.
-            vocab_size: the model's; what it has beyond the tokenizer's is never allowed.
-            stop_tokens: ids that end a text and are allowed nowhere else; the tokenizer's, if not given.
+            vocab_size: the model's. Ids that the tokenizer doesn't have are never allowed.
+            stop_tokens: ids that are allowed only at the end of a text. The default is the tokenizer's.
 
         Raises:
             InputError: if there is no stop token, or llguidance isn't installed.
@@ -183,7 +183,7 @@ def token_trie(tokenizer: Tokenizer, vocab_size: int, stop_tokens: frozenset[int
 
 
 class Matcher:
-    """Follows one text as it is made. It isn't for two threads at once."""
+    """Follows one text as it is generated. It isn't thread-safe."""
 
     def __init__(self, matcher: "llguidance.LLMatcher", words: int, known: int, stop_tokens: frozenset[int]) -> None:
         self.stop_tokens = stop_tokens
@@ -193,25 +193,25 @@ class Matcher:
 
     @property
     def finished(self) -> bool:
-        """Whether the text is whole, and nothing but a stop token can follow."""
+        """Whether the text is complete, and only a stop token can follow."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def allowed(self) -> NDArray[np.uint32]:
-        """The tokens that may come next, uint32 `[words]`: a bit for each, 32 to a word, the lowest first.
+        """The tokens that may come next, uint32 `[words]`: one bit per token, 32 per word, the lowest bit first.
 
-        The stop tokens are among them exactly where the text may end.
+        Stop tokens are allowed where the text may end, and nowhere else.
 
         Raises:
-            GenerationError: if no token fits, or finding those that do takes more work than is allowed.
+            GenerationError: if no token fits, or the search exceeds its limit of work.
         """
         words = np.zeros(self._words, np.uint32)
         self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, -(-self._known // 32) * words.itemsize)
-        # After an error the library allows the end of the text.
+        # After an error llguidance allows a stop token, so the error must be checked.
         self._check()
         return words
 
     def advance(self, token: int) -> None:
-        """Goes on behind a token.
+        """Advances past a token.
 
         Raises:
             GenerationError: if the token isn't allowed.
@@ -220,7 +220,7 @@ class Matcher:
         self._check()
 
     def rewind(self, count: int) -> None:
-        """Goes back before the last `count` tokens.
+        """Takes back the last `count` tokens.
 
         Raises:
             GenerationError: if there are fewer.
@@ -229,7 +229,7 @@ class Matcher:
         self._check()
 
     def copy(self) -> "Matcher":
-        """Another matcher, at the same place of the text."""
+        """A second matcher at the same place of the text."""
         return Matcher(self._matcher.deep_copy(), self._words, self._known, self.stop_tokens)
 
     def _check(self) -> None:
@@ -240,7 +240,7 @@ class Matcher:
 
 
 class _Encoder:
-    """What llguidance asks of a tokenizer: its tokens, and the encoding of a text that the structure prescribes."""
+    """The tokenizer's interface for llguidance: its tokens, and the encoding of text that the structure prescribes."""
 
     bos_token_id = None
 
@@ -274,7 +274,7 @@ def _library() -> ModuleType:
 
 
 def _new_matcher(tokens: "llguidance.LLTokenizer", grammar: str) -> "llguidance.LLMatcher":
-    """A matcher that holds an error if it can't be made, or can't find its first tokens."""
+    """A matcher. It holds an error if it can't be made, or can't find its first tokens."""
     library = _library()
     matcher: llguidance.LLMatcher = library.LLMatcher(
         tokens, grammar, log_level=0, limits=library.LLParserLimits(**_LIMITS)
@@ -292,7 +292,7 @@ def _reason(matcher: "llguidance.LLMatcher") -> str:
 
 @functools.cache
 def _bytes() -> "llguidance.LLTokenizer":
-    """The smallest vocabulary, to try structures with."""
+    """The smallest vocabulary, for trying structures."""
     tokens: llguidance.LLTokenizer = _library().LLTokenizer("byte")
     return tokens
 
@@ -308,7 +308,7 @@ def _schema_refusal(schema: Schema) -> str | None:
 
 
 def _refusal(grammar: str) -> str | None:
-    """Why llguidance doesn't take this grammar, or doesn't enforce all of it; `None` if it does."""
+    """Why llguidance refuses this grammar, or can't enforce all of it; `None` if it can."""
     with library_errors("The structure can't be enforced", "change it", InputError):
         matcher = _new_matcher(_bytes(), grammar)
         warnings = matcher.get_grammar_warnings()
@@ -321,7 +321,7 @@ def _check_text(name: str, text: str, most: int = _LARGEST) -> None:
     if not isinstance(text, str):
         raise InputError(f"The {name} is {shown(text)} where a text is expected.")
     if text.encode(errors="replace").decode() != text:
-        raise InputError(f"The {name} {shown(text)} holds half a character: change it.")
+        raise InputError(f"The {name} {shown(text)} holds a lone surrogate, half of a character: change it.")
     _check_size(name, text, most)
 
 

@@ -47,7 +47,7 @@ class Access:
         if not self.keys and not self._is_own(host):
             raise HttpError(
                 403,
-                f"This server doesn't go by the name {host[:80]!r}: use localhost or its address, or start it with"
+                f"The host name {host[:80]!r} isn't one of this server: use localhost or its address, or allow it with"
                 " --allowed-hosts.",
                 "unknown_host",
             )
@@ -55,7 +55,7 @@ class Access:
         if origin is not None and not {origin, "*"} & self.origins and origin.partition("://")[2] != host:
             raise HttpError(
                 403,
-                f"Scripts of the page {origin[:80]!r} may not ask this server: start it with --allowed-origins.",
+                f"Scripts of the site {origin[:80]!r} may not use this server: allow it with --allowed-origins.",
                 "unknown_origin",
             )
         if self.keys and path not in _OPEN_PATHS and not self._has_key(headers.get("authorization", "")):

@@ -52,7 +52,7 @@ def read_request(fields: Fields, model: ServedModel, *, top_logprobs: int | None
     structure = read_structure(fields)
     goes_on = fields.flag("ignore_eos")
     if goes_on and structure is not None:
-        raise FieldError("ignore_eos", "ignore_eos is given for a text that has a form, and so an end: leave it out.")
+        raise FieldError("ignore_eos", "ignore_eos doesn't go with structured output: leave one out.")
     return Request(
         prompt=(),
         max_tokens=model.max_tokens,

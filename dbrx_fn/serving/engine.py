@@ -128,7 +128,7 @@ class Engine:
             if self._closing:
                 raise EngineError("The engine is closing and takes no more requests: ask another server.")
             if len(self._arrived) + len(self._waiting) >= self._most_waiting:
-                raise BusyError(f"{self._most_waiting} requests wait already, as many as may: try again later.")
+                raise BusyError(f"{self._most_waiting} requests wait already, and the queue is full: try again later.")
             served = Served(next(self._numbers), request, receive, budget, self._ended, matcher)
             self._arrived.append(served)
             self._lock.notify_all()
@@ -221,7 +221,7 @@ class Engine:
                     except RuntimeError as error:
                         self._lose_device_state(error)
         except Exception as error:
-            self._failure = EngineError(f"The engine ended by a fault of its own ({type(error).__name__}: {error}).")
+            self._failure = EngineError(f"The engine ended by an internal error ({type(error).__name__}: {error}).")
         with self._lock:
             self._failure = self._failure or EngineError("The engine was closed: start another one.")
             left, self._arrived = [*self._alive.values(), *self._arrived], []

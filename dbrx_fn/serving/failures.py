@@ -52,4 +52,4 @@ async def client_gone(request: Request, error: Exception) -> Response:
 
 async def fault(request: Request, error: Exception) -> Response:
     """Starlette's handler for an internal error."""
-    return json_response(error_object("The server failed at this by a fault of its own.", "server_error"), 500)
+    return json_response(error_object("The server failed by an internal error.", "server_error"), 500)

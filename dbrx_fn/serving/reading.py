@@ -1,4 +1,4 @@
-"""One prompt on its way into a cache, chunk by chunk, up to its first token."""
+"""Prefill: reads one prompt into a cache, chunk by chunk, up to the answer's first token."""
 
 from dataclasses import dataclass, field, replace
 
@@ -16,9 +16,9 @@ from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Experts, Request, TokenLo
 
 @dataclass(eq=False)
 class Reading:
-    """A prompt that is being read into a cache of one row.
+    """A prompt in prefill, with its cache of one row.
 
-    `tokens`: what is to be read: the prompt, and what a request that was put aside had made.
+    `tokens`: the tokens to read: the prompt, and what a preempted request had already generated.
     `cached_tokens`: how many of them the cache held from the start.
     """
 
@@ -32,7 +32,7 @@ class Reading:
 
     @property
     def held(self) -> int:
-        """Tokens that the cache holds."""
+        """Number of tokens that the cache holds."""
         return self.cache.lengths[0]
 
     @property
@@ -41,7 +41,7 @@ class Reading:
         return self.held == len(self.tokens)
 
     def read(self, params: Params, width: int) -> None:
-        """Reads the next `width` tokens, or those that are left. Waits for the chunk before, and not for this one."""
+        """Reads the next `width` tokens, or all that are left. Waits for the chunk before, but not for this one."""
         if self._logits is not None:
             mx.eval(self._logits)
         chunk = mx.array([self.tokens[self.held : self.held + width]], mx.int32)
@@ -72,13 +72,13 @@ class Reading:
         return choice, Batch(self.cache, replace(rows, experts=self._experts))
 
     def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
-        """Of the prompt's tokens, where asked for; the first has none. Waits for the device."""
+        """Log-probabilities of the prompt's tokens, if asked for; the first has none. Waits for the device."""
         found = [one for chunk in self._logprobs for one in in_words(chunk, self.request.top_logprobs or 0)]
         return (None, *found)[: len(self.request.prompt)] if found else ()
 
 
 def in_words(logprobs: RowLogprobs, top: int) -> list[TokenLogprobs]:
-    """Of each row, with the `top` likeliest tokens. Waits for the device."""
+    """Each row's log-probabilities, with the `top` most likely tokens. Waits for the device."""
     chosen, tokens, likeliest = (np.array(part) for part in logprobs)
     return [
         TokenLogprobs(one, tuple(zip(ids, values, strict=True)))
@@ -87,6 +87,6 @@ def in_words(logprobs: RowLogprobs, top: int) -> list[TokenLogprobs]:
 
 
 def experts_of(experts: mx.array) -> list[Experts]:
-    """Of each row, from `[layers batch top_k]`. Waits for the device."""
+    """Each row's experts, from `[layers batch top_k]`. Waits for the device."""
     rows = np.sort(np.array(experts), axis=-1).swapaxes(0, 1).tolist()
     return [tuple(map(tuple, layers)) for layers in rows]

@@ -1,6 +1,6 @@
-"""What a bounded store of chunks gives up when it is full: what was used the longest ago, and last chunks first.
+"""Eviction order of a bounded store of chunks: least recently used first, and of one text the last chunks first.
 
-A chunk is useless without the one before it. So whenever a chunk is used, those before it are marked as used after it.
+A chunk is useless without the one before it. So when a chunk is used, the chunks before it are marked as used later.
 Then no chunk is ever older than one that follows it, and the oldest of all has no successor.
 """
 
@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterable, Sequence
 class Recency:
     """Sizes of chunks in bytes by their names, in the order of their last use.
 
-    `most`: bytes that all may have together.
-    `total`: bytes that they have.
+    `most`: the most bytes of all chunks together.
+    `total`: their bytes now.
     """
 
     def __init__(self, most: int, sizes: Iterable[tuple[str, int]] = ()) -> None:
@@ -40,7 +40,7 @@ class Recency:
         """Marks chunks of one text, given from its start, as used; the first becomes the last one used.
 
         Returns:
-            Those that are there, in the order in which they were marked.
+            The chunks that are there, in the order in which they were marked.
         """
         used = [name for name in reversed(chain) if name in self._sizes]
         for name in used:
@@ -48,14 +48,14 @@ class Recency:
         return used
 
     def make_room(self, size: int, keep: Collection[str] = ()) -> list[str] | None:
-        """Forgets the oldest chunks until `size` bytes more have room.
+        """Forgets the oldest chunks until there is room for `size` more bytes.
 
         Args:
             size: bytes.
             keep: names that must stay.
 
         Returns:
-            The names that were forgotten; `None`, and all stay, if there would still be no room.
+            The forgotten names. If there would still be no room, `None`, and nothing is forgotten.
         """
         given_up, total = list[str](), self.total
         for name, held in self._sizes.items():

@@ -1,4 +1,4 @@
-"""From the engine's thread to an event loop: what the engine tells, and one wake-up for all of it."""
+"""Hands the engine's events to an event loop, with one wake-up for all events of a turn."""
 
 import asyncio
 import threading
@@ -12,7 +12,7 @@ from dbrx_fn.serving.request import Event, Receive
 class Inbox:
     """Events of one HTTP request's choices, for a task of the event loop.
 
-    `gone`: whether the client went away.
+    `gone`: whether the client disconnected.
     """
 
     gone: bool = False
@@ -20,7 +20,7 @@ class Inbox:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def take(self) -> list[tuple[int, Event]]:
-        """All that has come, each with its choice's number; waits until there is some, or the client goes."""
+        """All new events, each with its choice's number. Waits until there is one, or the client disconnects."""
         await self._changed.wait()
         self._changed.clear()
         events, self._events = self._events, []
@@ -32,7 +32,7 @@ class Inbox:
         self._changed.set()
 
     def leave(self) -> None:
-        """Tells that the client went away."""
+        """Marks the client as disconnected."""
         self.gone = True
         self._changed.set()
 
@@ -40,8 +40,8 @@ class Inbox:
 class Relay:
     """Hands events over to the running event loop.
 
-    A turn of the engine tells many streams something. The loop is woken at the first of these, and takes all that has
-    come by then.
+    A turn of the engine has events for many streams. The first one wakes the loop, which takes all that have arrived by
+    then.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Relay:
         self._woken = False
 
     def receiver(self, inbox: Inbox, choice: int) -> Receive:
-        """What the engine is to call with a choice's events."""
+        """The function that the engine calls with a choice's events."""
 
         def receive(event: Event) -> None:
             with self._lock:

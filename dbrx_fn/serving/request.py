@@ -1,4 +1,4 @@
-"""What an engine is asked, and what it answers, in tokens."""
+"""Requests to an engine and its events, in tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,27 +13,27 @@ MOST_TOP_LOGPROBS = 20
 
 
 Experts = tuple[tuple[int, ...], ...]
-"""For each layer the experts, in ascending order, that computed the logits from which a token was chosen. They are the
-choice at the token before it, which is the last one of the prompt for the first token of an answer."""
+"""Per layer, the experts that computed the logits of a token, in ascending order. They are the router's choice at the
+token before it. For an answer's first token that is the prompt's last one."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A text to be continued.
+    """A prompt to continue.
 
     `prompt`: token ids, at least one.
-    `max_tokens`: the most to make; fewer if the model's context ends before.
-    `sampling`: how to choose them.
-    `seed`: for drawing. The same seed draws the same tokens from the same probabilities.
-    `stop_tokens`: ids that end the text; the one that does is handed out too.
-    `top_logprobs`: log-probabilities of how many likeliest tokens to hand out beside the chosen one's, at most 20;
-        `None` for no log-probabilities.
-    `structure`: what the text must be; anything, if not given. The engine needs a `TokenTrie` for it.
+    `max_tokens`: the most tokens to generate; fewer if the model's context ends before.
+    `sampling`: how to choose tokens.
+    `seed`: seed for drawing. It draws the same tokens from the same probabilities.
+    `stop_tokens`: ids that end the text. The one that ends it is handed out too.
+    `top_logprobs`: number of most likely tokens with log-probabilities, besides the chosen one, at most 20; `None`
+        for no log-probabilities.
+    `structure`: the form of the text, if it must have one. The engine needs a `TokenTrie` for it.
     `prompt_logprobs`: whether the prompt's tokens get log-probabilities too.
-    `experts`: whether to tell which experts were chosen.
+    `experts`: whether each token comes with its chosen experts.
 
     Raises:
-        InputError: naming a field whose value can't work.
+        InputError: naming a field with an impossible value.
     """
 
     prompt: tuple[int, ...]
@@ -58,8 +58,8 @@ class Request:
 class TokenLogprobs:
     """Natural logarithms of probabilities by the model's own logits.
 
-    `chosen`: the token's own.
-    `top`: (token, logarithm) of the likeliest tokens, the likeliest first.
+    `chosen`: the chosen token's.
+    `top`: (token, log-probability) of the most likely tokens, the most likely first.
     """
 
     chosen: float
@@ -70,8 +70,8 @@ class TokenLogprobs:
 class PromptRead:
     """The prompt has been read; the first token follows.
 
-    `cached_tokens`: how many of its tokens were known from earlier requests.
-    `logprobs`: of its tokens, where asked for; the first has none.
+    `cached_tokens`: how many of its tokens the prefix cache held.
+    `logprobs`: of its tokens, if asked for; the first has none.
     """
 
     cached_tokens: int
@@ -82,9 +82,9 @@ class PromptRead:
 class TokenMade:
     """One token of the answer.
 
-    `finish_reason`: `None` until the last one; there "stop" for a stop token, "length" for `max_tokens` or the end of
-        the model's context.
-    `logprobs`, `experts`: where asked for.
+    `finish_reason`: `None` before the last token. On it "stop" for a stop token, "length" for `max_tokens` or the end
+        of the model's context.
+    `logprobs`, `experts`: if asked for.
     """
 
     token: int

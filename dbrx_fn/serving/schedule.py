@@ -1,11 +1,12 @@
-"""What an engine does next: a pure function of who waits, whose prompt is being read, and who decodes.
+"""The scheduler: a pure function of the requests that wait, are in prefill, and decode.
 
-Between two decoding steps at most one chunk of one prompt is read, so nobody's stream stops for longer than a step and
-a chunk take. Memory is counted in positions of a cache, and every request asks for what its prompt and the next tokens
-need. What doesn't fit waits; what has no room to grow is put aside, the newest first, and comes back later.
+Between two decoding steps at most one chunk of one prompt is prefilled, so no stream pauses for longer than a step and
+a chunk take. Memory is counted in cache positions. Each request asks for the positions of its prompt and its next
+tokens. A request that doesn't fit waits. When rows have no room to grow, the newest request is put aside (preempted)
+until later.
 
-All rows of a batch have the capacity of its longest. So where memory is short, long texts decode in a batch of their
-own, and each turn computes one step of each batch.
+All rows of a batch have the capacity of its longest text. So if memory is short, rows are grouped by length into
+several batches, and each turn computes one step of each batch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,13 +17,13 @@ from dbrx_fn.model.shapes import capacity_bucket
 from dbrx_fn.serving.limits import Limits
 
 AHEAD = 256
-"""Tokens that a request asks room for beside its prompt, or all that it wants if that is fewer."""
+"""Tokens besides its prompt that a request asks room for, or all that it wants if they are fewer."""
 
 _READERS = 4
-"""Prompts that are read side by side, so that a short one needn't wait for the end of a long one."""
+"""The most prompts in prefill at once, so that a short one needn't wait for the end of a long one."""
 
 _MOST_GROUPS = 4
-"""Batches that decode side by side, at most. Each reads the weights again, so there is one if memory allows."""
+"""The most batches that decode at once. Each reads all weights again, so there is only one if memory allows."""
 
 _PASSED_OVER = 3
 """How many chunks of shorter prompts are read before the oldest prompt gets one."""
@@ -30,12 +31,12 @@ _PASSED_OVER = 3
 
 @dataclass(frozen=True)
 class Work:
-    """One request, as far as the schedule looks at it.
+    """One request, as the scheduler sees it.
 
     `number`: its place in the order of arrival.
-    `held`: tokens that its cache holds.
-    `tokens`: tokens that it must hold before it can decode.
-    `longest`: tokens that it may hold in the end.
+    `held`: number of tokens that its cache holds.
+    `tokens`: number of tokens that it must hold before it can decode.
+    `longest`: the most tokens that it may hold in the end.
     """
 
     number: int
@@ -53,9 +54,9 @@ class State:
     """All requests of an engine.
 
     `waiting`: those without a cache.
-    `reading`: those whose prompts are read.
-    `decoding`: those that make tokens.
-    `passed_over`: chunks that were read of other prompts since the oldest one of `reading` had its last.
+    `reading`: those in prefill.
+    `decoding`: those that generate tokens.
+    `passed_over`: chunks of other prompts that were read since the last chunk of the oldest one in `reading`.
     """
 
     waiting: tuple[Work, ...] = ()
@@ -68,8 +69,8 @@ class State:
 class Group:
     """Requests that decode together.
 
-    `numbers`: whose rows they are.
-    `rows`: of the batch; some may be idle.
+    `numbers`: the requests' numbers.
+    `rows`: rows of the batch; some may be idle.
     `capacity`: positions of each row.
     """
 
@@ -83,9 +84,9 @@ class Step:
     """What to do next.
 
     `put_aside`: numbers of requests that lose their caches and wait again.
-    `admitted`: numbers of waiting requests whose prompts begin to be read.
+    `admitted`: numbers of waiting requests whose prefill begins.
     `read`: number of the request whose prompt gets a chunk; `None` if there is none.
-    `groups`: all others that decode.
+    `groups`: all requests that decode, by batch.
     """
 
     put_aside: tuple[int, ...]
@@ -112,17 +113,17 @@ def plan(state: State, limits: Limits) -> Step:
 
 
 def never_fits(tokens: int, longest: int, limits: Limits) -> bool:
-    """Whether a request can't be served even when nobody else is there."""
+    """Whether a request can't be served even if it is alone."""
     return not _fits([], [Work(0, 0, tokens, longest)], limits, ahead=longest)
 
 
 def batch_rows(count: int, limits: Limits) -> int:
-    """Rows of the batch that `count` requests decode in: a power of two, so that there are few shapes."""
+    """Rows of a batch for `count` requests: a power of two or `Limits.rows`, so that there are few shapes."""
     return limits.rows if limits.exact else min(limits.rows, 1 << (count - 1).bit_length())
 
 
 def row_capacity(room: int, limits: Limits) -> int:
-    """Positions of a cache that has room for so many tokens."""
+    """Capacity of a cache with room for `room` tokens."""
     return limits.capacity if limits.exact else capacity_bucket(room)
 
 
@@ -144,7 +145,7 @@ def _groups(decoding: Sequence[Work], reading: Sequence[Work], limits: Limits) -
 def _with_room(
     decoding: Sequence[Work], reading: Sequence[Work], limits: Limits
 ) -> tuple[list[Work], list[Work], list[Work]]:
-    """Those who decode and read on, and those, the newest, who give up their memory for the others' next tokens."""
+    """The requests that go on decoding, that go on in prefill, and that are put aside to make room, newest first."""
     stay, read_on, aside = list(decoding), list(reading), []
     while len(stay) + len(read_on) > 1 and not _fits(stay, read_on, limits, ahead=1):
         newest = max([*stay, *read_on], key=lambda work: work.number)
@@ -167,7 +168,7 @@ def _fits(decoding: Sequence[Work], reading: Sequence[Work], limits: Limits, *, 
 def _fitting(
     works: Sequence[Work], reading: Sequence[Work], positions: int, ahead: int, limits: Limits
 ) -> list[list[Work]] | None:
-    """The fewest groups of works that fit `positions`, those of like length together; `None` if none do."""
+    """The fewest groups that fit in `positions`, each of works of similar length; `None` if no grouping fits."""
     by_length = sorted(works, key=lambda work: work.room(ahead))
     if limits.exact or not works:
         return [by_length]
@@ -186,12 +187,12 @@ def _cut(works: list[Work], steps: Sequence[int], cuts: int) -> Iterator[list[li
 
 
 def _positions(groups: Sequence[Sequence[Work]], reading: Sequence[Work], ahead: int, limits: Limits) -> int:
-    """Positions that these groups take, once all of them decode, and the caches of those who are still reading."""
+    """Positions for these groups once all of them decode, and for the caches of those still in prefill."""
     total = 0
     for group in groups:
         own = [row_capacity(work.room(max(ahead, AHEAD)), limits) for work in group if work in reading]
         total += sum(own)
-        # Whoever decodes alone goes on in the cache that the prompt was read into.
+        # A row that decodes alone goes on in its prefill's cache.
         if len(group) > 1 or not own:
             total += batch_rows(len(group), limits) * row_capacity(max(work.room(ahead) for work in group), limits)
     return total

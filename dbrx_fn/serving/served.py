@@ -1,4 +1,4 @@
-"""One request on its way through an engine, and what is told of it."""
+"""One request in an engine, and the events that it sends."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -23,12 +23,12 @@ class Served:
     """A request from its arrival to its end.
 
     `number`: its place in the order of arrival.
-    `budget`: tokens that it may make.
+    `budget`: the most tokens that it may generate.
     `made`: tokens that were handed out.
-    `launched`: tokens that were asked of the device.
-    `reading`: its prompt on the way into a cache, or as it was read; `None` if it has no cache.
+    `launched`: number of tokens launched on the device.
+    `reading`: its prefill, in progress or done; `None` if it has no cache.
     `end`: how it ended, if it did.
-    `matcher`: follows the structure of its text, if it has one.
+    `matcher`: the matcher of its structure, if it has one.
     """
 
     number: int
@@ -50,15 +50,15 @@ class Served:
 
     @property
     def goes_on(self) -> bool:
-        """Whether another token of it is to be launched."""
+        """Whether another of its tokens is to be launched."""
         return self.end is None and self.launched < self.budget
 
     def work(self, held: int) -> Work:
-        """What the schedule sees, if a cache holds so many of its tokens."""
+        """The scheduler's view, if a cache holds `held` of its tokens."""
         return Work(self.number, held, len(self.tokens), len(self.request.prompt) + self.budget - 1)
 
     def hand_out(self, token: int, logprobs: TokenLogprobs | None, experts: Experts | None) -> None:
-        """Tells of one more token, with what the request wants to know of it, and ends with the last."""
+        """Sends one more token, with the details that the request wants. The last one ends the request."""
         if self.reading is not None and not self._told_prompt:
             self._told_prompt = True
             self._tell(PromptRead(self.reading.cached_tokens, self.reading.prompt_logprobs()))
@@ -69,7 +69,7 @@ class Served:
         elif len(self.made) == self.budget:
             reason = "length"
         if reason is not None:
-            # Whoever gets the last token finds the request counted as ended.
+            # The request counts as ended before its last token is sent.
             self.finish(reason)
         self._tell(TokenMade(token, reason, self._wanted(logprobs), experts if self.request.experts else None))
         if reason is None and self.matcher is not None:
@@ -80,17 +80,17 @@ class Served:
         return None if top is None or logprobs is None else replace(logprobs, top=logprobs.top[:top])
 
     def allowed(self) -> NDArray[np.uint32] | None:
-        """The tokens that its structure lets come next, a bit for each; `None` if all may. It fails if none may."""
+        """The tokens that its structure allows next, one bit each; `None` for all. If there are none, it fails."""
         return self._try(lambda matcher: matcher.allowed()) if self.end is None else None
 
     def fail(self, error: DbrxError) -> None:
-        """Ends with an error, unless it has ended."""
+        """Ends the request with an error, unless it has ended."""
         if self.end is None:
             self.finish("failed")
             self._tell(Failed(error))
 
     def finish(self, end: End) -> None:
-        """Ends without a word, unless it has ended."""
+        """Ends the request without an event, unless it has ended."""
         if self.end is None:
             self.end = end
             self.ended(self)
@@ -106,5 +106,5 @@ class Served:
         try:
             self.receive(event)
         except Exception:
-            # Whoever can't take an event has left.
+            # If the receiver fails, its client has disconnected.
             self.finish("cancelled")

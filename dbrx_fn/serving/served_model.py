@@ -1,4 +1,4 @@
-"""The model that a server serves, as requests' readers need it."""
+"""The served model, as the readers of requests need it."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ from dbrx_fn.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model that is asked.
+    """The served model.
 
     `name`: what requests call it.
     `created`: when the server began to serve it, in seconds since 1970.
-    `capacity`: tokens of the longest text that there is room for.
-    `defaults`: what holds where a request leaves it open.
-    `max_tokens`: the same.
+    `capacity`: the longest text that there is room for, in tokens.
+    `defaults`: sampling settings for fields that a request leaves out.
+    `max_tokens`: default of the field of this name.
     `most_choices`: texts that one request may ask for, over all its prompts.
     """
 
@@ -30,7 +30,7 @@ class ServedModel:
     most_choices: int
 
     def check_meant(self, fields: Fields) -> None:
-        """Makes sure that a request means this model, or none in particular.
+        """Checks that a request names this model, or none.
 
         Raises:
             FieldError: if it names another.
@@ -45,5 +45,5 @@ class ServedModel:
         return FieldError("model", str(wrong), "model_not_found")
 
     def piece(self, token: int) -> bytes:
-        """The bytes that a token stands for in a text, control tokens as they are written."""
+        """The bytes of a token in a text. Control tokens are spelled out."""
         return self.tokenizer.token_bytes(token, skip_special_tokens=False)

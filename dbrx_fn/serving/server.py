@@ -1,4 +1,4 @@
-"""The server from its first to its last moment: an address, connections, and an orderly end."""
+"""Runs the server: binds the address, serves connections, and shuts down in order."""
 
 import asyncio
 import logging
@@ -27,13 +27,13 @@ _LARGEST_HEAD = 32 * 2**10
 
 _MOST_CONNECTIONS = 4096
 _OTHER_FILES = 64
-"""Files that a process needs beside its connections."""
+"""File descriptors that the process needs besides its connections."""
 
 _LAST_WORDS = 2
-"""Seconds in which connections take what was written last."""
+"""Seconds for connections to receive the last bytes."""
 
 _GLANCE = 0.1
-"""Seconds between two looks at whether to go on."""
+"""Seconds between two checks whether to go on."""
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -44,7 +44,7 @@ def bound(host: str, port: int) -> socket.socket:
         port: 0 for any free one.
 
     Raises:
-        InputError: if the address can't be had.
+        InputError: if the address can't be bound.
     """
     try:
         if not 0 <= port < 2**16:
@@ -52,7 +52,7 @@ def bound(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         # For any other protocol, 0 too, asyncio leaves Nagle's algorithm on, which holds tokens back for 40 ms.
         opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        # As after an earlier server, whose connections the system still remembers.
+        # An earlier server's closed connections would otherwise block the address for a while.
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             opened.bind(address)
@@ -69,11 +69,11 @@ def bound(host: str, port: int) -> socket.socket:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to serve.
+    """Settings of the server.
 
-    `access`: who may ask.
+    `access`: who may send requests.
     `most_open`: requests that may be open at once.
-    `drain`: seconds that requests get to end when the server does.
+    `drain`: seconds that open requests get to end at shutdown.
     """
 
     access: Access
@@ -82,13 +82,13 @@ class Settings:
 
 
 class Server:
-    """Serves a model over HTTP. One thread runs it, and any may stop it.
+    """Serves a model over HTTP. One thread runs it, and any thread may stop it.
 
     Args:
         address: of `bound`; closed at the end.
-        model: what is served.
-        engine: what serves it; closed at the end.
-        settings: how.
+        model: the served model.
+        engine: serves the requests; closed at the end.
+        settings: the server's settings.
     """
 
     def __init__(self, address: socket.socket, model: ServedModel, engine: Engine, settings: Settings) -> None:
@@ -99,7 +99,7 @@ class Server:
         """Serves until it is stopped or the engine fails.
 
         Args:
-            ready: called with the server's URL once it can be asked.
+            ready: called with the server's URL once it accepts requests.
 
         Raises:
             EngineError: if the engine has failed.
@@ -111,7 +111,7 @@ class Server:
             self._engine.close()
 
     def stop(self) -> None:
-        """Ends the server: open requests get their time to end, and new ones are refused. Any thread may call it."""
+        """Shuts down: new requests are refused, and open ones get `drain` seconds to end. Any thread may call it."""
         self._stopping = True
 
     async def _serve(self, ready: Callable[[str], None]) -> None:
@@ -128,11 +128,11 @@ class Server:
         while service.open and time.monotonic() < ends and self._engine.failure is None:
             await asyncio.sleep(_GLANCE)
         failure = self._engine.failure
-        # Texts that are left get an error at their end.
+        # Texts that still run end with an error.
         await asyncio.to_thread(self._engine.close)
         server.should_exit = True
         await asyncio.wait([serving], timeout=_LAST_WORDS)
-        # Who sends or reads nothing more has had its time. uvicorn waits for all others.
+        # Clients that no longer send or read have had their time. uvicorn waits for all others.
         for connection in list(server.server_state.connections):
             cast(Connection, connection).transport.abort()
         await serving
@@ -150,7 +150,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 def _config(service: Service, access: Access) -> ServerConfig:
-    # Clients can cause warnings at will. What is left are faults of the server's own.
+    # Clients can cause warnings at will, so only the server's own errors are logged.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config = ServerConfig(
         make_app(service, access),
@@ -174,7 +174,7 @@ def _url(address: socket.socket) -> str:
 
 
 def _raised_file_limit() -> int:
-    """Files that this process may open, after asking for as many as connections need."""
+    """The number of files that this process may open, after raising the limit to what connections need."""
     try:
         import resource
     except ImportError:

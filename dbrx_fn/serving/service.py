@@ -16,23 +16,23 @@ from dbrx_fn.serving.relay import Relay
 from dbrx_fn.serving.served_model import ServedModel
 
 _WORKERS = 2
-"""Threads for small work, and as many for large: bodies are read there, prompts encoded, long answers written."""
+"""Number of threads for small work, and for large work: they parse bodies, encode prompts, write long answers."""
 
 _LARGE = 2**14
-"""Bytes of a body from which on it is large work: it has some thousands of tokens."""
+"""A body with at least this many bytes is large work: it has some thousands of tokens."""
 
 Result = TypeVar("Result")
 
 
 class Service:
-    """One model, served. It belongs to the event loop that is running when it is made.
+    """A model that is being served. It belongs to the event loop that is running when it is made.
 
     `open`: requests that are being read or answered.
-    `draining`: whether the server is ending and takes no more.
+    `draining`: whether the server is shutting down and takes no more requests.
 
     Args:
-        model: what is served.
-        engine: what serves it.
+        model: the served model.
+        engine: serves the requests.
         most_open: requests that may be open at once.
     """
 
@@ -48,7 +48,7 @@ class Service:
 
     @property
     def is_well(self) -> bool:
-        """Whether requests are taken."""
+        """Whether new requests are accepted."""
         return not self.draining and self.engine.failure is None
 
     @contextmanager
@@ -56,10 +56,10 @@ class Service:
         """Counts a request.
 
         Raises:
-            BusyError: if as many are open as may be.
+            BusyError: if the most requests are open already.
         """
         if self.open >= self._most_open:
-            raise BusyError(f"{self.open} requests are open, as many as may be: try again later.")
+            raise BusyError(f"{self.open} requests are open, the most that may be: try again later.")
         self.open += 1
         try:
             yield
@@ -70,22 +70,22 @@ class Service:
         """Reads a request's body with a function that may take long.
 
         Raises:
-            DbrxError: as of `Bodies.read`, and what the function raises.
+            DbrxError: as `Bodies.read`, or from the function.
         """
         body = await self._bodies.read(request)
         return await self.aside(lambda: reader(body, self.model), large=len(body) > _LARGE)
 
     async def aside(self, work: Callable[[], Result], *, large: bool) -> Result:
-        """Does some work on a thread of its own, while the event loop goes on.
+        """Does some work on another thread, while the event loop goes on.
 
         Args:
             work: the work.
-            large: whether it may take long. Small work doesn't wait for large.
+            large: whether it may take long. Small work doesn't wait for large work.
         """
         workers = self._large_workers if large else self._small_workers
         return await asyncio.get_running_loop().run_in_executor(workers, work)
 
     def close(self) -> None:
-        """Ends the threads, which have nothing to do by then."""
+        """Ends the threads. They must be idle by then."""
         for workers in (self._small_workers, self._large_workers):
             workers.shutdown(wait=False, cancel_futures=True)

@@ -9,12 +9,12 @@ from dbrx_fn.serving.prefix_store import PrefixStatistics
 class Statistics:
     """What an engine is doing and has done.
 
-    `waiting`, `reading`, `decoding`: requests, now.
+    `waiting`, `reading`, `decoding`: current numbers of requests.
     `rows`, `positions`: shape of the batch that decodes. Some of its rows may be idle.
-    `finished`: requests that ended, by how: "stop", "length", "cancelled", "failed".
-    `prompt_tokens`, `cached_tokens`, `made_tokens`: so far. Cached ones are among the prompts'.
+    `finished`: requests that ended, by reason: "stop", "length", "cancelled", "failed".
+    `prompt_tokens`, `cached_tokens`, `made_tokens`: totals. Prompt tokens include cached ones.
     `put_aside`: how often a request lost its cache to others.
-    `prefixes`: of the store of prefixes, if there is one.
+    `prefixes`: statistics of the prefix store, if there is one.
     """
 
     waiting: int = 0

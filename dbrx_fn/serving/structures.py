@@ -13,7 +13,7 @@ _FORMS = ("json", "regex", "choice", "json_object")
 
 
 def trie_if_any(tokenizer: Tokenizer, vocab_size: int) -> TokenTrie | None:
-    """What structured output needs; `None` without llguidance or a stop token, and requests for it are refused then."""
+    """What structured output needs. Without llguidance or a stop token it is `None`, and such requests are refused."""
     try:
         return token_trie(tokenizer, vocab_size)
     except InputError:
@@ -21,10 +21,10 @@ def trie_if_any(tokenizer: Tokenizer, vocab_size: int) -> TokenTrie | None:
 
 
 def read_structure(fields: Fields) -> Structure | None:
-    """What the answer must be; `None` if it may be any text.
+    """The answer's structure; `None` if it may be any text.
 
     Raises:
-        FieldError: if a form isn't known, isn't valid, or holds what can't be enforced, which is named.
+        FieldError: if a form is unknown, isn't valid, or can't be enforced. The message names the keyword.
     """
     wanted = {name: fields.inner(name) for name in ("response_format", "structured_outputs")}
     given = {name: form for name, form in wanted.items() if form is not None}
@@ -49,7 +49,7 @@ def _response_format(form: Fields) -> Structure | None:
         inner = form.inner("json_schema")
         if inner is None:
             raise FieldError("response_format.json_schema", "response_format.json_schema is missing: give it.")
-        # What a schema holds is enforced, strictly or not.
+        # A schema is always enforced, so `strict` makes no difference.
         for name in ("name", "description"):
             inner.text(name)
         inner.flag("strict")

@@ -1,4 +1,4 @@
-"""`/tokenize`, `/detokenize` and `/tokenizer_info`, in vLLM's form: text to token ids and back, without a model."""
+"""`/tokenize`, `/detokenize` and `/tokenizer_info`, in vLLM's form: text to token ids and back, without the engine."""
 
 from dbrx_fn.serving.chat_completions import read_messages
 from dbrx_fn.serving.completions import checked_ids
@@ -37,7 +37,7 @@ def tokenized(body: bytes, model: ServedModel) -> Object:
 
 
 def detokenized(body: bytes, model: ServedModel) -> Object:
-    """The text of `tokens`, control tokens as they are written.
+    """The text of `tokens`. Control tokens are spelled out.
 
     Raises:
         InputError: naming what can't be followed.
@@ -50,7 +50,7 @@ def detokenized(body: bytes, model: ServedModel) -> Object:
 
 
 def tokenizer_info(model: ServedModel) -> Object:
-    """What lm-evaluation-harness asks before it has its texts tokenized here."""
+    """What lm-evaluation-harness asks for before it uses `/tokenize`."""
     form, end = model.tokenizer.chat_format, model.tokenizer.end_of_text
     return {
         "bos_token": form.special_tokens.get("bos_token"),

@@ -1,7 +1,7 @@
-"""Everything that an engine may trace, traced before the first request comes.
+"""Makes every trace that an engine may need, before the first request comes.
 
-Each shape is one trace, and on CUDA a first trace can wait seconds for kernels. Which shapes there are follows from the
-limits: batches of few sizes, capacities in buckets, prompts in chunks. They run through the first layer alone.
+Each shape needs one trace, and on CUDA a first trace can wait seconds for kernels. The limits determine the shapes: few
+batch sizes, capacities in buckets, prompts in chunks. The traces run only the first layer.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ _ADJUSTED = Sampling(logit_bias=((0, 0.0),))
 
 
 def warm_up(params: Params, config: Config, limits: Limits) -> None:
-    """Runs every shape that an engine of these limits may meet, on the calling thread, whose traces they are."""
+    """Runs every shape that an engine with these limits may need. Traces belong to the calling thread."""
     transformer = params["transformer"]
     shallow: Params = {
         "transformer": {**transformer, "blocks": transformer["blocks"][:1]},
@@ -47,7 +47,7 @@ def warm_up(params: Params, config: Config, limits: Limits) -> None:
 
 
 def decoding_shapes(limits: Limits) -> Iterator[tuple[int, int]]:
-    """Rows and capacities of all batches that decode."""
+    """Rows and capacities of all possible decoding batches."""
     if limits.exact:
         yield limits.rows, limits.capacity
         return
@@ -60,7 +60,7 @@ def decoding_shapes(limits: Limits) -> Iterator[tuple[int, int]]:
 def reading_shapes(limits: Limits) -> Iterator[tuple[int, int, int]]:
     """Widths, starts and capacities of all chunks of prompts, each trace once.
 
-    A prompt starts behind whole chunks that were known before, and ends anywhere.
+    A prompt starts after a cached prefix of complete chunks, and may have any length.
     """
     known: set[tuple[int, int, int]] = set()
     longest = limits.chunk * (1 if limits.exact else FREE_CHUNKS)
@@ -86,7 +86,7 @@ def _capacities(limits: Limits) -> Iterator[int]:
 
 
 def _choose(config: Config, rows: int) -> None:
-    """Chooses tokens in every way that there is for so many rows."""
+    """Chooses tokens for `rows` rows: greedy or drawn, each with and without adjustments and log-probabilities."""
     logits = mx.zeros((rows, config.vocab_size), getattr(mx, config.dtype))
     for sampling in (GREEDY, _DRAWN):
         for adjusted in (False, True):
