@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from dbrx_fn.errors import BusyError, EngineError, GenerationError, InputError
+from dbrx_fn.generation.row_sampling import row_numbers, sample_rows, steps_of
 from dbrx_fn.generation.sampling import Sampling
 from dbrx_fn.generation.stream import stream_tokens
 from dbrx_fn.generation.structured import Structure
+from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.params import init_params
-from dbrx_fn.model.transformer import score
+from dbrx_fn.model.transformer import forward, score
 from dbrx_fn.runtime.device import Backend, as_if
 from dbrx_fn.serving.engine import Engine
 from dbrx_fn.serving.limits import Limits, default_limits
@@ -65,6 +67,21 @@ def test_logprobs_are_those_of_score() -> None:
         assert logprobs is not None
         assert logprobs.chosen == pytest.approx(expected[place - 1, text[place]], abs=2e-5)
         assert [token for token, _ in logprobs.top] == np.argsort(-expected[place - 1])[:3].tolist()
+
+
+def test_a_drawn_answer_is_that_of_its_seed_and_positions() -> None:
+    sampling = Sampling(temperature=1.5, top_k=40)
+    request = Request(tokens(4, 20), max_tokens=30, sampling=sampling, seed=11)
+    (events,) = served(FAST, [request], [0])
+    numbers, expected = row_numbers([(sampling, 11)], CONFIG.vocab_size), list[int]()
+    logits, cache = forward(PARAMS, mx.array([request.prompt], mx.int32), init_cache(CONFIG, 1, 256), last_only=True)
+    for position in range(30):
+        at = mx.array([position], mx.int32)
+        choice, _ = sample_rows(logits[:, -1], numbers, at, None, None, None, steps=steps_of([sampling]))
+        expected += np.array(choice.tokens).tolist()
+        logits, cache = forward(PARAMS, choice.tokens[:, None], cache)
+    assert made(events) == expected
+    assert len(set(expected)) > 10
 
 
 def test_a_stop_token_ends_the_text_and_is_handed_out() -> None:
