@@ -8,6 +8,7 @@ describes the whole.
 import contextlib
 import operator
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import mlx.core as mx
 from jaxtyping import Float, Int32, Integer, UInt32
@@ -31,6 +32,34 @@ from dbrx_fn.runtime.compile import compiled
 from dbrx_fn.runtime.memory import check_buffer, release_unused
 
 
+@overload
+def forward(
+    params: Params,
+    tokens: mx.array,
+    cache: Cache,
+    *,
+    lengths: Sequence[int] | None = None,
+    last_only: bool = False,
+    chunk_size: int = CHUNK_SIZE,
+    whole_cache: bool = False,
+    with_experts: Literal[False] = False,
+) -> tuple[mx.array, Cache]: ...
+
+
+@overload
+def forward(
+    params: Params,
+    tokens: mx.array,
+    cache: Cache,
+    *,
+    lengths: Sequence[int] | None = None,
+    last_only: bool = False,
+    chunk_size: int = CHUNK_SIZE,
+    whole_cache: bool = False,
+    with_experts: Literal[True],
+) -> tuple[mx.array, Cache, mx.array]: ...
+
+
 @checked
 def forward(
     params: Params,
@@ -41,7 +70,8 @@ def forward(
     last_only: bool = False,
     chunk_size: int = CHUNK_SIZE,
     whole_cache: bool = False,
-) -> tuple[mx.array, Cache]:
+    with_experts: bool = False,
+) -> tuple[mx.array, Cache] | tuple[mx.array, Cache, mx.array]:
     """Logits of the next token after each of `tokens`, which continue the sequences in `cache`.
 
     Tokens may be given in one call, in several, or one at a time; the logits agree up to rounding. Nothing waits for
@@ -59,10 +89,14 @@ def forward(
             0 takes everything at once.
         whole_cache: attend over the whole capacity instead of a span that holds the longest row. A row's bits then
             don't depend on how long the other rows are (`docs/exactness.md`).
+        with_experts: return the experts too that each layer chose for each row's last real token. Logits and cache are
+            the same bits. `score` gives the routing of all tokens.
 
     Returns:
         logits: `[batch time vocab]`, or `[batch 1 vocab]` with `last_only`, in `config.dtype`.
         cache: the cache with the new tokens. The old one stays valid, but keeping it costs a copy.
+        experts: only `with_experts`: uint32 `[layers batch top_k]`, in no particular order. A row of length 0 gets
+            meaningless ones.
 
     Raises:
         InputError: if tokens, lengths or chunk_size have other shapes, types or ranges, or if the logits are
@@ -71,60 +105,6 @@ def forward(
             for another batch size.
         CheckpointError: if the tree doesn't fit the cache's config.
     """
-    logits, after, _ = _forward(
-        params, tokens, cache, lengths, last_only=last_only, chunk_size=chunk_size, whole_cache=whole_cache
-    )
-    return logits, after
-
-
-@checked
-def forward_with_experts(
-    params: Params,
-    tokens: mx.array,
-    cache: Cache,
-    *,
-    lengths: Sequence[int] | None = None,
-    last_only: bool = False,
-    chunk_size: int = CHUNK_SIZE,
-    whole_cache: bool = False,
-) -> tuple[mx.array, Cache, mx.array]:
-    """`forward`, and the experts that each layer chose for each row's last real token.
-
-    The logits and the cache are the same bits, since every block computes its routing anyway. `score` gives the routing
-    of all tokens.
-
-    Returns:
-        logits, cache: as those of `forward`.
-        experts: uint32 `[layers batch top_k]`, in no particular order. A row of length 0 gets meaningless ones.
-
-    Raises:
-        DbrxError: as `forward`.
-    """
-    logits, after, experts = _forward(
-        params,
-        tokens,
-        cache,
-        lengths,
-        last_only=last_only,
-        chunk_size=chunk_size,
-        whole_cache=whole_cache,
-        with_experts=True,
-    )
-    assert experts is not None
-    return logits, after, experts
-
-
-def _forward(
-    params: Params,
-    tokens: mx.array,
-    cache: Cache,
-    lengths: Sequence[int] | None,
-    *,
-    last_only: bool,
-    chunk_size: int,
-    whole_cache: bool,
-    with_experts: bool = False,
-) -> tuple[mx.array, Cache, mx.array | None]:
     real_lengths = _checked(params, tokens, cache, lengths, chunk_size)
     if not last_only:
         _check_logits(tokens, cache.config)
@@ -154,10 +134,12 @@ def _forward(
         tokens_held = max(held.lengths)
     after = cache if held is None else held
     if last is not None:
-        return _logits(params, last, config), after, experts
-    padding = tokens.shape[1] - start
-    logits = mx.concatenate(pieces, axis=1)
-    return mx.pad(logits, [(0, 0), (0, padding), (0, 0)]) if padding else logits, after, experts
+        logits = _logits(params, last, config)
+    else:
+        padding = tokens.shape[1] - start
+        logits = mx.concatenate(pieces, axis=1)
+        logits = mx.pad(logits, [(0, 0), (0, padding), (0, 0)]) if padding else logits
+    return (logits, after) if experts is None else (logits, after, experts)
 
 
 @checked

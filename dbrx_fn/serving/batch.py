@@ -24,7 +24,7 @@ from dbrx_fn.generation.sampling import GREEDY, History, init_history
 from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.cache_rows import put_rows, resize, rewind, take_rows
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.transformer import forward, forward_with_experts
+from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
 from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Request
 
@@ -148,7 +148,7 @@ def decoded(params: Params, batch: Batch, *, whole_cache: bool) -> tuple[mx.arra
     cache, requests = batch.cache, batch.rows.requests
     tokens, experts = batch.rows.tokens[:, None], None
     if any(request is not None and request.experts for request in requests):
-        logits, after, experts = forward_with_experts(params, tokens, cache, whole_cache=whole_cache)
+        logits, after, experts = forward(params, tokens, cache, whole_cache=whole_cache, with_experts=True)
     else:
         logits, after = forward(params, tokens, cache, whole_cache=whole_cache)
     lengths = [0 if request is None else length for request, length in zip(requests, after.lengths, strict=True)]

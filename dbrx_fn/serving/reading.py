@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from dbrx_fn.generation.row_sampling import Choice, RowLogprobs, row_logprobs
 from dbrx_fn.model.cache import Cache
-from dbrx_fn.model.transformer import forward, forward_with_experts
+from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
 from dbrx_fn.serving.batch import Batch, chosen, first_rows
 from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Experts, Request, TokenLogprobs
@@ -48,8 +48,8 @@ class Reading:
         wants_all = self.request.prompt_logprobs
         following = self.tokens[self.held + 1 : self.held + 1 + width]
         if self.request.experts:
-            logits, self.cache, self._experts = forward_with_experts(
-                params, chunk, self.cache, last_only=not wants_all, chunk_size=width
+            logits, self.cache, self._experts = forward(
+                params, chunk, self.cache, last_only=not wants_all, chunk_size=width, with_experts=True
             )
         else:
             logits, self.cache = forward(params, chunk, self.cache, last_only=not wants_all, chunk_size=width)

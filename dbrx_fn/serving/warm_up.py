@@ -13,7 +13,7 @@ from dbrx_fn.generation.sampling import GREEDY, Sampling
 from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.shapes import attended, capacity_bucket, time_bucket
-from dbrx_fn.model.transformer import forward_with_experts
+from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
 from dbrx_fn.serving.batch import chosen, same_rows
 from dbrx_fn.serving.limits import FREE_CHUNKS, Limits
@@ -37,12 +37,12 @@ def warm_up(params: Params, config: Config, limits: Limits) -> None:
     for rows, capacity in decoding_shapes(limits):
         cache = init_cache(one_layer, rows, capacity)
         tokens = mx.zeros((rows, 1), mx.int32)
-        logits, _, experts = forward_with_experts(shallow, tokens, cache, whole_cache=limits.exact)
+        logits, _, experts = forward(shallow, tokens, cache, whole_cache=limits.exact, with_experts=True)
         mx.eval(logits, experts)
     for width, start, capacity in reading_shapes(limits):
         cache = replace(init_cache(one_layer, 1, capacity), lengths=(start,))
         tokens = mx.zeros((1, width), mx.int32)
-        logits, _, experts = forward_with_experts(shallow, tokens, cache, last_only=True, chunk_size=width)
+        logits, _, experts = forward(shallow, tokens, cache, last_only=True, chunk_size=width, with_experts=True)
         mx.eval(logits, experts)
 
 

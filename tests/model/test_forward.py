@@ -16,7 +16,7 @@ from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.config import DBRX, Config, Dtype, FFNConfig
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.shapes import chunk_widths, time_bucket
-from dbrx_fn.model.transformer import forward, forward_with_experts, score
+from dbrx_fn.model.transformer import forward, score
 from dbrx_fn.model.tree import Params
 from tests.support.trees import Case, as_float64, random_case, relative_error
 
@@ -385,7 +385,7 @@ def test_lengths_that_do_not_fit_the_tokens(lengths: list[int]) -> None:
 
 def test_tokens_that_are_no_array() -> None:
     with pytest.raises(InputError, match="tokens is a list where"):
-        forward(NO_PARAMS, [[1, 2]], init_cache(DBRX, 1, 8))  # type: ignore[arg-type]
+        forward(NO_PARAMS, [[1, 2]], init_cache(DBRX, 1, 8))  # type: ignore[call-overload]
 
 
 SMALL = Config(
@@ -446,8 +446,8 @@ def test_experts_of_the_last_tokens_are_those_of_score(seed: int) -> None:
     wanted = mx.stack([routing.top_experts[:, 0, length - 1] for length in lengths], axis=1)
     for capacity, chunk_size, last_only in ((0, 64, True), (CAPACITY, 64, False), (CAPACITY, 7, True)):
         cache = init_cache(case.config, 2, capacity)
-        logits, after, experts = forward_with_experts(
-            case.params, rows, cache, lengths=lengths, chunk_size=chunk_size, last_only=last_only
+        logits, after, experts = forward(
+            case.params, rows, cache, lengths=lengths, chunk_size=chunk_size, last_only=last_only, with_experts=True
         )
         plain, plain_after = forward(
             case.params, rows, cache, lengths=lengths, chunk_size=chunk_size, last_only=last_only

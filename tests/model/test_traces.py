@@ -176,7 +176,7 @@ def test_each_cause_has_the_traces_that_the_documentation_says(traces: Traces, m
     found: dict[str, set[str]] = {}
 
     def run(cause: str, cache: Cache, time: int, params: Params = params, **options: Any) -> Cache:
-        _, after = forward(params, tokens(time, cache.batch_size), cache, **options)
+        after: Cache = forward(params, tokens(time, cache.batch_size), cache, **options)[1]
         counts = traces.all()
         inner = {name for name in INNER if counts.pop(name, 0)}
         assert inner == (INNER if "block" in counts else set()) or not compiles(), cause
