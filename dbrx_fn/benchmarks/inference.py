@@ -191,7 +191,7 @@ def random_cache(
 
     They are the same for every capacity.
     """
-    shape = (batch_size, config.attn.kv_n_heads, context, config.head_dim)
+    shape = (batch_size, config.layer.local_kv_heads, context, config.head_dim)
     free = [(0, 0), (0, 0), (0, capacity - context), (0, 0)]
     arrays = []
     for key in mx.random.split(mx.random.key(1), 2 * config.n_layers):

@@ -25,11 +25,12 @@ from dbrx_fn.checkpoints.layouts import (
     prefix_of,
     sources,
 )
-from dbrx_fn.checkpoints.raw import Raw, mapped, of_raw, raw
+from dbrx_fn.checkpoints.raw import Raw, bits_in_file, mapped, of_raw, raw, read_part
 from dbrx_fn.checkpoints.safetensors_file import Tensor, is_hidden, read_headers
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.model.config import Config, Dtype
-from dbrx_fn.model.params import companions, formats_of, listed
+from dbrx_fn.model.params import companions, formats_of, listed, own_part
+from dbrx_fn.model.shard import Shard
 from dbrx_fn.ops.formats import Format
 from dbrx_fn.runtime.memory import reading_device
 
@@ -129,6 +130,22 @@ class LeafReader:
         """The leaf of this path, lazy and in its stored dtype. Each can be read once."""
         source = self._checkpoint.sources[path]
         return source.join([self._take(name) for name in source.names])
+
+    def read_own(self, path: str, shard: Shard) -> mx.array:
+        """A process's part of a leaf, in its stored dtype. Hardly more than these bytes are read from the files."""
+        source = self._checkpoint.sources[path]
+        if source.leaf.cut is None:
+            return self.read(path)
+        tensors = [self._checkpoint.tensors[self._checkpoint.prefix + name] for name in source.names]
+        if any(tensor.start is None for tensor in tensors):
+            # GGUF's matrices are permuted when they are read, so they are read whole.
+            return own_part(self.read(path), source.leaf.cut, shard)
+        wholes = [bits_in_file(one.file, one.start or 0, one.shape, getattr(mx, one.dtype)) for one in tensors]
+        parts = [
+            [of_raw(read_part(one.file, one.start or 0, whole, part), getattr(mx, one.dtype)) for part in own]
+            for one, whole, own in zip(tensors, wholes, source.own_parts(wholes, shard), strict=True)
+        ]
+        return source.join_parts(parts)
 
     def matrices(self, path: str, dtype: Dtype) -> Iterator[Raw]:
         """Yields the bits of a leaf's matrices, with floats in `dtype`. Each leaf can be read once."""

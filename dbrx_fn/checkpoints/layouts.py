@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.params import Leaf, param_spec, quantized_spec
+from dbrx_fn.model.shard import Cut, Shard
 from dbrx_fn.ops.formats import Described, Format
 
 Layout = Literal["fused", "split", "stacked", "converted", "mlp_experts", "nxd", "nxd_inference", "gguf"]
@@ -197,6 +198,26 @@ class Source:
         if self._one_by_one:
             return mx.stack(parts)
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def own_parts(self, tensors: Sequence[Array], shard: Shard) -> list[list[Array]]:
+        """The shard's parts of each tensor, as views in the tree's orientation. `join_parts` makes the leaf of them."""
+        cut = self.leaf.cut
+        assert cut is not None
+        if self._one_by_one:
+            cut = Cut(cut.axis - 1, cut.sections)
+        if len(self.stored) > 1:
+            # Queries, keys and values are tensors of their own.
+            cut = Cut(cut.axis)
+        matrices = [self._matrices(stored, tensor) for stored, tensor in zip(self.stored, tensors, strict=True)]
+        return [[one[part] for part in cut.slices(one.shape[cut.axis], shard)] for one in matrices]
+
+    def join_parts(self, parts: Sequence[Sequence[mx.array]]) -> mx.array:
+        """Makes a process's leaf of what `own_parts` returned."""
+        assert self.leaf.cut is not None
+        if self._one_by_one:
+            return mx.stack([part for (part,) in parts])
+        together = [part for of_tensor in parts for part in of_tensor]
+        return together[0] if len(together) == 1 else mx.concatenate(together, axis=self.leaf.cut.axis)
 
     def matrices(self, tensor: Callable[[str], NDArray[Any]]) -> Iterator[NDArray[Any]]:
         """Yields the leaf's matrices one by one: one for each expert, or the only one.

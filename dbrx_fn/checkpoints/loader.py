@@ -15,7 +15,8 @@ from dbrx_fn.checkpoints.checkpoint import Checkpoint, LeafReader, open_checkpoi
 from dbrx_fn.checkpoints.hub import checkpoint_path, tokenizer_folder
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.model.config import Config, Dtype
-from dbrx_fn.model.params import nest
+from dbrx_fn.model.params import Leaf, nest, param_spec, quantized_spec
+from dbrx_fn.model.shard import WHOLE, Shard, in_words, working_sizes
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import checked
 from dbrx_fn.runtime.device import backend, memory_size
@@ -36,6 +37,7 @@ def load(
     dtype: Dtype | None = None,
     lazy: bool = False,
     progress: Progress | None = None,
+    shard: Shard = WHOLE,
 ) -> tuple[Params, Config]:
     """Loads a DBRX checkpoint of any known layout (`layouts`), from one file or from shards with an index.
 
@@ -49,32 +51,30 @@ def load(
             converted.
         lazy: leave each tensor in its file until it is first used.
         progress: called as parameters are read.
+        shard: this process's place, if several share the model. Each reads only its own part, and at once.
 
     Returns:
         params: the tree that `dbrx_fn.model.params.param_spec` describes.
-        config: the model's, with the parameters' `dtype`.
+        config: the model's, with the parameters' `dtype` and the shard.
 
     Raises:
-        ConfigError: if `config.json` is missing or isn't DBRX's.
+        ConfigError: if `config.json` is missing or isn't DBRX's, or if so many processes can't share the model.
         CheckpointError: if files are missing or damaged, if the parameters won't fit in memory, or if tensors are
             missing, unexpected, duplicate, or of a wrong shape or dtype. It names every such tensor.
     """
     checkpoint = open_checkpoint(path_or_repo, revision=revision)
     require_fit(checkpoint, one_dtype=dtype is None)
-    config = replace(checkpoint.config, dtype=dtype or checkpoint.config.dtype)
+    config = replace(checkpoint.config, dtype=dtype or checkpoint.config.dtype, shard=shard)
+    check_groups(checkpoint, shard)
     if not lazy:
-        _check_memory(checkpoint, config.dtype)
+        _check_memory(checkpoint, config)
 
-    reader, float_type = LeafReader(checkpoint), getattr(mx, config.dtype)
     with mx.stream(reading_device()):
-        leaves = {
-            path: reader.read(path) if source.leaf.dtype else reader.read(path).astype(float_type)
-            for path, source in checkpoint.sources.items()
-        }
+        leaves = _whole_leaves(checkpoint, config) if shard.is_whole else _own_leaves(checkpoint, config, progress)
     params = nest(leaves, config)
     del leaves
     if not lazy:
-        _read(params, checkpoint.path, progress)
+        _read(params, checkpoint.path, progress if shard.is_whole else None)
     return params, config
 
 
@@ -106,17 +106,71 @@ def load_tokenizer(path_or_repo: str | Path) -> Tokenizer:
     return read_tokenizer(tokenizer_folder(checkpoint_path(path_or_repo, weights=False)))
 
 
-def _check_memory(checkpoint: Checkpoint, dtype: Dtype) -> None:
-    needed = checkpoint.nbytes(dtype)
+def check_groups(checkpoint: Checkpoint, shard: Shard) -> None:
+    """Raises `CheckpointError` if the shard's part of a quantized matrix would begin or end within a group."""
+    widths = [
+        (path, source_leaf.shape[-1], form.group_size)
+        for path, form in checkpoint.formats.items()
+        if (source_leaf := param_spec(checkpoint.config)[path]).cut is not None
+        and source_leaf.cut.axis == len(source_leaf.axes) - 1
+    ]
+    broken = [path for path, inner, group in widths if inner // group % shard.size or inner % group]
+    if broken:
+        config = checkpoint.config
+        groups = {inner // group for _, inner, group in widths}
+        sizes = working_sizes(config.attn.kv_n_heads, config.ffn.ffn_hidden_size, config.vocab_size, *groups)
+        raise CheckpointError(
+            f"{shard.size} processes can't share {checkpoint.path}, since the groups of {broken[0]} can't be divided"
+            f" evenly: start {in_words(sizes)}, or dequantize it or take smaller groups (python -m dbrx_fn.convert)."
+        )
+
+
+def _whole_leaves(checkpoint: Checkpoint, config: Config) -> dict[str, mx.array]:
+    reader, float_type = LeafReader(checkpoint), getattr(mx, config.dtype)
+    return {
+        path: reader.read(path) if source.leaf.dtype else reader.read(path).astype(float_type)
+        for path, source in checkpoint.sources.items()
+    }
+
+
+def _own_leaves(checkpoint: Checkpoint, config: Config, progress: Progress | None) -> dict[str, mx.array]:
+    """A process's leaves. Each is read before the next one, so that no tensor's other parts stay in memory."""
+    reader, float_type = LeafReader(checkpoint), getattr(mx, config.dtype)
+    total, done = _nbytes(checkpoint, config), 0
+    leaves: dict[str, mx.array] = {}
+    for path, source in checkpoint.sources.items():
+        try:
+            leaf = reader.read_own(path, config.shard)
+            # The copy frees a tensor that was read whole.
+            leaf = mx.contiguous(leaf if source.leaf.dtype else leaf.astype(float_type))
+            mx.eval(leaf)
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            raise _unreadable(checkpoint.path, error, total) from None
+        leaves[path] = leaf
+        done += leaf.nbytes
+        if progress is not None:
+            progress(done, total)
+    return leaves
+
+
+def _leaves_of(checkpoint: Checkpoint, config: Config) -> dict[str, Leaf]:
+    """This process's leaves by path."""
+    return quantized_spec(param_spec(config), checkpoint.formats)
+
+
+def _nbytes(checkpoint: Checkpoint, config: Config) -> int:
+    return sum(leaf.nbytes(config.dtype) for leaf in _leaves_of(checkpoint, config).values())
+
+
+def _check_memory(checkpoint: Checkpoint, config: Config) -> None:
+    needed, dtype = _nbytes(checkpoint, config), config.dtype
     if needed > memory_size():
         raise CheckpointError(
             f"{checkpoint.path} needs {needed / _GIB:.1f} GiB in {dtype} and this machine has"
             f" {memory_size() / _GIB:.1f} GiB: {room_remedy(needed)}."
         )
-    largest, source = max(checkpoint.sources.items(), key=lambda item: item[1].leaf.nbytes(dtype))
-    check_buffer(
-        f"{largest} of {checkpoint.path}", source.leaf.nbytes(dtype), "take a smaller quantization", CheckpointError
-    )
+    largest, leaf = max(_leaves_of(checkpoint, config).items(), key=lambda item: item[1].nbytes(dtype))
+    check_buffer(f"{largest} of {checkpoint.path}", leaf.nbytes(dtype), "take a smaller quantization", CheckpointError)
 
 
 def _read(params: Params, path: Path, progress: Progress | None) -> None:
@@ -127,10 +181,14 @@ def _read(params: Params, path: Path, progress: Progress | None) -> None:
         try:
             mx.eval(array)
         except (RuntimeError, MemoryError) as error:
-            raise CheckpointError(
-                f"{path} can't be read to its end ({error}): check the disk, and that there are {total / _GIB:.1f}"
-                " GiB of free memory."
-            ) from None
+            raise _unreadable(path, error, total) from None
         done += array.nbytes
         if progress is not None:
             progress(done, total)
+
+
+def _unreadable(path: Path, error: Exception, total: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path} can't be read to its end ({error}): check the disk, and that there are {total / _GIB:.1f}"
+        " GiB of free memory."
+    )

@@ -75,7 +75,7 @@ def init_cache(config: Config, batch_size: int = 1, capacity: int = 512) -> Cach
             f"A cache can't have batch_size {shown(batch_size)} and capacity {shown(capacity)}: give at least 1 and at"
             " least 0."
         )
-    shape = (batch_size, config.attn.kv_n_heads, capacity, config.head_dim)
+    shape = (batch_size, config.layer.local_kv_heads, capacity, config.head_dim)
     dtype = getattr(mx, config.dtype)
     check_memory(config, batch_size, max(capacity, 1))
 
@@ -110,7 +110,7 @@ def check_memory(config: Config, batch_size: int, capacity: int) -> None:
     """Raises `CacheError` if such a cache won't fit in memory."""
     if max(batch_size, capacity) >= 2**31:
         raise CacheError(f"A cache can't have {shown(max(batch_size, capacity))} rows or tokens: give below 2**31.")
-    one = batch_size * config.attn.kv_n_heads * capacity * config.head_dim * getattr(mx, config.dtype).size
+    one = batch_size * config.layer.local_kv_heads * capacity * config.head_dim * getattr(mx, config.dtype).size
     needed = 2 * config.n_layers * one
     if needed > memory_size():
         raise CacheError(

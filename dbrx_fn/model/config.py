@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from dbrx_fn.errors import ConfigError
 from dbrx_fn.files.json_file import shown
+from dbrx_fn.model.shard import WHOLE, Shard, in_words, working_sizes
 from dbrx_fn.runtime.arguments import check_fields
 
 Activation = Literal[
@@ -129,22 +130,33 @@ class LayerConfig:
     attn: AttnConfig
     ffn: FFNConfig
     dtype: Dtype
+    shard: Shard = WHOLE
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.d_model // self.n_heads
 
+    @property
+    def local_heads(self) -> int:
+        """Number of this process's query heads."""
+        return self.n_heads // self.shard.size
+
+    @property
+    def local_kv_heads(self) -> int:
+        """Number of this process's key and value heads."""
+        return self.attn.kv_n_heads // self.shard.size
+
     @cached_property
     def sizes(self) -> Mapping[str, int]:
-        """Sizes of the tree's axes, by their names in `dbrx_fn.model.params`."""
+        """Sizes of this process's axes, by their names in `dbrx_fn.model.params`."""
         return {
-            "vocab": self.vocab_size,
+            "vocab": self.vocab_size // self.shard.size,
             "d_model": self.d_model,
-            "qkv": (self.n_heads + 2 * self.attn.kv_n_heads) * self.head_dim,
-            "heads": self.n_heads * self.head_dim,
+            "qkv": (self.local_heads + 2 * self.local_kv_heads) * self.head_dim,
+            "heads": self.local_heads * self.head_dim,
             "expert": self.ffn.moe_num_experts,
-            "ffn_hidden": self.ffn.ffn_hidden_size,
+            "ffn_hidden": self.ffn.ffn_hidden_size // self.shard.size,
         }
 
     __hash__ = _hashed_once
@@ -157,6 +169,7 @@ class Config:
 
     `dtype`: of the parameters, the activations and the cache.
     `initializer_range`: standard deviation of freshly drawn weights.
+    `shard`: this process's place, if several share the model. All other fields describe the whole model.
 
     Raises:
         ConfigError: if the fields describe an impossible model. The error names the field and its value.
@@ -171,6 +184,7 @@ class Config:
     ffn: FFNConfig = field(default_factory=FFNConfig)
     initializer_range: float = 0.02
     dtype: Dtype = "bfloat16"
+    shard: Shard = WHOLE
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
@@ -191,6 +205,13 @@ class Config:
         require(experts <= most, "ffn_config.moe_num_experts", experts, f"at most {most} in {self.n_layers} layers")
         scale = self.initializer_range
         require(scale >= 0, "initializer_range", scale, "0 or a positive number")
+        sizes = working_sizes(kv_n_heads, self.ffn.ffn_hidden_size, self.vocab_size)
+        if self.shard.size not in sizes:
+            raise ConfigError(
+                f"{self.shard.size} processes can't share this model evenly, since it has {kv_n_heads} key heads, an"
+                f" ffn_hidden_size of {self.ffn.ffn_hidden_size} and a vocab_size of {self.vocab_size}: start"
+                f" {in_words(sizes)}."
+            )
 
     @property
     def head_dim(self) -> int:
@@ -200,14 +221,14 @@ class Config:
     @cached_property
     def layer(self) -> LayerConfig:
         """The part that one layer's results depend on."""
-        return LayerConfig(self.d_model, self.n_heads, self.vocab_size, self.attn, self.ffn, self.dtype)
+        return LayerConfig(self.d_model, self.n_heads, self.vocab_size, self.attn, self.ffn, self.dtype, self.shard)
 
     __hash__ = _hashed_once
     __getstate__ = _fields_alone
 
     @property
     def qkv_dim(self) -> int:
-        """Rows of `Wqkv`: every query head, then every key head, then every value head."""
+        """Rows of this process's `Wqkv`: every query head, then every key head, then every value head."""
         return self.layer.sizes["qkv"]
 
 

@@ -74,7 +74,7 @@ def read_weight_bytes(config: Config, formats: Formats, tokens: int) -> int:
 
 def cache_bytes(config: Config, tokens: int) -> int:
     """Bytes of the keys and values of `tokens` tokens, in the config's dtype."""
-    width = 2 * config.attn.kv_n_heads * config.head_dim
+    width = 2 * config.layer.local_kv_heads * config.head_dim
     return config.n_layers * tokens * width * int(getattr(mx, config.dtype).size)
 
 

@@ -15,7 +15,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import mlx.core as mx
@@ -24,6 +24,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.model.config import Config, Dtype, LayerConfig
+from dbrx_fn.model.shard import WHOLE, Cut, Shard, cut_of
 from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import LEAVES, Described, Format, dtype_name, format_or_problem
 from dbrx_fn.runtime.arguments import checked
@@ -35,11 +36,15 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array of the tree: its axes' names and sizes, and its dtype. `None` stands for the config's dtype."""
+    """One array of the tree: its axes' names and sizes, and its dtype. `None` stands for the config's dtype.
+
+    `cut`: how several processes share it. `None` means that each holds all of it.
+    """
 
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: Literal["uint32", "uint8"] | None = None
+    cut: Cut | None = None
 
     @property
     def is_expert(self) -> bool:
@@ -66,8 +71,8 @@ class Leaf:
         affine = quantization.mode == "affine"
         packed = (*self.shape[:-1], inner * quantization.bits // 32)
         groups = (*self.shape[:-1], inner // quantization.group_size)
-        weight = Leaf((*self.axes[:-1], "packed"), packed, "uint32")
-        scales = Leaf((*self.axes[:-1], "group"), groups, None if affine else "uint8")
+        weight = Leaf((*self.axes[:-1], "packed"), packed, "uint32", self.cut)
+        scales = Leaf((*self.axes[:-1], "group"), groups, None if affine else "uint8", self.cut)
         return {"weight": weight, "scales": scales} | ({"biases": scales} if affine else {})
 
 
@@ -87,14 +92,19 @@ _HEAD = {"transformer.norm_f.weight": "d_model", "lm_head.weight": "vocab d_mode
 
 @functools.cache
 def param_spec(config: Config) -> Mapping[str, Leaf]:
-    """Every leaf of the tree for `config`, by its dotted path, in the tree's canonical order."""
+    """Every leaf of this process's tree for `config`, by its dotted path, in the tree's canonical order."""
     blocks = {f"transformer.blocks.{n}.{name}": axes for n in range(config.n_layers) for name, axes in _BLOCK.items()}
     return _leaves(_EMBEDDING | blocks | _HEAD, config.layer)
 
 
 def _leaves(axes_of: Mapping[str, str], layer: LayerConfig) -> dict[str, Leaf]:
+    heads = layer.n_heads, layer.attn.kv_n_heads
     return {
-        path: Leaf(tuple(axes.split()), tuple(layer.sizes[axis] for axis in axes.split()))
+        path: Leaf(
+            tuple(axes.split()),
+            tuple(layer.sizes[axis] for axis in axes.split()),
+            cut=cut_of(axes.split(), heads),
+        )
         for path, axes in axes_of.items()
     }
 
@@ -127,18 +137,27 @@ def init_params(config: Config, key: UInt32[mx.array, "2"]) -> Params:
 
     Args:
         config: sizes and dtype.
-        key: an `mx.random.key`; the same key draws the same tree.
+        key: an `mx.random.key`; the same key draws the same tree, of which each process keeps its part.
     """
-    spec = param_spec(config)
+    spec = param_spec(replace(config, shard=WHOLE))
     dtype = getattr(mx, config.dtype)
     keys = mx.random.split(key, len(spec))
 
     def draw(leaf: Leaf, leaf_key: mx.array) -> mx.array:
         if leaf.is_norm:
             return mx.ones(leaf.shape, dtype)
-        return mx.random.normal(leaf.shape, dtype, scale=config.initializer_range, key=leaf_key)
+        whole = mx.random.normal(leaf.shape, dtype, scale=config.initializer_range, key=leaf_key)
+        return own_part(whole, leaf.cut, config.shard)
 
     return nest({path: draw(leaf, keys[i]) for i, (path, leaf) in enumerate(spec.items())}, config)
+
+
+def own_part(whole: mx.array, cut: Cut | None, shard: Shard) -> mx.array:
+    """A process's part of an array."""
+    if cut is None or shard.is_whole:
+        return whole
+    parts = [whole[part] for part in cut.slices(whole.shape[cut.axis], shard)]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=cut.axis)
 
 
 def nest(arrays: Mapping[str, mx.array], config: Config) -> Params:

@@ -24,6 +24,7 @@ from dbrx_fn.model.params import check_params, compiled_under
 from dbrx_fn.model.positions import Positions, positions_of
 from dbrx_fn.model.shapes import CHUNK_SIZE, chunk_widths, time_bucket
 from dbrx_fn.model.tree import BlockParams, NormParams, Params
+from dbrx_fn.ops.collectives import all_gather_last, sum_gradients
 from dbrx_fn.ops.formats import Linear
 from dbrx_fn.ops.linear import linear
 from dbrx_fn.ops.norm import layer_norm
@@ -282,7 +283,8 @@ def head(
     norm_f: NormParams, lm_head: Linear, x: Stream, *, config: LayerConfig
 ) -> Float[mx.array, "batch time {config.vocab_size}"]:
     """The final norm and the projection to the vocabulary. DBRX doesn't tie its matrix to the embedding."""
-    return linear(lm_head, layer_norm(norm_f["weight"], x, eps=NORM_EPS))
+    normed = sum_gradients(layer_norm(norm_f["weight"], x, eps=NORM_EPS), config.shard.size)
+    return all_gather_last(linear(lm_head, normed), config.shard.size)
 
 
 def _logits(params: Params, x: Stream, config: LayerConfig) -> mx.array:

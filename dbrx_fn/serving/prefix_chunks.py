@@ -73,7 +73,7 @@ class Form:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Shape of a chunk's keys and values: `[2*layers kv_heads chunk head_dim]`."""
-        return 2 * self.config.n_layers, self.config.attn.kv_n_heads, self.size, self.config.head_dim
+        return 2 * self.config.n_layers, self.config.layer.local_kv_heads, self.size, self.config.head_dim
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -132,7 +132,7 @@ def restored(prefix: Prefix, config: Config, capacity: int) -> Cache:
     if not prefix.chunks:
         return init_cache(config, 1, capacity)
     check_memory(config, 1, capacity)
-    room = (1, config.attn.kv_n_heads, capacity - prefix.length, config.head_dim)
+    room = (1, config.layer.local_kv_heads, capacity - prefix.length, config.head_dim)
     rest = mx.zeros(room, prefix.chunks[0].dtype)
     # Each layer gets a buffer of its own. A view of a shared one would be copied when the next token is written.
     joined = [

@@ -20,6 +20,7 @@ from dbrx_fn.model.layers.rotary import turn
 from dbrx_fn.model.positions import Positions
 from dbrx_fn.model.tree import AttnParams
 from dbrx_fn.ops.attention import attention
+from dbrx_fn.ops.collectives import all_sum, sum_gradients
 from dbrx_fn.ops.linear import linear
 from dbrx_fn.runtime.compile import compiled
 
@@ -46,13 +47,13 @@ def attn(
         The attention's output, and the cache with the new tokens' keys and values.
     """
     batch, time, _ = x.shape
-    qkv = linear(params["Wqkv"], x)
+    qkv = linear(params["Wqkv"], sum_gradients(x, config.shard.size))
     if config.attn.clip_qkv is not None:
         qkv = mx.clip(qkv, -config.attn.clip_qkv, config.attn.clip_qkv)
     heads = qkv.reshape(batch, time, -1, config.head_dim).swapaxes(1, 2)
-    turning = config.n_heads + config.attn.kv_n_heads
+    turning = config.local_heads + config.local_kv_heads
     turned = turn(heads[:, :turning], positions["cosines"], positions["sines"])
-    q, k, v = turned[:, : config.n_heads], turned[:, config.n_heads :], heads[:, turning:]
+    q, k, v = turned[:, : config.local_heads], turned[:, config.local_heads :], heads[:, turning:]
     slots = positions["slots"]
     if cache is None or slots is None:
         mixed = attention(q, k, v, None, wraps=False)
@@ -62,4 +63,5 @@ def attn(
         cache = keys, values
         seen = slots["mask"].shape[-1]
         mixed = attention(q, keys[:, :, :seen], values[:, :, :seen], slots["mask"], wraps=slots["kept"] is not None)
-    return linear(params["out_proj"], mixed.swapaxes(1, 2).reshape(batch, time, -1)), cache
+    projected = linear(params["out_proj"], mixed.swapaxes(1, 2).reshape(batch, time, -1))
+    return all_sum(projected, config.shard.size), cache

@@ -44,5 +44,7 @@ def block(
             the first block's leaves.
     """
     residual, normed, after = norm_attn_norm(params["norm_attn_norm"], x, cache, positions, config=config)
-    mixed, routing = moe(params["ffn"], normed, jitter_key, config=config.ffn, cached=cache is not None)
+    mixed, routing = moe(
+        params["ffn"], normed, jitter_key, config=config.ffn, cached=cache is not None, shard=config.shard
+    )
     return residual + mixed, after, routing

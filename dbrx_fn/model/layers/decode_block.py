@@ -13,6 +13,7 @@ from dbrx_fn.model.layers.rotary import inverse_frequencies
 from dbrx_fn.model.layers.router import Routing
 from dbrx_fn.model.positions import Positions
 from dbrx_fn.model.tree import BlockParams
+from dbrx_fn.ops.collectives import all_sum
 from dbrx_fn.ops.kernels import combine, decode_attention, experts, linears, norm_router, project_qkv
 
 
@@ -65,13 +66,15 @@ def decode_block(
         slots["starts"],
         inverse_frequencies(config.head_dim, config.attn.rope_theta),
         eps=NORM_EPS,
-        kv_n_heads=config.attn.kv_n_heads,
+        kv_n_heads=config.local_kv_heads,
         head_dim=config.head_dim,
         clip=config.attn.clip_qkv,
     )
     keys, values = write(cache[0], k, slots["index"], None), write(cache[1], v, slots["index"], None)
     attended = decode_attention.decode_attention(q, keys, values, slots["starts"])
-    residual = linears.linear(first["attn"]["out_proj"], attended, residual=x)
+    # The kernels add the residual stream to a product. Among several processes only one adds it.
+    adds, processes = config.shard.rank == 0, config.shard.size
+    residual = all_sum(linears.linear(first["attn"]["out_proj"], attended, residual=x if adds else None), processes)
     normed, expert_weights, logits, top_experts = norm_router.norm_router(
         residual,
         first["norm_2"]["weight"],
@@ -80,5 +83,5 @@ def decode_block(
         top_k=config.ffn.moe_top_k,
         order=config.ffn.moe_normalize_expert_weights,
     )
-    x = experts.mix_experts(ffn["experts"]["mlp"], normed, expert_weights, top_experts, residual)
-    return x, (keys, values), Routing(logits, top_experts)
+    mixed = experts.mix_experts(ffn["experts"]["mlp"], normed, expert_weights, top_experts, residual if adds else None)
+    return all_sum(mixed.reshape(x.shape), processes), (keys, values), Routing(logits, top_experts)

@@ -6,6 +6,7 @@ import mlx.core as mx
 from jaxtyping import Float, Integer
 
 from dbrx_fn.model.config import LayerConfig
+from dbrx_fn.ops.collectives import all_sum
 from dbrx_fn.ops.formats import Linear, format_of
 from dbrx_fn.runtime.bounded import within
 from dbrx_fn.runtime.compile import typed
@@ -27,7 +28,16 @@ def embedding(
     ids, known = within(tokens, config.vocab_size)
     if tokens.shape[1] > 1:
         known = known.all(axis=1, keepdims=True)
-    return mx.where(known[..., None], _embedded(params, ids, config), mx.nan)
+    return mx.where(known[..., None], _shared(params, ids, config), mx.nan)
+
+
+def _shared(params: Linear, ids: mx.array, config: LayerConfig) -> mx.array:
+    """The rows of the whole vocabulary. Each process has its part of them, and zeros for the others."""
+    if config.shard.is_whole:
+        return _embedded(params, ids, config)
+    rows = config.sizes["vocab"]
+    own, known = within(ids.astype(mx.int32) - config.shard.rank * rows, rows)
+    return all_sum(mx.where(known[..., None], _embedded(params, own, config), 0), config.shard.size)
 
 
 def _embedded(params: Linear, ids: mx.array, config: LayerConfig) -> mx.array:

@@ -8,7 +8,9 @@ from jaxtyping import Float, UInt32
 
 from dbrx_fn.model.config import FFNConfig
 from dbrx_fn.model.layers.router import Routing, router
+from dbrx_fn.model.shard import WHOLE, Shard
 from dbrx_fn.model.tree import FFNParams
+from dbrx_fn.ops.collectives import all_sum, sum_gradients
 from dbrx_fn.ops.experts import mix_experts
 from dbrx_fn.runtime.compile import compiled
 
@@ -21,6 +23,7 @@ def moe(
     *,
     config: FFNConfig,
     cached: bool = False,
+    shard: Shard = WHOLE,
 ) -> tuple[Float[mx.array, "batch time d_model"], Routing]:
     """Sends each token through its chosen experts.
 
@@ -30,6 +33,7 @@ def moe(
         jitter_key: for the router's jitter. No jitter, if not given.
         config: how many experts a token goes to, and the activation.
         cached: whether there is a cache (`mix_experts`).
+        shard: this process's part of every expert.
 
     Returns:
         The experts' output, and the routing of the `batch * time` tokens.
@@ -37,6 +41,11 @@ def moe(
     tokens = x.reshape(-1, x.shape[-1])
     expert_weights, logits, top_experts = router(params["router"], tokens, jitter_key, config=config)
     mixed = mix_experts(
-        params["experts"]["mlp"], tokens, expert_weights, top_experts, activation=config.ffn_act_fn, cached=cached
+        params["experts"]["mlp"],
+        sum_gradients(tokens, shard.size),
+        sum_gradients(expert_weights, shard.size),
+        top_experts,
+        activation=config.ffn_act_fn,
+        cached=cached,
     )
-    return mixed.reshape(x.shape), Routing(logits, top_experts)
+    return all_sum(mixed, shard.size).reshape(x.shape), Routing(logits, top_experts)
