@@ -108,6 +108,13 @@ def templates(session: nox.Session) -> None:
 
 
 @nox.session
+def targets(session: nox.Session) -> None:
+    """Compiles the CUDA kernels for every NVIDIA GPU from Ampere on, without one; arguments choose: 80 90a."""
+    install(session, "targets")
+    session.run("python", "-m", "tests.targets.compile_kernels", *session.posargs)
+
+
+@nox.session
 def typecheck(session: nox.Session) -> None:
     """A strict static check of the package and its tests."""
     install(session, "typecheck")

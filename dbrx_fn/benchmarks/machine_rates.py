@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from dbrx_fn.model.config import Dtype
-from dbrx_fn.ops.kernels.cuda_module import on_hopper
-from dbrx_fn.ops.kernels.read_memory import WAVE, read_memory
+from dbrx_fn.ops.kernels.cuda_module import on_gpu
+from dbrx_fn.ops.kernels.read_memory import read_memory, wave
 from dbrx_fn.runtime.device import backend, memory_size
 
 _MIB = 2**20
@@ -38,8 +38,8 @@ _PRODUCTS = (
 )
 """Rows and columns of the product, and the inner axis, in order of their work."""
 _CPU_SETS = tuple(size * _MIB for size in (1, 4, 16, 64, 256))
-_GPU_SETS = tuple(waves * WAVE for waves in (1, 2, 4, 8, 32, 128))
-"""Sizes from 16 MiB, which fit into a cache, to 2 GiB, which don't."""
+_GPU_SETS = (1, 2, 4, 8, 32, 128)
+"""Sizes in waves of about 16 MiB. The first fit into a cache, the last doesn't."""
 _MOST_RESULTS = 2**30
 """The most bytes of results at a time."""
 
@@ -72,7 +72,7 @@ def memory_rates() -> tuple[tuple[int, float], ...]:
     """
     if backend() == "cpu":
         return tuple((size, _cpu_memory_rate(size)) for size in _CPU_SETS)
-    sizes = [size for size in _GPU_SETS if size <= memory_size() // 8]
+    sizes = [waves * _wave() for waves in _GPU_SETS if waves * _wave() <= memory_size() // 8]
     return tuple((size, _gpu_memory_rate(size)) for size in sizes)
 
 
@@ -102,6 +102,10 @@ def _lazily(describe: Callable[[], mx.array]) -> Run:
     return lambda count: mx.eval([describe() for _ in range(count)])
 
 
+def _wave() -> int:
+    return wave() if on_gpu() else 16 * _MIB
+
+
 def _gpu_memory_rate(size: int) -> float:
     data = mx.ones(size // 4, mx.float32)
     mx.eval(data)
@@ -114,7 +118,7 @@ def _gpu_memory_rate(size: int) -> float:
         mx.eval(negated)
 
     # A product as in decoding.
-    matrix = data.view(mx.bfloat16).reshape(-1, WAVE // 2048)
+    matrix = data.view(mx.bfloat16).reshape(-1, _wave() // 2048)
     row = mx.ones((1, matrix.shape[1]), mx.bfloat16)
     mx.eval(matrix, row)
     rates = [
@@ -122,10 +126,10 @@ def _gpu_memory_rate(size: int) -> float:
         2 * best_rate(negate),
         best_rate(_lazily(lambda: row @ matrix.T)),
     ]
-    if on_hopper():
+    if on_gpu():
         words = data.view(mx.uint32)
         # A launch takes some us, so small sizes are read several times per launch.
-        times = max(1, _GPU_SETS[-1] // size)
+        times = max(1, _GPU_SETS[-1] * _wave() // size)
         rates.append(times * best_rate(_lazily(lambda: read_memory(words, times))))
     return size * max(rates)
 

@@ -12,7 +12,7 @@ from dbrx_fn.checking.of_operations import check_experts, check_positions
 from dbrx_fn.checking.of_small_model import check_small_model
 from dbrx_fn.checking.of_training import check_training
 from dbrx_fn.model.config import Dtype
-from dbrx_fn.ops.kernels.cuda_module import on_hopper
+from dbrx_fn.ops.kernels.cuda_module import on_gpu
 from dbrx_fn.runtime.device import Backend, on_cpu
 
 _BRIEFLY = ("whole", "token by token")
@@ -81,7 +81,7 @@ def _otherwise_on_a_gpu() -> Iterator[Check]:
 
     Other back ends' choices aren't checked on a GPU, since its MLX kernels are made for its own.
     """
-    if on_hopper():
+    if on_gpu():
         row = "without this project's kernels"
         yield from check_models(lambda *_: row, SHAPES, dtypes=["bfloat16"], ways=_BRIEFLY, kernels=False)
     yield from check_models(lambda dtype, _: f"not compiled, {dtype}", SHAPES, ways=_BRIEFLY, compiles=False)

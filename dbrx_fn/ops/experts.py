@@ -1,7 +1,7 @@
 """The chosen experts' outputs for each token, weighted and summed.
 
 Rows of work are sorted and cut into segments (`dbrx_fn.ops.dispatch`), multiplied by their experts' matrices, put back
-in order, weighted and summed. Hopper GPUs have kernels for this.
+in order, weighted and summed. NVIDIA GPUs have kernels for this.
 """
 
 from typing import TypedDict, cast
@@ -54,7 +54,8 @@ def _have_kernels(
 ) -> bool:
     # Under a gradient, a kernel's stock operations run as well. So training (dense weights, no cache) uses only those.
     wanted = cached or "scales" in params["w1"]
-    fits = kernels.fits(params, x.dtype, activation=activation, top_k=top_experts.shape[1])
+    tokens, top_k = top_experts.shape
+    fits = kernels.fits(params, x.dtype, activation=activation, top_k=top_k, tokens=tokens)
     return wanted and fits and expert_weights.dtype == x.dtype
 
 

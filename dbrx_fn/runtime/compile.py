@@ -24,7 +24,7 @@ import mlx.core as mx
 from beartype import beartype
 from jaxtyping import jaxtyped
 
-from dbrx_fn.runtime.device import Backend, compiles, traced_for
+from dbrx_fn.runtime.device import compiles, traced_for
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -84,7 +84,7 @@ def traced(layer: Callable[P, R], *, check: Callable[..., None] | None = None) -
 
     # A trace keeps what its functions chose.
     @functools.cache
-    def with_static(chosen_for: tuple[Backend, bool], *static: tuple[str, Hashable]) -> Callable[..., R]:
+    def with_static(chosen_for: Hashable, *static: tuple[str, Hashable]) -> Callable[..., R]:
         keywords = dict(static)
 
         def trace(*arrays: object) -> R:

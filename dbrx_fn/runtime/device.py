@@ -4,6 +4,8 @@
 does. So the tests of one machine cover the choices for all machines.
 """
 
+import ctypes
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,6 +17,20 @@ import mlx.core as mx
 
 Backend = Literal["metal", "cuda", "cpu"]
 
+# CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT in cuda.h.
+_MULTIPROCESSOR_COUNT = 16
+
+
+class Gpu(NamedTuple):
+    """What this project's kernels need to know of an NVIDIA GPU.
+
+    `capability`: its compute capability, (9, 0) for an H100.
+    `multiprocessors`: their number.
+    """
+
+    capability: tuple[int, int]
+    multiprocessors: int
+
 
 class _Choices(NamedTuple):
     """The choices of `as_if`. `None` leaves a choice to the device."""
@@ -22,6 +38,7 @@ class _Choices(NamedTuple):
     backend: Backend | None
     compiles: bool | None
     kernels: bool | None
+    gpu: Gpu | None
 
 
 def _compiles_by_environment() -> bool | None:
@@ -32,17 +49,25 @@ def _compiles_by_environment() -> bool | None:
     return None if wanted not in ("0", "1") else wanted == "1"
 
 
-_OWN_CHOICES = _Choices(None, _compiles_by_environment(), None)
+_OWN_CHOICES = _Choices(None, _compiles_by_environment(), None, None)
 _choices = ContextVar("choices", default=_OWN_CHOICES)
 
 
 @contextmanager
 def as_if(
-    *, backend: Backend | None = None, compiles: bool | None = None, kernels: bool | None = None
+    *,
+    backend: Backend | None = None,
+    compiles: bool | None = None,
+    kernels: bool | None = None,
+    gpu: Gpu | None = None,
 ) -> Iterator[None]:
-    """Overrides choices in this thread: the back end to choose for, whether layers are compiled, whether kernels run.
+    """Overrides choices in this thread. What isn't given is unchanged.
 
-    The default device still computes, so no other machine's kernels run. What isn't given is unchanged.
+    Args:
+        backend: the back end to choose for. The default device still computes, so no other machine's kernels run.
+        compiles: whether layers are compiled.
+        kernels: whether this project's kernels run.
+        gpu: the NVIDIA GPU to choose kernels for. Their launches can't be evaluated without that GPU.
     """
     told = _choices.get()
     token = _choices.set(
@@ -50,6 +75,7 @@ def as_if(
             told.backend if backend is None else backend,
             told.compiles if compiles is None else compiles,
             told.kernels if kernels is None else kernels,
+            told.gpu if gpu is None else gpu,
         )
     )
     try:
@@ -79,9 +105,42 @@ def takes_kernels() -> bool:
     return _choices.get().kernels is not False
 
 
-def traced_for() -> tuple[Backend, bool]:
+def nvidia_gpu() -> Gpu | None:
+    """The default device if it is an NVIDIA GPU, unless `as_if` names one."""
+    told = _choices.get().gpu
+    if told is not None:
+        return told
+    return None if on_cpu() or not mx.cuda.is_available() else _own_gpu()
+
+
+@functools.cache
+def _own_gpu() -> Gpu | None:
+    info = mx.device_info(mx.gpu)
+    major, minor = info.get("compute_capability_major"), info.get("compute_capability_minor")
+    multiprocessors = _own_multiprocessors()
+    if not isinstance(major, int) or not isinstance(minor, int) or multiprocessors is None:
+        return None
+    return Gpu((major, minor), multiprocessors)
+
+
+def _own_multiprocessors() -> int | None:
+    """The first GPU's number of multiprocessors, from NVIDIA's driver. MLX doesn't say it."""
+    device, found = ctypes.c_int(), ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        failed = (
+            driver.cuInit(0)
+            or driver.cuDeviceGet(ctypes.byref(device), 0)
+            or driver.cuDeviceGetAttribute(ctypes.byref(found), _MULTIPROCESSOR_COUNT, device)
+        )
+    except (OSError, AttributeError):
+        return None
+    return None if failed else found.value
+
+
+def traced_for() -> tuple[Backend, bool, Gpu | None]:
     """All that a trace depends on beside its arguments."""
-    return backend(), takes_kernels()
+    return backend(), takes_kernels(), _choices.get().gpu
 
 
 def on_cpu() -> bool:

@@ -19,9 +19,10 @@ from dbrx_fn.model.quantization import Quantization, dequantize, quantize
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.ops.experts import mix_experts
 from dbrx_fn.ops.formats import Format
-from dbrx_fn.ops.kernels import experts, layer_norm, linears, project_qkv, segments
+from dbrx_fn.ops.kernels import experts, linears, project_qkv, segments
 from dbrx_fn.ops.kernels.cuda_module import on_hopper
 from dbrx_fn.ops.linear import linear
+from dbrx_fn.runtime.device import as_if
 from tests.support import oracle
 from tests.support.kernel_operands import dense, error, matrix, normal
 from tests.support.trees import as_float64
@@ -69,7 +70,7 @@ def test_mixed_experts(form: Format | None, tokens: int, measured: Any) -> None:
     # An expert that gets nothing, one that gets most, and tokens that name one twice.
     top_experts = mx.random.randint(1, 6, (tokens, 2), key=mx.random.key(9)).astype(mx.uint32)
     top_experts = mx.where(mx.arange(tokens)[:, None] % 3 == 0, 2, top_experts).astype(mx.uint32)
-    assert experts.fits(params, x.dtype, activation="silu", top_k=2)
+    assert experts.fits(params, x.dtype, activation="silu", top_k=2, tokens=x.shape[0])
     w1, v1, w2 = (dense(params[name], shape[-1]) for name, shape in shapes.items())
     expected = oracle.moe(
         as_float64(x), as_float64(weights), np.array(top_experts), w1, v1, w2, oracle.ACTIVATIONS["silu"]
@@ -100,7 +101,7 @@ def test_gradients_are_the_twins(form: Format | None) -> None:
     params: Any = {name: matrix(form, seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
     x, weights = normal(7, 200, D_MODEL), normal(8, 200, 2)
     top_experts = mx.random.randint(0, 6, (200, 2), key=mx.random.key(9)).astype(mx.uint32)
-    assert experts.fits(params, x.dtype, activation="silu", top_k=2)
+    assert experts.fits(params, x.dtype, activation="silu", top_k=2, tokens=x.shape[0])
 
     def gradients(function: Any) -> list[mx.array]:
         def scalar(x: mx.array, weights: mx.array, w1: mx.array) -> mx.array:
@@ -174,9 +175,8 @@ def test_the_model_is_as_exact_as_by_stock_operations(
     # Configs of their own, so that each is traced here.
     found = logits(params, replace(MODEL, ffn=replace(MODEL.ffn, moe_loss_weight=2.0)))
     assert any(taken)
-    for module in (experts, layer_norm, linears):
-        monkeypatch.setattr(module, "on_hopper", lambda: False)
-    twin = logits(params, replace(MODEL, ffn=replace(MODEL.ffn, moe_loss_weight=1.0)))
+    with as_if(kernels=False):
+        twin = logits(params, replace(MODEL, ffn=replace(MODEL.ffn, moe_loss_weight=1.0)))
     mx.set_default_device(mx.cpu)
     try:
         exact = dequantize(params, MODEL) if form is not None else params

@@ -1,4 +1,4 @@
-"""`block` by CUDA kernels, for one token per sequence on Hopper GPUs.
+"""`block` by CUDA kernels, for one token per sequence.
 
 It computes what `block` computes by stock operations. One sequence takes nine kernel launches instead of about eighty.
 Launches are what can be saved, since the bound is reading the weights (`docs/performance.md`). Each kernel's results
@@ -37,7 +37,7 @@ def fits(
         not jitters
         and linears.fits(attn["Wqkv"], x)
         and linears.fits(attn["out_proj"], x)
-        and experts.fits(ffn["experts"]["mlp"], x.dtype, activation=config.ffn.ffn_act_fn, top_k=top_k)
+        and experts.fits(ffn["experts"]["mlp"], x.dtype, activation=config.ffn.ffn_act_fn, top_k=top_k, tokens=batch)
         and "scales" not in ffn["router"]["layer"]
         and project_qkv.fits(head_dim=config.head_dim, dtype=x.dtype)
         and decode_attention.fits(head_dim=config.head_dim, dtype=x.dtype)

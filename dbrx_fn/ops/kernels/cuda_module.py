@@ -4,10 +4,10 @@ The sources include no headers but this folder's, so each compiles fast (`docs/p
 with MLX, and `mx.fast.precompiled_cuda_kernel` launches its output. `mx.fast.cuda_kernel` would include MLX's headers.
 """
 
-import ctypes
 import functools
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,30 +15,57 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from dbrx_fn.runtime.device import takes_kernels
+from dbrx_fn.ops.kernels import nvrtc
+from dbrx_fn.runtime.device import Gpu, nvidia_gpu, takes_kernels
 
 logger = logging.getLogger(__name__)
 
-_FOLDER = Path(__file__).parent
-_HOPPER = (9, 0)
+FOLDER = Path(__file__).parent
+"""The sources' folder."""
+_AMPERE, _HOPPER = (8, 0), (9, 0)
+
+
+def _wanted_by_environment() -> bool | None:
+    """The value of DBRX_FN_KERNELS: 0 switches the kernels off, 1 takes them on GPUs where nobody has measured them."""
+    wanted = os.environ.get("DBRX_FN_KERNELS", "")
+    if wanted not in ("", "0", "1"):
+        warnings.warn(f"DBRX_FN_KERNELS is {wanted!r} where 0 or 1 is expected: it is ignored.", stacklevel=2)
+    return None if wanted not in ("0", "1") else wanted == "1"
+
+
+_WANTED = _wanted_by_environment()
+
+
+def on_gpu() -> bool:
+    """Whether kernels run on the default device: on Hopper GPUs (H100, H200), for which they are made.
+
+    Other NVIDIA GPUs from Ampere on take them with DBRX_FN_KERNELS=1, since nobody has measured them there.
+    DBRX_FN_KERNELS=0 switches the kernels off, and so does `as_if(kernels=False)`. `on_hopper` is for kernels that
+    compile for Hopper GPUs only.
+    """
+    gpu = nvidia_gpu()
+    return gpu is not None and takes_kernels() and _can_run(gpu)
 
 
 def on_hopper() -> bool:
-    """Whether the default device is a GPU that these kernels are made for (H100, H200).
+    """Whether kernels run on the default device, and it has what hopper.cuh needs."""
+    gpu = nvidia_gpu()
+    return gpu is not None and gpu.capability == _HOPPER and on_gpu()
 
-    `DBRX_FN_KERNELS=0` in the environment switches the kernels off, and so does `as_if(kernels=False)`.
-    """
-    return takes_kernels() and mx.default_device().type == mx.gpu and _has_hopper()
+
+def multiprocessors() -> int:
+    """The number of multiprocessors of the GPU that kernels run on."""
+    gpu = nvidia_gpu()
+    assert gpu is not None
+    return gpu.multiprocessors
 
 
 @functools.cache
-def _has_hopper() -> bool:
-    if not mx.cuda.is_available() or os.environ.get("DBRX_FN_KERNELS") == "0":
+def _can_run(gpu: Gpu) -> bool:
+    wanted = gpu.capability == _HOPPER if _WANTED is None else _WANTED and gpu.capability >= _AMPERE
+    if not wanted:
         return False
-    info = mx.device_info(mx.gpu)
-    if (info.get("compute_capability_major"), info.get("compute_capability_minor")) != _HOPPER:
-        return False
-    if _nvrtc() is None or not hasattr(mx.fast, "precompiled_cuda_kernel"):
+    if not nvrtc.compiles_for(gpu.capability) or not hasattr(mx.fast, "precompiled_cuda_kernel"):
         logger.warning("This MLX can't run dbrx_fn's kernels: slower stock operations take their place.")
         return False
     return True
@@ -73,10 +100,12 @@ def launch(
         scalars: arguments after inputs and outputs, as int or float.
         shared_memory: dynamic shared memory, in bytes.
     """
+    gpu = nvidia_gpu()
+    assert gpu is not None
     x, y, z = blocks
     made: list[mx.array] = mx.fast.precompiled_cuda_kernel(
         name=kernel.file,
-        compiled_source=compiled_kernel(kernel),
+        compiled_source=compiled_kernel(kernel, architecture(gpu.capability)),
         inputs=list(inputs),
         output_shapes=[shape for shape, _ in outputs],
         output_dtypes=[dtype for _, dtype in outputs],
@@ -90,55 +119,32 @@ def launch(
     return made
 
 
+def architecture(capability: tuple[int, int]) -> str:
+    """NVRTC's name of the architecture. Only sm_90a has Hopper's products of matrices in shared memory."""
+    major, minor = capability
+    return f"sm_{major}{minor}" + ("a" if capability == _HOPPER else "")
+
+
 @functools.cache
-def compiled_kernel(kernel: Kernel) -> bytes:
-    """The machine code for Hopper GPUs.
+def compiled_kernel(kernel: Kernel, architecture: str) -> bytes:
+    """The machine code for an architecture.
 
     Raises:
         RuntimeError: if NVRTC is missing, or refuses the source. The message has its log.
     """
-    nvrtc = _nvrtc()
-    if nvrtc is None:
-        raise RuntimeError("NVRTC, which comes with MLX's CUDA build, can't be loaded.")
-    names = sorted(path.name for path in _FOLDER.glob("*.cuh"))
-    headers = [(_FOLDER / name).read_bytes() for name in names]
-    source = (_FOLDER / f"{kernel.file}.cu").read_bytes()
-    options = [b"--gpu-architecture=sm_90a", b"--std=c++17", *(f"-D{n}={v}".encode() for n, v in kernel.defines)]
-    program = ctypes.c_void_p()
+    return compile_kernel(kernel, architecture)[0]
 
-    def strings(items: Sequence[bytes]) -> ctypes.Array[ctypes.c_char_p]:
-        return (ctypes.c_char_p * len(items))(*items)
 
-    def read(size_of: str, read_to: str) -> bytes:
-        size = ctypes.c_size_t()
-        getattr(nvrtc, size_of)(program, ctypes.byref(size))
-        buffer = ctypes.create_string_buffer(size.value)
-        getattr(nvrtc, read_to)(program, buffer)
-        return buffer.raw
+def compile_kernel(kernel: Kernel, architecture: str, *options: str) -> tuple[bytes, str]:
+    """The machine code for an architecture, and NVRTC's log. More of NVRTC's options may be given.
 
-    nvrtc.nvrtcCreateProgram(
-        ctypes.byref(program),
-        source,
-        f"{kernel.file}.cu".encode(),
-        len(names),
-        strings(headers),
-        strings([name.encode() for name in names]),
+    Raises:
+        RuntimeError: as in `compiled_kernel`.
+    """
+    defines = (f"-D{name}={value}" for name, value in kernel.defines)
+    return nvrtc.compile_source(
+        (FOLDER / f"{kernel.file}.cu").read_bytes(),
+        {path.name: path.read_bytes() for path in sorted(FOLDER.glob("*.cuh"))},
+        name=f"{kernel.file}.cu",
+        options=[f"--gpu-architecture={architecture}", "--std=c++17", *defines, *options],
     )
-    try:
-        if nvrtc.nvrtcCompileProgram(program, len(options), strings(options)):
-            log = read("nvrtcGetProgramLogSize", "nvrtcGetProgramLog").rstrip(b"\0").decode(errors="replace")
-            raise RuntimeError(f"NVRTC can't compile {kernel.file}.cu: {log}")
-        return read("nvrtcGetCUBINSize", "nvrtcGetCUBIN")
-    finally:
-        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-@functools.cache
-def _nvrtc() -> ctypes.CDLL | None:
-    # MLX has already loaded one of these, so the bare name is enough.
-    for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    return None

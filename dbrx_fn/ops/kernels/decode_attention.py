@@ -9,11 +9,12 @@ import math
 import mlx.core as mx
 from jaxtyping import BFloat16, Int32
 
-from dbrx_fn.ops.kernels.cuda_module import Kernel, launch
+from dbrx_fn.ops.kernels.cuda_module import Kernel, launch, multiprocessors
 from dbrx_fn.runtime.compile import typed
 
+# Warps per block; blocks that a multiprocessor runs at once; splits that the second kernel can merge.
 _WARPS = 4
-_BLOCKS_AT_ONCE = 3 * 132
+_BLOCKS = 3
 _MOST_SPLITS = 64
 
 
@@ -68,4 +69,4 @@ def _splits(blocks: int, capacity: int) -> int:
     As many as fill the GPU with blocks, if the positions suffice. At least four, since otherwise one long row among
     many short ones would use only a few multiprocessors.
     """
-    return min(max(4, _BLOCKS_AT_ONCE // blocks), -(-capacity // (16 * _WARPS)), _MOST_SPLITS)
+    return min(max(4, _BLOCKS * multiprocessors() // blocks), -(-capacity // (16 * _WARPS)), _MOST_SPLITS)

@@ -1,4 +1,4 @@
-"""`dbrx_fn.ops.experts.mix_experts` by kernels for Hopper GPUs, in few launches for every format of the weights.
+"""`dbrx_fn.ops.experts.mix_experts` by CUDA kernels, in few launches for every format of the weights.
 
 One launch computes gate, up and their product, and one computes down. For a single token the latter also sums the
 experts' outputs; several tokens take another launch for that. Long segments take one more, which packs the tokens for
@@ -13,7 +13,7 @@ import numpy as np
 
 from dbrx_fn.ops.dispatch import dispatch
 from dbrx_fn.ops.kernels import combine
-from dbrx_fn.ops.kernels.cuda_module import on_hopper
+from dbrx_fn.ops.kernels.cuda_module import on_gpu, on_hopper
 from dbrx_fn.ops.kernels.segments import (
     INNER,
     LONG_ROWS,
@@ -27,11 +27,13 @@ from dbrx_fn.ops.kernels.segments import (
 )
 
 
-def fits(params: Mapping[str, Any], dtype: mx.Dtype, *, activation: str, top_k: int) -> bool:
-    """Whether kernels exist for these experts."""
-    ffn_hidden, d_model = params["w1"]["weight"].shape[1], params["w2"]["weight"].shape[1]
+def fits(params: Mapping[str, Any], dtype: mx.Dtype, *, activation: str, top_k: int, tokens: int) -> bool:
+    """Whether kernels exist for these experts and this number of tokens. Long segments need a Hopper GPU."""
+    experts, ffn_hidden, _ = params["w1"]["weight"].shape
+    d_model = params["w2"]["weight"].shape[1]
+    few = tokens == 1 or kernel_segment_rows(tokens * top_k, experts) < LONG_ROWS
     if (
-        not on_hopper()
+        not (on_gpu() if few else on_hopper())
         or activation not in ("silu", "swish")
         or d_model % INNER
         or ffn_hidden % INNER
@@ -44,7 +46,7 @@ def fits(params: Mapping[str, Any], dtype: mx.Dtype, *, activation: str, top_k: 
     return len(formats) == 1 and None not in formats
 
 
-def hopper_segment_rows(pairs: int, experts: int) -> int:
+def kernel_segment_rows(pairs: int, experts: int) -> int:
     """The number of rows per segment, for several tokens."""
     average = pairs / experts
     if average <= 3:
@@ -67,7 +69,7 @@ def mix_experts(
         segments = _one_token(top_experts)
         hidden = short_gated(x, gate, up, segments)
         return short_mixed(hidden, down, segments, expert_weights, residual)
-    rows = hopper_segment_rows(pairs, experts)
+    rows = kernel_segment_rows(pairs, experts)
     plan = dispatch(top_experts, experts=experts, rows=rows)
     segments = Segments(plan.slot_pairs.reshape(-1), plan.segment_experts, rows, pairs, top_k)
     if rows == LONG_ROWS:

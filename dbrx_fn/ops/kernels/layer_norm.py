@@ -3,14 +3,14 @@
 import mlx.core as mx
 from jaxtyping import BFloat16
 
-from dbrx_fn.ops.kernels.cuda_module import Kernel, launch, on_hopper
+from dbrx_fn.ops.kernels.cuda_module import Kernel, launch, on_gpu
 from dbrx_fn.runtime.compile import typed
 
 
 def fits(weight: mx.array, x: mx.array) -> bool:
     """Whether the kernel supports this width: 256 to 8192, in steps of 256."""
     width = x.shape[-1]
-    return on_hopper() and x.dtype == weight.dtype == mx.bfloat16 and width % 256 == 0 and width <= 8192
+    return on_gpu() and x.dtype == weight.dtype == mx.bfloat16 and width % 256 == 0 and width <= 8192
 
 
 @typed

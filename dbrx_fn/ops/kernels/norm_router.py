@@ -7,10 +7,8 @@ bfloat16. The experts are chosen by their logits.
 import mlx.core as mx
 from jaxtyping import BFloat16, Float32, UInt32
 
-from dbrx_fn.ops.kernels.cuda_module import Kernel, launch
+from dbrx_fn.ops.kernels.cuda_module import Kernel, launch, multiprocessors
 from dbrx_fn.runtime.compile import typed
-
-_MULTIPROCESSORS = 132
 
 
 def fits(*, d_model: int, experts: int, dtype: mx.Dtype) -> bool:
@@ -54,7 +52,7 @@ def norm_router(
     tokens = x.size // d_model
     experts = router.shape[0]
     # Two tokens share one read of the router, if there are more tokens than multiprocessors.
-    together = 1 if tokens <= _MULTIPROCESSORS else 2
+    together = 1 if tokens <= multiprocessors() else 2
     defines: dict[str, int | str] = {
         "WIDTH": d_model,
         "EXPERTS": experts,

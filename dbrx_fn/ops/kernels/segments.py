@@ -1,8 +1,8 @@
-"""Products of segments of rows with their experts' matrices, on Hopper GPUs.
+"""Products of segments of rows with their experts' matrices.
 
-There are two kernels: `short_segments`, bound by reading the weights, and `long_segments`, bound by arithmetic. Both
-read weights as stored and convert them to bfloat16 in registers, so a dequantized matrix is never written to memory.
-The `.cu` files say how. A single matrix is treated as one expert, with row n in slot n.
+There are two kernels: `short_segments`, bound by reading the weights, and `long_segments`, bound by arithmetic and for
+Hopper GPUs only. Both read weights as stored and convert them to bfloat16 in registers, so a dequantized matrix is
+never written to memory. The `.cu` files say how. A single matrix is treated as one expert, with row n in slot n.
 
 In a segment, real rows come first, then padding. Results of padding are not written, so they are undefined.
 """

@@ -35,15 +35,24 @@ __device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
+// Before Hopper, bfloat16 pairs have no products and differences. `multiply_add` with -0 or -1 rounds in the same way.
 __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
+#if __CUDA_ARCH__ < 900
+  return multiply_add(a, b, 0x80008000);
+#else
   u32 d;
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
+#endif
 }
 __device__ __forceinline__ u32 subtract(u32 a, u32 b) {
+#if __CUDA_ARCH__ < 900
+  return multiply_add(b, 0xbf80bf80, a);
+#else
   u32 d;
   asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
+#endif
 }
 __device__ __forceinline__ u32 twice(u16 x) { return u32(x) * 0x10001u; }
 // (word & mask) | bits, in one instruction.
