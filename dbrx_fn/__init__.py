@@ -52,6 +52,10 @@ from dbrx_fn.generation.stream import Stream as Stream
 from dbrx_fn.generation.stream import stream_text as stream_text
 from dbrx_fn.generation.stream import stream_tokens as stream_tokens
 from dbrx_fn.generation.structured import Structure as Structure
+from dbrx_fn.model.adapters import Adapters as Adapters
+from dbrx_fn.model.adapters import add_adapters as add_adapters
+from dbrx_fn.model.adapters import fuse_adapters as fuse_adapters
+from dbrx_fn.model.adapters import is_adapter as is_adapter
 from dbrx_fn.model.cache import Cache as Cache
 from dbrx_fn.model.cache import grow_cache as grow_cache
 from dbrx_fn.model.cache import init_cache as init_cache
@@ -68,6 +72,7 @@ from dbrx_fn.model.layers.router import Routing as Routing
 from dbrx_fn.model.params import check_params as check_params
 from dbrx_fn.model.params import init_params as init_params
 from dbrx_fn.model.params import param_count as param_count
+from dbrx_fn.model.partition import partition as partition
 from dbrx_fn.model.quantization import Quantization as Quantization
 from dbrx_fn.model.quantization import dequantize as dequantize
 from dbrx_fn.model.quantization import quantize as quantize

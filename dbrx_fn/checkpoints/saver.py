@@ -20,6 +20,7 @@ from dbrx_fn.checkpoints.shards import SHARD_BYTES, Shard, index_content, plan_s
 from dbrx_fn.errors import CheckpointError, InputError, TokenizerError
 from dbrx_fn.files.atomic import new_folder
 from dbrx_fn.files.json_file import LARGEST_VOCABULARY, parse_json, read_bounded, shown, shown_path
+from dbrx_fn.model.adapters import adapted
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.params import check_params, companions
 from dbrx_fn.model.quantization import tree_formats
@@ -102,6 +103,10 @@ def write_checkpoint(
 ) -> None:
     """Writes a checkpoint's files into a folder that nobody reads yet. Arguments and errors are those of `save`."""
     check_params(params, config)
+    if with_adapters := adapted(params):
+        raise InputError(
+            f"{with_adapters[0]} has an adapter, which no layout holds: merge them with fuse_adapters first."
+        )
     formats = tree_formats(params, config)
     if layout is None:
         layout = "split" if any(".experts." in path for path in formats) else "fused"

@@ -4,17 +4,17 @@ import argparse
 import re
 
 from dbrx_fn.errors import InputError
+from dbrx_fn.model.params import KINDS
 from dbrx_fn.model.quantization import Quantization
 from dbrx_fn.ops.formats import MODES, Format, format_of_mode
 
 FORMAT_HELP = f"FORMAT is a number of bits (4), bits and group size (4:32), {', '.join(MODES[1:])}, or none."
-_KINDS = ("experts", "attention", "embedding", "head", "router")
 
 
 def add_quantize_options(options: argparse.ArgumentParser) -> None:
     """Adds `--quantize FORMAT`, and one option for each kind of matrix."""
     options.add_argument("--quantize", metavar="FORMAT", help="quantize all matrices but the router's")
-    for kind in _KINDS:
+    for kind in KINDS:
         options.add_argument(f"--{kind}", metavar="FORMAT", help=f"format of the {kind}; overrides --quantize")
 
 
@@ -24,7 +24,7 @@ def chosen_quantization(chosen: argparse.Namespace) -> Quantization | None:
     Raises:
         InputError: if an option isn't a format.
     """
-    named = {kind: getattr(chosen, kind) for kind in _KINDS}
+    named = {kind: getattr(chosen, kind) for kind in KINDS}
     if chosen.quantize is None and all(text is None for text in named.values()):
         return None
     usual = None if chosen.quantize is None else _format("quantize", chosen.quantize)

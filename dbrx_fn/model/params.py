@@ -8,7 +8,7 @@ stacks experts along rows, the tree has an expert axis:
     params["transformer"]["blocks"][3]["ffn"]["experts"]["mlp"]["w1"]["weight"]        [expert ffn_hidden d_model]
 
 Each matrix may be quantized in MLX's formats (`mx.quantize`). Its dict then holds packed integers with their scales and
-biases (`dbrx_fn.ops.formats`).
+biases (`dbrx_fn.ops.formats`). Each matrix may have an adapter beside it (`dbrx_fn.model.adapters`).
 """
 
 import functools
@@ -16,7 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
 
 import mlx.core as mx
 from jaxtyping import UInt32
@@ -26,7 +26,7 @@ from dbrx_fn.errors import CheckpointError
 from dbrx_fn.model.config import Config, Dtype, LayerConfig
 from dbrx_fn.model.shard import WHOLE, Cut, Shard, cut_of
 from dbrx_fn.model.tree import Params
-from dbrx_fn.ops.formats import LEAVES, Described, Format, dtype_name, format_or_problem
+from dbrx_fn.ops.formats import ADAPTER_LEAVES, LEAVES, Described, Format, dtype_name, format_or_problem
 from dbrx_fn.runtime.arguments import checked
 from dbrx_fn.runtime.compile import compiled, once
 
@@ -43,13 +43,13 @@ class Leaf:
 
     axes: tuple[str, ...]
     shape: tuple[int, ...]
-    dtype: Literal["uint32", "uint8"] | None = None
+    dtype: Literal["uint32", "uint8", "float32"] | None = None
     cut: Cut | None = None
 
     @property
     def is_expert(self) -> bool:
         """Whether this holds one matrix per expert."""
-        return self.axes[0] == "expert" and len(self.axes) == 3
+        return len(self.axes) == 3 and self.axes[0] == "expert"
 
     @property
     def is_norm(self) -> bool:
@@ -75,6 +75,15 @@ class Leaf:
         scales = Leaf((*self.axes[:-1], "group"), groups, None if affine else "uint8", self.cut)
         return {"weight": weight, "scales": scales} | ({"biases": scales} if affine else {})
 
+    def adapter(self, rank: int) -> dict[str, "Leaf"]:
+        """The leaves of an adapter for this matrix, by their names."""
+        lengths, inner = self.shape[:-2], len(self.shape) - 1
+        # A matrix that is cut along one axis cuts the adapter's side of that axis, at the same place.
+        cut_a, cut_b = (self.cut if self.cut and self.cut.axis == axis else None for axis in (inner, inner - 1))
+        lora_a = Leaf((*self.axes[:-2], "rank", self.axes[-1]), (*lengths, rank, self.shape[-1]), cut=cut_a)
+        lora_b = Leaf((*self.axes[:-1], "rank"), (*self.shape[:-1], rank), cut=cut_b)
+        return {"lora_a": lora_a, "lora_b": lora_b, "lora_scale": Leaf((), (), "float32")}
+
 
 _EMBEDDING = {"transformer.wte.weight": "vocab d_model"}
 _BLOCK = {
@@ -88,6 +97,23 @@ _BLOCK = {
     "ffn.experts.mlp.w2.weight": "expert d_model ffn_hidden",
 }
 _HEAD = {"transformer.norm_f.weight": "d_model", "lm_head.weight": "vocab d_model"}
+
+
+Kind = Literal["experts", "attention", "embedding", "head", "router"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_MARKS: dict[str, Kind] = {
+    ".experts.": "experts",
+    ".attn.": "attention",
+    ".wte.": "embedding",
+    "lm_head.": "head",
+    ".router.": "router",
+}
+
+
+def kind_of(path: str) -> Kind | None:
+    """The kind of matrix that the leaf at this path belongs to. `None` for a norm's weight."""
+    return next((kind for mark, kind in _MARKS.items() if mark in path), None)
 
 
 @functools.cache
@@ -164,18 +190,20 @@ def nest(arrays: Mapping[str, mx.array], config: Config) -> Params:
     """Makes the tree of arrays by dotted path. Equal arrays give equal trees, whatever they were made from.
 
     Keys have a fixed order, since `mx.compile` retraces when a dict's order changes: linears and norms in the spec's
-    order, then `weight`, `scales`, `biases`, then unknown names sorted. Each leaf is row-contiguous, since a product
+    order, then a linear's leaves in theirs, then unknown names sorted. Each leaf is row-contiguous, since a product
     with a transposed matrix rounds differently. The copy to row-contiguous memory is lazy, is made only for leaves that
     need it, and frees the view that it replaces.
     """
     places = {path.removesuffix(".weight"): n for n, path in enumerate(param_spec(config))}
+    names = (*LEAVES, *ADAPTER_LEAVES)
 
     def place(path: str) -> tuple[int, int, str]:
         linear, _, name = path.rpartition(".")
-        return places.get(linear, len(places)), LEAVES.index(name) if name in LEAVES else len(LEAVES), path
+        return places.get(linear, len(places)), names.index(name) if name in names else len(names), path
 
-    tree: Params = tree_unflatten([(path, mx.contiguous(arrays[path])) for path in sorted(arrays, key=place)])
-    return tree
+    tree = tree_unflatten([(path, mx.contiguous(arrays[path])) for path in sorted(arrays, key=place)])
+    # MLX makes a list of nothing.
+    return cast(Params, tree or {})
 
 
 def formats_of(
@@ -223,7 +251,7 @@ def _is_quantized(linear: Mapping[str, Described]) -> bool:
 
 
 def companions(name: str) -> list[str]:
-    """The names of all leaves that the linear whose weight has this name can have."""
+    """The names of all leaves that the matrix whose weight has this name can have, without an adapter's."""
     return [name.removesuffix("weight") + leaf for leaf in LEAVES]
 
 
@@ -239,9 +267,27 @@ def quantized_spec(spec: Mapping[str, Leaf], formats: Mapping[str, Format]) -> d
     return leaves
 
 
+def adapters_spec(spec: Mapping[str, Leaf], found: Mapping[str, Described]) -> dict[str, Leaf]:
+    """The leaves of the adapters among some arrays. Each adapter's rank is that of its `lora_a`.
+
+    Args:
+        spec: the dense tree's.
+        found: the tree's arrays, by their paths.
+    """
+    leaves: dict[str, Leaf] = {}
+    for path, leaf in spec.items():
+        base = path.removesuffix("weight")
+        if leaf.is_norm or not any(base + name in found for name in ADAPTER_LEAVES):
+            continue
+        shape = found[f"{base}lora_a"].shape if f"{base}lora_a" in found else ()
+        rank = max(1, shape[-2]) if len(shape) > 1 else 1
+        leaves |= {base + name: part for name, part in leaf.adapter(rank).items()}
+    return leaves
+
+
 @checked
 def check_params(params: Params, config: Config) -> None:
-    """Compares a tree with the spec. Any matrix may be quantized.
+    """Compares a tree with the spec. Any matrix may be quantized, and may have an adapter.
 
     Raises:
         CheckpointError: if a leaf is missing, unexpected, of a wrong shape, or of another dtype than `config.dtype`. It
@@ -285,7 +331,7 @@ def _check(leaves: dict[str, Any], expected: Mapping[str, Leaf], dtype: Dtype) -
     for path in unknown:
         del spec[path]
         found = {name: array for name, array in found.items() if name not in companions(path)}
-    spec = quantized_spec(spec, formats)
+    spec = quantized_spec(spec, formats) | adapters_spec(expected, found)
     problems += [f"{path} is missing" for path in spec.keys() - leaves.keys()]
     problems += [f"{path} is unexpected" for path in found.keys() - spec.keys()]
     for path in spec.keys() & found.keys():

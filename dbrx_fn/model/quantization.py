@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.params import check_params, companions, formats_of, nest, param_spec
+from dbrx_fn.model.params import check_params, companions, formats_of, kind_of, nest, param_spec
 from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import Format, dequantize_matrix, quantize_matrix
 from dbrx_fn.runtime.arguments import check_fields, checked
@@ -95,15 +95,9 @@ def wanted_formats(config: Config, quantization: Quantization) -> dict[str, Form
     Raises:
         InputError: if a group size doesn't divide a matrix's input width.
     """
-    kinds = {
-        ".experts.": quantization.experts,
-        ".attn.": quantization.attention,
-        ".wte.": quantization.embedding,
-        "lm_head.": quantization.head,
-        ".router.": quantization.router,
-    }
-    wanted = {path: form for path in param_spec(config) for mark, form in kinds.items() if mark in path}
-    formats = {path: form for path, form in wanted.items() if form is not None}
+    kinds = {path: kind_of(path) for path in param_spec(config)}
+    wanted = {path: getattr(quantization, kind) for path, kind in kinds.items() if kind is not None}
+    formats: dict[str, Format] = {path: form for path, form in wanted.items() if form is not None}
     for path, form in formats.items():
         inner = param_spec(config)[path].shape[-1]
         if inner % form.group_size:

@@ -12,6 +12,7 @@ from typing import Literal, overload
 
 import mlx.core as mx
 from jaxtyping import Float, Int32, Integer, UInt32
+from mlx.utils import tree_flatten, tree_unflatten
 
 from dbrx_fn.errors import CacheError, CheckpointError, InputError
 from dbrx_fn.model.cache import Cache, LayerCache, extended
@@ -20,7 +21,7 @@ from dbrx_fn.model.layers.block import block
 from dbrx_fn.model.layers.embedding import embedding
 from dbrx_fn.model.layers.norm_attn_norm import Stream
 from dbrx_fn.model.layers.router import Routing
-from dbrx_fn.model.params import check_params, compiled_under
+from dbrx_fn.model.params import check_params, companions, compiled_under
 from dbrx_fn.model.positions import Positions, positions_of
 from dbrx_fn.model.shapes import CHUNK_SIZE, chunk_widths, time_bucket
 from dbrx_fn.model.tree import BlockParams, NormParams, Params
@@ -236,13 +237,23 @@ def _recomputed(
     params: BlockParams, x: mx.array, positions: Positions, jitter_key: mx.array | None, config: LayerConfig
 ) -> tuple[Stream, Routing]:
     """`block` without a cache, under gradient checkpointing."""
+    whole: dict[str, mx.array] = dict(tree_flatten(params))
+    quantized = {
+        leaf
+        for path in whole
+        if path.endswith(".scales")
+        for leaf in companions(path.removesuffix("scales") + "weight")
+    }
 
-    # `mx.checkpoint` differentiates by all arguments, so `positions` and the key come from the enclosing scope.
-    def layer(params: BlockParams, x: mx.array) -> tuple[mx.array, Routing]:
+    # `mx.checkpoint` differentiates by all arguments, so quantized matrices, `positions` and the key come from the
+    # enclosing scope.
+    def layer(given: dict[str, mx.array], x: mx.array) -> tuple[mx.array, Routing]:
+        params: BlockParams = tree_unflatten([(path, given.get(path, leaf)) for path, leaf in whole.items()])
         x, _, routing = block(params, x, None, positions, jitter_key, config=config)
         return x, routing
 
-    said: tuple[mx.array, Routing] = mx.checkpoint(layer)(params, x)
+    given = {path: leaf for path, leaf in whole.items() if path not in quantized}
+    said: tuple[mx.array, Routing] = mx.checkpoint(layer)(given, x)
     return said
 
 

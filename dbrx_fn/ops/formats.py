@@ -5,6 +5,13 @@ The shapes and dtypes of a quantized matrix's leaves determine its format:
     weight     uint32 [... inner * bits / 32]
     scales     the model's dtype, or uint8 [... inner / group_size]
     biases     as scales, in the affine mode only
+
+A matrix of either kind may have an adapter beside it (LoRA, https://arxiv.org/abs/2106.09685). Products are then those
+of `weight + lora_scale * lora_b @ lora_a`, without making that matrix:
+
+    lora_a     the model's dtype [... rank inner]
+    lora_b     the model's dtype [... outer rank]
+    lora_scale float32 []
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,22 +20,32 @@ from typing import Annotated, Any, Literal, NotRequired, Protocol, TypedDict, ca
 
 import mlx.core as mx
 from beartype.vale import Is
-from jaxtyping import Float, Shaped, UInt32
+from jaxtyping import Float, Float32, Shaped, UInt32
 
 from dbrx_fn.errors import CheckpointError, InputError
 from dbrx_fn.runtime.arguments import check_fields
 
 
 class Linear(TypedDict):
-    """One matrix `[... outer inner]`: `weight`, and if it is quantized `scales` and perhaps `biases`."""
+    """One matrix `[... outer inner]`: `weight`, if it is quantized `scales` and perhaps `biases`, maybe an adapter."""
 
     weight: mx.array
     scales: NotRequired[mx.array]
     biases: NotRequired[mx.array]
+    lora_a: NotRequired[mx.array]
+    lora_b: NotRequired[mx.array]
+    lora_scale: NotRequired[mx.array]
 
 
 LEAVES = ("weight", "scales", "biases")
-"""The names of a matrix's leaves, in canonical order."""
+"""The names of a matrix's own leaves, in canonical order."""
+ADAPTER_LEAVES = ("lora_a", "lora_b", "lora_scale")
+"""The names of an adapter's leaves, which follow them."""
+
+
+def is_adapted(matrix: Linear) -> bool:
+    """Whether there is an adapter beside the matrix. No kernel knows adapters."""
+    return "lora_a" in matrix
 
 
 def _has_axes(outer: str) -> Callable[[Linear], bool]:
@@ -37,8 +54,17 @@ def _has_axes(outer: str) -> Callable[[Linear], bool]:
     packed: Any = UInt32[mx.array, f"{outer} packed"]
     scales: Any = Shaped[mx.array, f"{outer} group"]
     biases: Any = Float[mx.array, f"{outer} group"]
+    lora_a: Any = Float[mx.array, f"{outer.removesuffix('outer')} rank inner"]
+    lora_b: Any = Float[mx.array, f"{outer} rank"]
+    lora_scale: Any = Float32[mx.array, ""]
 
     def has_axes(matrix: Linear) -> bool:
+        if is_adapted(matrix) and not (
+            isinstance(matrix["lora_a"], lora_a)
+            and isinstance(matrix["lora_b"], lora_b)
+            and isinstance(matrix["lora_scale"], lora_scale)
+        ):
+            return False
         if "scales" not in matrix:
             return isinstance(matrix["weight"], dense)
         quantized = isinstance(matrix["weight"], packed) and isinstance(matrix["scales"], scales)

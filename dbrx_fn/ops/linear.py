@@ -1,13 +1,13 @@
 """Matrix products with the tree's weights: `linear` for one matrix, `expert_linear` for segments and their experts.
 
-A matrix is dense or quantized (`dbrx_fn.ops.formats`). Activations have gradients through both kinds. Weights have
-them in dense matrices only.
+A matrix is dense or quantized, and may have an adapter (`dbrx_fn.ops.formats`). Activations have gradients through all
+of them. Of the leaves, dense weights and adapters have gradients.
 """
 
 import mlx.core as mx
 from jaxtyping import Float, Integer
 
-from dbrx_fn.ops.formats import Linear, Matrices, Matrix, format_of
+from dbrx_fn.ops.formats import Linear, Matrices, Matrix, format_of, is_adapted
 from dbrx_fn.ops.kernels import linears
 from dbrx_fn.ops.quantized import as_floats, has_no_kernel, operands, pays_as_floats
 from dbrx_fn.ops.twin import with_kernel
@@ -21,13 +21,22 @@ def _has_kernel(params: Linear, x: mx.array) -> bool:
 
 
 @typed
-@with_kernel(linears.linear, fits=_has_kernel)
 def linear(params: Matrix, x: Float[mx.array, "*batch inner"]) -> Float[mx.array, "*batch outer"]:
     """`x` `[... inner]` times a matrix `[outer inner]`, as `[... outer]`, in `x`'s dtype.
 
     Raises:
         CheckpointError: if the matrix has an unknown quantized format.
     """
+    product = _product(params, x)
+    if not is_adapted(params):
+        return product
+    narrow = (x @ params["lora_a"].T * params["lora_scale"]).astype(x.dtype)
+    return product + narrow @ params["lora_b"].T
+
+
+@with_kernel(linears.linear, fits=_has_kernel)
+def _product(params: Linear, x: mx.array) -> mx.array:
+    """The product with the matrix alone."""
     if "scales" not in params:
         return x @ params["weight"].T
     inner = x.shape[-1]
@@ -51,13 +60,23 @@ def expert_linear(
     """`x[s] @ matrix[segment_experts[s]].T` for each segment `s`, in `x`'s dtype.
 
     Args:
-        params: matrices `[expert outer inner]`, dense or quantized.
+        params: matrices `[expert outer inner]`, dense or quantized. Each expert has its own adapter, if there are any.
         x: the segments.
         segment_experts: each segment's expert, ascending.
 
     Raises:
         CheckpointError: if the matrices have an unknown quantized format.
     """
+    product = _expert_product(params, x, segment_experts)
+    if not is_adapted(params):
+        return product
+    narrow = _expert_product({"weight": params["lora_a"]}, x, segment_experts)
+    narrow = (narrow * params["lora_scale"]).astype(x.dtype)
+    return product + _expert_product({"weight": params["lora_b"]}, narrow, segment_experts)
+
+
+def _expert_product(params: Linear, x: mx.array, segment_experts: mx.array) -> mx.array:
+    """The product with the matrices alone."""
     segments, rows, inner = x.shape
     experts = params["weight"].shape[0]
     weight = params["weight"]

@@ -76,7 +76,7 @@ def loss(
     Its gradient with respect to `params`: `mx.value_and_grad(dbrx_fn.loss)(params, tokens, mask, config)`.
 
     Args:
-        params: the tree. A quantized one has a loss and no gradient.
+        params: the tree. Quantized matrices have no gradient; all other leaves have one, adapters too.
         tokens: integer `[batch time]`, at least two per row. Each is predicted from those before it in its row. An id
             outside of the vocabulary makes the loss NaN, except in padding.
         mask: bool `[batch time]`, true for targets. All, if `None`. The first token of a row is never a target.

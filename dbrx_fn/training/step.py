@@ -7,6 +7,13 @@ The state is a tree of arrays: float32 master weights, the optimizer's moments, 
 static. Three functions are compiled, and each is traced once per run: `gradients` of a micro-batch, `add`, which sums
 two of these, and `update`. `gradients` runs the same `score` as inference.
 
+To train a part of a tree, such as its adapters, `dbrx_fn.model.partition` cuts the tree in two. The state is made of
+one part, and each step is given the other, which has neither gradients nor moments:
+
+    trained, frozen = partition(params, config, is_adapter)
+    state = init_state(trained, recipe, mx.random.key(0))
+    state, measured = train_step(state, tokens, mask, config=config, recipe=recipe, frozen=frozen)
+
 The optimizer and schedules are those of `mlx.optimizers`. Its AdamW is an object with a state. Each step makes a new
 one inside the trace, gives it the state, and takes the next state from it, so no object outlives the step.
 """
@@ -24,6 +31,7 @@ from dbrx_fn.files.json_file import shown
 from dbrx_fn.model.argument_checks import check_key, check_tree
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.params import nest, param_count
+from dbrx_fn.model.partition import joined
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import check_fields, checked
 from dbrx_fn.runtime.compile import compiled
@@ -127,7 +135,7 @@ def init_state(params: Params, recipe: Recipe, key: mx.array) -> State:
     """The state before the first step, a dict of `params` (in float32), `optimizer` and `key`.
 
     Args:
-        params: the dense tree, of any float dtype.
+        params: the leaves to train, of any float dtype: a dense tree, or a part of a tree.
         recipe: how to train.
         key: an `mx.random.key` for jitter.
 
@@ -139,7 +147,7 @@ def init_state(params: Params, recipe: Recipe, key: mx.array) -> State:
     leaves: dict[str, mx.array] = dict(tree_flatten(params))
     packed = [path for path, leaf in leaves.items() if not mx.issubdtype(leaf.dtype, mx.floating)]
     if packed:
-        raise InputError(f"{packed[0]} is quantized, and integers have no gradient: call dbrx_fn.dequantize first.")
+        raise InputError(f"{packed[0]} is quantized, and integers have no gradient: dequantize it, or train adapters.")
     masters = tree_map(lambda array: mx.contiguous(array.astype(mx.float32)), params)
     optimizer = {}
     for name, part in _by_decay(masters).items():
@@ -165,7 +173,13 @@ def check_memory(config: Config) -> None:
 
 @checked
 def train_step(
-    state: State, tokens: mx.array, mask: mx.array | None, *, config: Config, recipe: Recipe
+    state: State,
+    tokens: mx.array,
+    mask: mx.array | None,
+    *,
+    config: Config,
+    recipe: Recipe,
+    frozen: Params | None = None,
 ) -> tuple[State, Measured]:
     """One update. Nothing waits for the device.
 
@@ -175,13 +189,14 @@ def train_step(
         mask: bool `[batch time]`, true for targets. All, if `None`.
         config: the model's, with `moe_loss_weight` and `moe_jitter_eps`. Its `dtype` is ignored for the recipe's.
         recipe: how to train.
+        frozen: the tree's other leaves, if the state has only a part. Its floats are of the recipe's dtype.
 
     Returns:
         The next state, and this step's measurements.
 
     Raises:
         InputError: if an argument has another type or shape, or the recipe's micro-batches don't divide the batch.
-        CheckpointError: if the state's parameters don't fit the config.
+        CheckpointError: if the parameters don't fit the config.
     """
     if state.keys() != {"params", "optimizer", "key"}:
         raise InputError("state is not a training state: give the result of init_state, or of the step before.")
@@ -198,7 +213,7 @@ def train_step(
         mx.split(tokens, count), keys, [None] * count if mask is None else mx.split(mask, count), strict=True
     ):
         share = mx.array(1 / count) if part_mask is None or targets is None else part_mask[:, 1:].sum() / targets
-        made = gradients(state["params"], part, part_mask, share, key, config=config, recipe=recipe)
+        made = gradients(state["params"], part, part_mask, share, key, frozen, config=config, recipe=recipe)
         total = made if total is None else add(total, made)
     assert total is not None
     params, optimizer, norm, rate = update(
@@ -214,6 +229,7 @@ def gradients(
     mask: Bool[mx.array, "batch time"] | None,
     share: Float32[mx.array, ""],
     key: UInt32[mx.array, "2"],
+    frozen: Params | None = None,
     *,
     config: Config,
     recipe: Recipe,
@@ -226,14 +242,17 @@ def gradients(
         mask: which tokens are targets.
         share: the fraction of the batch's targets that are in this micro-batch.
         key: for jitter.
+        frozen: the tree's other leaves, if `params` is only a part.
         config: the model's, with the dtype to compute in.
         recipe: how to train.
     """
     dtype = getattr(mx, config.dtype)
 
     def objective(masters: Params) -> tuple[mx.array, LossParts]:
-        cast = tree_map(lambda array: array.astype(dtype), masters)
-        _, parts = loss(cast, tokens, mask, config, jitter_key=key, recompute=recipe.recompute)
+        whole = tree_map(lambda array: array.astype(dtype), masters)
+        if frozen is not None:
+            whole = joined(whole, frozen, config)
+        _, parts = loss(whole, tokens, mask, config, jitter_key=key, recompute=recipe.recompute)
         # Cross-entropy is a mean over the batch's targets. The routing losses are means over micro-batches.
         cross_entropy = parts.cross_entropy * share
         parts = LossParts(cross_entropy, *(part / recipe.micro_batches for part in parts[1:]))

@@ -279,7 +279,8 @@ def test_one_expert_is_a_dense_mlp(tokens: int) -> None:
     config = FFNConfig(ffn_hidden_size=FFN_HIDDEN, moe_num_experts=1, moe_top_k=1)
     actual, _ = moe({"router": router, "experts": {"mlp": mlp}}, x, config=config)
 
-    w1, v1, w2 = ({"weight": mlp[name]["weight"][0]} for name in ("w1", "v1", "w2"))
+    one: Any = {name: {"weight": mlp[name]["weight"][0]} for name in ("w1", "v1", "w2")}
+    w1, v1, w2 = one["w1"], one["v1"], one["w2"]
     gate = linear(w1, x)
     expected = linear(w2, gate * mx.sigmoid(gate) * linear(v1, x))
     assert relative_error(actual, np.array(expected)) <= BAR

@@ -55,6 +55,11 @@ def unpacked(parts: Any, form: Format, dtype: mx.Dtype = mx.float32) -> mx.array
     )
 
 
+def first_of(stacked: Any) -> Any:
+    """The first expert's matrix."""
+    return {name: leaf[0] for name, leaf in stacked.items()}
+
+
 def normal(seed: int, *shape: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed))
 
@@ -65,7 +70,7 @@ def normal(seed: int, *shape: int) -> mx.array:
 @every_format
 def test_linear_maps_are_those_of_the_dequantized_weights(form: Format) -> None:
     parts = packed(normal(0, 3, 24, 256), form)
-    one = {name: leaf[0] for name, leaf in parts.items()}
+    one = first_of(parts)
     weights = as_float64(unpacked(parts, form))
     x = normal(1, 5, 2, 256)
     assert relative_error(linear(one, x), as_float64(x) @ weights[0].T) <= BAR
@@ -78,7 +83,7 @@ def test_linear_maps_are_those_of_the_dequantized_weights(form: Format) -> None:
 def test_gradients_of_activations_are_those_of_the_dequantized_weights(form: Format) -> None:
     parts = packed(normal(0, 3, 24, 256), form)
     dense: Any = {"weight": unpacked(parts, form)}
-    first, dense_first = ({name: leaf[0] for name, leaf in params.items()} for params in (parts, dense))
+    first, dense_first = map(first_of, (parts, dense))
     segment_experts = mx.array([0, 0, 1, 2, 2])
     for rows in (1, 2):
         x = normal(1, 5, rows, 256)
@@ -111,7 +116,7 @@ def test_products_of_short_floats_are_rounded_once(dtype: str, bar: float) -> No
     out = expert_linear(parts, x, mx.array([0, 1]))
     assert out.dtype == getattr(mx, dtype)
     assert relative_error(out, as_float64(x) @ as_float64(exact).swapaxes(1, 2)) <= bar
-    first = {name: leaf[0] for name, leaf in parts.items()}
+    first = first_of(parts)
     assert relative_error(linear(first, x[0]), as_float64(x[0]) @ as_float64(exact[0]).T) <= bar
 
 
@@ -167,7 +172,7 @@ def test_many_rows_of_large_groups(form: Format) -> None:
     parts = packed(normal(0, 2, 24, 256), form)
     weights = as_float64(unpacked(parts, form))
     x = normal(1, 3, 40, 256)
-    one = {name: leaf[0] for name, leaf in parts.items()}
+    one = first_of(parts)
     assert relative_error(linear(one, x), as_float64(x) @ weights[0].T) <= BAR
     expected = as_float64(x) @ weights[[0, 1, 1]].swapaxes(1, 2)
     assert relative_error(expert_linear(parts, x, mx.array([0, 1, 1])), expected) <= BAR
@@ -180,7 +185,7 @@ def test_rows_of_one_group(form: Format, rows: int) -> None:
     parts = packed(normal(0, 1, 128, form.group_size), form)
     x = normal(1, 2, rows, form.group_size)
     expected = as_float64(x) @ as_float64(unpacked(parts, form))[0].T
-    assert relative_error(linear({name: leaf[0] for name, leaf in parts.items()}, x), expected) <= BAR
+    assert relative_error(linear(first_of(parts), x), expected) <= BAR
 
 
 def test_long_segments() -> None:

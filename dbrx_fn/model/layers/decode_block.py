@@ -14,6 +14,7 @@ from dbrx_fn.model.layers.router import Routing
 from dbrx_fn.model.positions import Positions
 from dbrx_fn.model.tree import BlockParams
 from dbrx_fn.ops.collectives import all_sum
+from dbrx_fn.ops.formats import is_adapted
 from dbrx_fn.ops.kernels import combine, decode_attention, experts, linears, norm_router, project_qkv
 
 
@@ -35,6 +36,7 @@ def fits(
     jitters = jitter_key is not None and config.ffn.moe_jitter_eps
     return (
         not jitters
+        and not any(map(is_adapted, (attn["Wqkv"], attn["out_proj"], ffn["router"]["layer"])))
         and linears.fits(attn["Wqkv"], x)
         and linears.fits(attn["out_proj"], x)
         and experts.fits(ffn["experts"]["mlp"], x.dtype, activation=config.ffn.ffn_act_fn, top_k=top_k, tokens=batch)

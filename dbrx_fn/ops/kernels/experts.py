@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from dbrx_fn.ops.dispatch import dispatch
+from dbrx_fn.ops.formats import is_adapted
 from dbrx_fn.ops.kernels import combine
 from dbrx_fn.ops.kernels.cuda_module import on_gpu, on_hopper
 from dbrx_fn.ops.kernels.segments import (
@@ -29,6 +30,8 @@ from dbrx_fn.ops.kernels.segments import (
 
 def fits(params: Mapping[str, Any], dtype: mx.Dtype, *, activation: str, top_k: int, tokens: int) -> bool:
     """Whether kernels exist for these experts and this number of tokens. Long segments need a Hopper GPU."""
+    if any(map(is_adapted, params.values())):
+        return False
     experts, ffn_hidden, _ = params["w1"]["weight"].shape
     d_model = params["w2"]["weight"].shape[1]
     few = tokens == 1 or kernel_segment_rows(tokens * top_k, experts) < LONG_ROWS
