@@ -9,6 +9,7 @@ from jaxtyping import Float, Integer
 
 from dbrx_fn.ops.formats import Linear, Matrices, Matrix, format_of, is_adapted
 from dbrx_fn.ops.kernels import linears
+from dbrx_fn.ops.kernels.cpu import products
 from dbrx_fn.ops.quantized import as_floats, has_no_kernel, operands, pays_as_floats
 from dbrx_fn.ops.twin import with_kernel
 from dbrx_fn.runtime.compile import typed
@@ -34,6 +35,7 @@ def linear(params: Matrix, x: Float[mx.array, "*batch inner"]) -> Float[mx.array
     return product + narrow @ params["lora_b"].T
 
 
+@with_kernel(products.linear, fits=products.fits, gradients=False)
 @with_kernel(linears.linear, fits=_has_kernel)
 def _product(params: Linear, x: mx.array) -> mx.array:
     """The product with the matrix alone."""

@@ -23,7 +23,7 @@ def with_kernel(
         kernel: takes the same arguments as the stock operations.
         fits: whether the kernel can take these arguments on this machine.
         gradients: if true, the kernel has the stock operations' gradients, by each argument that is an array of floats
-            or a dict of such arrays. If false, MLX raises when a gradient is asked for.
+            or a dict of such arrays. If false, MLX raises when a gradient is asked for, unless the kernel has its own.
     """
 
     def decorate(stock: Callable[P, R]) -> Callable[P, R]:

@@ -1,0 +1,60 @@
+"""The user's cache folder for compiled kernels: only files that nobody else can have written are taken from it."""
+
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+
+def cache_folder() -> tuple[Path | None, str]:
+    """`dbrx_fn` in the user's cache folder, made if it is missing; else `None`, and the reason."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # The specification has relative paths ignored.
+        folder = Path(base if os.path.isabs(base) else Path.home() / ".cache") / "dbrx_fn"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except (OSError, RuntimeError) as error:
+        return None, f"there is no cache folder ({error})"
+    problem = _problem(found, stat.S_ISDIR)
+    return (None, f"{folder} {problem}") if problem else (folder, "")
+
+
+def kept(folder: Path, name: str) -> Path | None:
+    """The file of this name, if it is there and is the user's own."""
+    path = folder / name
+    try:
+        return None if _problem(path.lstat(), stat.S_ISREG) else path
+    except OSError:
+        return None
+
+
+def keep(made: Path, folder: Path, name: str) -> tuple[Path | None, str]:
+    """Copies a file into the folder, beside its name and then renamed, so that other processes see all or nothing.
+
+    Returns:
+        its path; or `None`, and the reason.
+    """
+    beside = None
+    try:
+        descriptor, beside = tempfile.mkstemp(dir=folder, prefix=".new-")
+        with os.fdopen(descriptor, "wb") as to, made.open("rb") as source:
+            shutil.copyfileobj(source, to)
+            to.flush()
+            os.fsync(descriptor)
+        os.rename(beside, folder / name)
+        return folder / name, ""
+    except OSError as error:
+        if beside is not None:
+            Path(beside).unlink(missing_ok=True)
+        return None, f"{folder} can't be written ({error.strerror})"
+
+
+def _problem(found: os.stat_result, is_kind: object) -> str:
+    """What makes a file or folder unsafe, as a phrase that follows its name; empty, if nothing does."""
+    if not callable(is_kind) or not is_kind(found.st_mode):
+        return "is a link or of another kind"
+    if found.st_uid != os.geteuid():
+        return "belongs to another user"
+    return "can be written by others" if found.st_mode & 0o022 else ""

@@ -1,0 +1,38 @@
+"""Which matrices the kernels for the CPU read, and how a kernel is told of one."""
+
+from typing import cast
+
+import mlx.core as mx
+
+from dbrx_fn.ops.formats import LEAVES, Linear, format_or_problem
+
+_DENSE = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
+_AFFINE = {8: 3, 4: 4}
+_MXFP4 = 5
+
+
+def matrix_numbers(matrix: Linear, inner: int) -> tuple[int, ...] | None:
+    """The numbers that describe a matrix to C++ (`MATRIX_NUMBERS` in weights.h); `None` if the kernels can't read it.
+
+    Args:
+        matrix: `[... outer inner]`: `weight`, and if it is quantized `scales` and perhaps `biases`.
+        inner: its input width.
+    """
+    weight = matrix["weight"]
+    if "scales" not in matrix:
+        kind = _DENSE.get(weight.dtype)
+        return None if kind is None else (kind, 0, 1, weight.shape[-2], inner)
+    form = format_or_problem(cast(dict[str, mx.array], matrix), inner)
+    if isinstance(form, str):
+        return None
+    if form.mode == "mxfp4":
+        return _MXFP4, 0, form.group_size, weight.shape[-2], inner
+    scale_kind = _DENSE.get(matrix["scales"].dtype)
+    if form.mode != "affine" or form.bits not in _AFFINE or scale_kind is None or "biases" not in matrix:
+        return None
+    return _AFFINE[form.bits], scale_kind, form.group_size, weight.shape[-2], inner
+
+
+def leaves(matrix: Linear) -> list[mx.array]:
+    """A matrix's arrays, in the order in which kernels read them."""
+    return [cast(dict[str, mx.array], matrix)[name] for name in LEAVES if name in matrix]

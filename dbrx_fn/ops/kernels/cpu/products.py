@@ -1,0 +1,38 @@
+"""A few rows times a matrix, and LayerNorm, on a CPU."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import mlx.core as mx
+
+from dbrx_fn.ops.formats import LEAVES, Linear
+from dbrx_fn.ops.kernels.cpu.library import Output, Twin, has_kernels, launch
+from dbrx_fn.ops.kernels.cpu.matrix import leaves, matrix_numbers
+
+FEW_ROWS = 32
+
+
+def fits(matrix: Linear, x: mx.array) -> bool:
+    """Whether the kernel takes this product."""
+    inner = x.shape[-1]
+    few = x.size // inner <= FEW_ROWS and x.dtype == mx.float32
+    return few and has_kernels() and matrix_numbers(matrix, inner) is not None
+
+
+def linear(matrix: Linear, x: mx.array) -> mx.array:
+    """`dbrx_fn.ops.linear.linear`, for arguments that `fits` accepts."""
+    inner = x.shape[-1]
+    numbers = matrix_numbers(matrix, inner)
+    assert numbers is not None
+    rows, outer = x.size // inner, numbers[3]
+    twin = Twin(_stock, tuple(name for name in LEAVES if name in matrix))
+    output = Output((*x.shape[:-1], outer), mx.float32)
+    return launch("linear", [*leaves(matrix), x], [output], numbers=[*numbers, rows], twin=twin)[0]
+
+
+def _stock(inputs: Sequence[mx.array], *names: str) -> list[mx.array]:
+    # Within a twin no kernel fits, so this is the stock product.
+    from dbrx_fn.ops import linear as operations
+
+    *parts, x = inputs
+    return [operations.linear(cast(Linear, dict(zip(names, parts, strict=True))), x)]
