@@ -7,13 +7,14 @@ All errors are found from the headers, before any tensor is read. Loading, conve
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast, get_args
 
 import mlx.core as mx
 
 from dbrx_fn.checkpoints.config_file import read_config
-from dbrx_fn.checkpoints.gguf_file import gguf_config, gguf_headers, open_gguf
+from dbrx_fn.checkpoints.gguf_file import GgufArrays, gguf_config, gguf_headers, open_gguf
 from dbrx_fn.checkpoints.hub import checkpoint_path
 from dbrx_fn.checkpoints.layouts import (
     Layout,
@@ -100,7 +101,8 @@ def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) ->
     }
     formats, unknown = formats_of(named, places)
     table = sources(config, layout, formats, named)
-    config = replace(config, dtype=_stored_dtype(named, table))
+    # A GGUF file's config counts a quantized tensor, even one without a format here, as float16.
+    config = config if layout == "gguf" else replace(config, dtype=_stored_dtype(named, table))
     problems, mixed = _problems(named, table, unknown, layout, config.dtype)
     return Checkpoint(path, config, layout, prefix, tensors, table, formats, tuple(problems), tuple(mixed))
 
@@ -118,12 +120,20 @@ def require_fit(checkpoint: Checkpoint, *, one_dtype: bool) -> None:
 
 
 class LeafReader:
-    """Reads a checkpoint's leaves one by one, and keeps none of them."""
+    """Reads a checkpoint's leaves one by one, and keeps none of them.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    Args:
+        checkpoint: from `open_checkpoint`.
+        floats: the dtype that the caller turns floats into. GGUF's tensors without a format are unpacked into it.
+
+    Raises:
+        CheckpointError: as in `open_gguf`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, floats: Dtype = "float32") -> None:
         self._checkpoint = checkpoint
         # Lazy arrays, each removed when it is asked for. Of a GGUF file, each tensor is read at that time.
-        self._arrays = open_gguf(checkpoint.path) if checkpoint.layout == "gguf" else _lazy_arrays(checkpoint)
+        self._arrays = open_gguf(checkpoint.path, floats) if checkpoint.layout == "gguf" else _lazy_arrays(checkpoint)
         self._uses = Counter(name for source in checkpoint.sources.values() for name in source.names)
 
     def read(self, path: str) -> mx.array:
@@ -155,7 +165,10 @@ class LeafReader:
         kinds = {getattr(mx, tensor.dtype) for tensor in tensors}
         # If all tensors have one dtype, matrices are converted one at a time.
         kind = kinds.pop() if len(kinds) == 1 else wanted
-        for matrix in source.matrices(lambda name: self._bits(name, kind)):
+        # A GGUF file's stacks are unpacked matrix by matrix, since a type may take many times its size as floats.
+        unpacked = self._arrays if isinstance(self._arrays, GgufArrays) and source.is_stack else None
+        read = partial(self._bits, kind=kind) if unpacked is None else unpacked.matrices
+        for matrix in source.matrices(read):
             yield matrix if kind == wanted else raw(of_raw(matrix, kind).astype(wanted))
 
     def _bits(self, name: str, kind: mx.Dtype) -> Raw:

@@ -3,15 +3,16 @@
 llama.cpp's converter writes DBRX under the names of
 https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py (`MODEL_ARCH.DBRX`).
 
-Tensors are read one by one, and become bit for bit what MLX's own reader makes of them
-(https://github.com/ml-explore/mlx/blob/main/mlx/io/gguf_quants.cpp). That reader isn't used (MLX 0.32.4): it reads all
-tensors at once into twice the file's size of memory, opens the file for writing, and converts bfloat16 to float16,
-which has a smaller range.
+Tensors are read one by one. Each quantized type that a format of MLX holds exactly becomes that format, and the others
+become floats (`gguf_types`). MLX's own reader isn't used (MLX 0.32.4): it reads all tensors at once into twice the
+file's size of memory, opens the file for writing, knows three quantized types, and converts bfloat16 to float16, which
+has a smaller range.
 """
 
+import importlib.util
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import cast
@@ -20,25 +21,32 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from dbrx_fn.checkpoints.gguf_header import GROUP_SIZE, BlockType, Contents, Entry, read_contents
+from dbrx_fn.checkpoints.gguf_blocks import floats_of_blocks, leaf_of_blocks
+from dbrx_fn.checkpoints.gguf_header import Contents, Entry
+from dbrx_fn.checkpoints.gguf_parts import read_parts
+from dbrx_fn.checkpoints.gguf_types import BlockType
+from dbrx_fn.checkpoints.raw import Raw, raw
 from dbrx_fn.checkpoints.safetensors_file import Tensor
 from dbrx_fn.errors import CheckpointError, ConfigError
 from dbrx_fn.model.config import AttnConfig, Config, Dtype, FFNConfig
 from dbrx_fn.model.params import listed
 
 _LAYER_NORM_EPSILON = 1e-5
+# At most 16 MiB of floats at once.
+_BLOCKS_AT_ONCE = 2**14
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 def gguf_headers(file: Path) -> dict[str, Tensor]:
-    """Name, shape and dtype of every array that `read_gguf` returns. Only the header is read.
+    """Name, shape and dtype of every array that `read_gguf` returns. Only headers are read, of all parts of the file.
 
-    A quantized tensor X.weight becomes three arrays of MLX's affine mode in groups of 32: `X.weight` uint32
-    [... inner * bits / 32], and `X.scales` and `X.biases` float16 [... inner / 32].
+    A quantized tensor X.weight of a type with a format becomes its leaves: `X.weight` uint32 [... inner * bits / 32],
+    and `X.scales` and `X.biases` [... inner / group_size]. Without a format it becomes float32.
 
     Raises:
         CheckpointError: if the file is missing or damaged, or holds a tensor that can't be read. It names the tensor.
     """
-    return {name: tensor for entry in _read(file).entries for name, tensor in _arrays(file, entry).items()}
+    return {name: tensor for entry in _read(file).entries for name, tensor in _arrays(entry).items()}
 
 
 def gguf_config(file: Path) -> Config:
@@ -46,7 +54,7 @@ def gguf_config(file: Path) -> Config:
 
     GGUF doesn't give the normalization of the chosen experts' weights or the activation. This config divides by their
     sum and uses silu, as llama.cpp's DBRX does. `clamp_kqv` 0 means no clamp, as in llama.cpp. `dtype` is that of most
-    tensors. A quantized tensor counts as float16, the dtype of its scales.
+    tensors. A quantized tensor counts as float16.
 
     Raises:
         CheckpointError: as in `gguf_headers`; or if the metadata isn't DBRX's, lacks a key, or describes another model.
@@ -78,28 +86,41 @@ def gguf_config(file: Path) -> Config:
         raise CheckpointError(f"{file} describes a model that can't be loaded here: {error}") from None
 
 
-def open_gguf(file: Path) -> Mapping[str, mx.array]:
+def open_gguf(file: Path, floats: Dtype = "float32") -> "GgufArrays":
     """Every array of a file, as `gguf_headers` describes them. Each is read when it is asked for, and not kept.
 
+    Args:
+        file: the GGUF file.
+        floats: the dtype of tensors that have no format. They are rounded to it piece by piece.
+
     Raises:
-        CheckpointError: as in `gguf_headers`.
+        CheckpointError: as in `gguf_headers`; or if a tensor's type needs the package `gguf`, which isn't installed.
     """
-    return _Arrays(file, _read(file).entries)
+    entries = _read(file).entries
+    needing = next((entry for entry in entries if entry.type.needs_package), None)
+    if needing is not None and importlib.util.find_spec("gguf") is None:
+        raise CheckpointError(
+            f"{needing.file} has the tensor {needing.name!r} as {needing.type.name}, which the package gguf reads:"
+            " pip install 'dbrx-fn[gguf]'."
+        )
+    return GgufArrays(entries, floats)
 
 
 def read_gguf(file: Path) -> dict[str, mx.array]:
     """All arrays of `open_gguf`. They take memory of the file's size.
 
     Raises:
-        CheckpointError: as in `gguf_headers`.
+        CheckpointError: as in `open_gguf`.
     """
     return dict(open_gguf(file))
 
 
-class _Arrays(Mapping[str, mx.array]):
-    def __init__(self, file: Path, entries: tuple[Entry, ...]) -> None:
-        self._file = file
-        self._headers = {name: (entry, tensor) for entry in entries for name, tensor in _arrays(file, entry).items()}
+class GgufArrays(Mapping[str, mx.array]):
+    """Arrays by their names, made by `open_gguf`."""
+
+    def __init__(self, entries: tuple[Entry, ...], floats: Dtype) -> None:
+        self._headers = {name: (entry, tensor) for entry in entries for name, tensor in _arrays(entry).items()}
+        self._floats = floats
 
     def __len__(self) -> int:
         return len(self._headers)
@@ -109,37 +130,44 @@ class _Arrays(Mapping[str, mx.array]):
 
     def __getitem__(self, name: str) -> mx.array:
         entry, tensor = self._headers[name]
+        bits, dtype = self._read(entry, name, 0, _blocks_in(entry.type, entry.shape))
+        return mx.array(bits).view(dtype).reshape(tensor.shape)
+
+    def matrices(self, name: str) -> Iterator[Raw]:
+        """Yields the bits of a stack's matrices `[expert outer inner]` one by one, as `gguf_headers` describes them."""
+        entry, tensor = self._headers[name]
+        count = _blocks_in(entry.type, entry.shape[1:])
+        for expert in range(entry.shape[0]):
+            bits, _ = self._read(entry, name, expert * count, count)
+            yield bits.reshape(tensor.shape[1:])
+
+    def _read(self, entry: Entry, name: str, first: int, count: int) -> tuple[Raw, mx.Dtype]:
+        """The bits of an array's part that some of the tensor's blocks make, and their dtype."""
         kind = entry.type
-        size = math.prod(entry.shape) // kind.items * kind.size
-        blocks = np.memmap(self._file, np.uint8, "r", entry.start, (size,))
-        if kind.bits is None:
-            stored = blocks.view(np.uint16 if kind.dtype == "bfloat16" else kind.dtype)
-            array = mx.array(stored)
-            return (array.view(mx.bfloat16) if kind.dtype == "bfloat16" else array).reshape(tensor.shape)
+        start = entry.start + first * kind.size
+        blocks = np.memmap(entry.file, np.uint8, "r", start, (count, kind.size))
+        if not kind.is_quantized:
+            return blocks.reshape(-1).view(_BITS[kind.size]), getattr(mx, kind.dtype)
+        if kind.form is None:
+            dtype = getattr(mx, self._floats)
+            return _in_pieces(blocks, lambda piece: raw(mx.array(floats_of_blocks(piece, kind)).astype(dtype))), dtype
         leaf = "weight" if name == entry.name else name.rpartition(".")[2]
-        return mx.array(_quantized(blocks.reshape(-1, kind.size), kind, leaf).reshape(tensor.shape))
+        made = _in_pieces(blocks, lambda piece: leaf_of_blocks(piece, kind, leaf))
+        return made.view(_BITS[made.itemsize]), getattr(mx, self._headers[name][1].dtype)
 
 
-def _quantized(blocks: NDArray[np.uint8], kind: BlockType, leaf: str) -> NDArray[np.uint32] | NDArray[np.float16]:
-    """A leaf of MLX's affine format, `scale * q + bias`, from blocks `[block byte]`.
+def _in_pieces(blocks: NDArray[np.uint8], make: Callable[[NDArray[np.uint8]], Raw]) -> Raw:
+    """What `make` makes of blocks, `[block item]`, piece by piece to save memory."""
+    first = make(blocks[:_BLOCKS_AT_ONCE])
+    whole = np.empty((len(blocks), first.shape[1]), first.dtype)
+    whole[: len(first)] = first
+    for start in range(_BLOCKS_AT_ONCE, len(blocks), _BLOCKS_AT_ONCE):
+        whole[start : start + _BLOCKS_AT_ONCE] = make(blocks[start : start + _BLOCKS_AT_ONCE])
+    return whole
 
-    A block is a float16 scale, in Q4_1 a float16 bias, and then its entries. In Q8_0 these are signed bytes. In the
-    other types they are half bytes, the first sixteen in the lower halves and the others in the upper; in Q4_0 they
-    have an offset of 8.
-    """
-    scales: NDArray[np.float16] = blocks[:, :2].copy().view(np.float16)
-    if leaf == "scales":
-        return scales
-    if leaf == "biases":
-        own: NDArray[np.float16] = blocks[:, 2:4].copy().view(np.float16)
-        return own if kind.name == "Q4_1" else scales * np.float16(-128 if kind.bits == 8 else -8)
-    entries: NDArray[np.uint8]
-    if kind.bits == 8:
-        entries = np.bitwise_xor(blocks[:, -GROUP_SIZE:], 0x80)
-        return entries.view(np.uint32)
-    halves = blocks[:, -GROUP_SIZE // 2 :]
-    entries = np.concatenate([halves & 15, halves >> 4], axis=1)
-    return (entries[:, ::2] | entries[:, 1::2] << 4).view(np.uint32)
+
+def _blocks_in(kind: BlockType, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) // kind.items
 
 
 # Metadata under `dbrx.` that `DbrxModel` of llama.cpp's converter writes and llama.cpp's loader needs.
@@ -207,13 +235,13 @@ def _refuse_other_models(config: Config, metadata: Mapping[str, float | str | No
 
 
 def _dtype(entries: tuple[Entry, ...]) -> Dtype:
-    return Counter(entry.type.dtype for entry in entries).most_common(1)[0][0]
+    return Counter("float16" if entry.type.is_quantized else entry.type.dtype for entry in entries).most_common(1)[0][0]
 
 
 def _read(file: Path) -> Contents:
     """A file's contents. Raises `CheckpointError` if two of the resulting arrays would have one name."""
-    contents = read_contents(file)
-    counts = Counter(chain.from_iterable(_arrays(file, entry) for entry in contents.entries))
+    contents = read_parts(file)
+    counts = Counter(chain.from_iterable(_arrays(entry) for entry in contents.entries))
     twice = [f"{name!r} is there {count} times" for name, count in counts.items() if count > 1]
     if twice:
         raise CheckpointError(
@@ -222,9 +250,9 @@ def _read(file: Path) -> Contents:
     return contents
 
 
-def _arrays(file: Path, entry: Entry) -> dict[str, Tensor]:
-    bits = entry.type.bits
-    if bits is None:
+def _arrays(entry: Entry) -> dict[str, Tensor]:
+    file, form = entry.file, entry.type.form
+    if form is None:
         return {entry.name: Tensor(file, entry.shape, entry.type.dtype)}
     if not entry.name.endswith(".weight"):
         raise CheckpointError(
@@ -232,9 +260,7 @@ def _arrays(file: Path, entry: Entry) -> dict[str, Tensor]:
         )
     *outer, inner = entry.shape
     path = entry.name.removesuffix(".weight")
-    grouped = Tensor(file, (*outer, inner // GROUP_SIZE), "float16")
-    return {
-        entry.name: Tensor(file, (*outer, inner * bits // 32), "uint32"),
-        f"{path}.scales": grouped,
-        f"{path}.biases": grouped,
-    }
+    affine = form.mode == "affine"
+    grouped = Tensor(file, (*outer, inner // form.group_size), entry.type.dtype if affine else "uint8")
+    leaves = {entry.name: Tensor(file, (*outer, inner * form.bits // 32), "uint32"), f"{path}.scales": grouped}
+    return leaves | ({f"{path}.biases": grouped} if affine else {})

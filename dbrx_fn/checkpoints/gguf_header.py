@@ -7,17 +7,14 @@ reader (MLX 0.32.4) ends the process where a damaged file's counts or offsets ar
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from dbrx_fn.checkpoints.gguf_types import NAMES, REFUSED, TYPES, BlockType
 from dbrx_fn.errors import CheckpointError
-from dbrx_fn.files.json_file import POINTER, refuse_pointer
-from dbrx_fn.model.config import Dtype
-
-GROUP_SIZE = 32
-"""Weights that share a scale and a bias in every quantized type that is read."""
+from dbrx_fn.files.json_file import LARGEST_VOCABULARY, POINTER, refuse_pointer
 
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
@@ -40,42 +37,10 @@ _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", _BOOL
 
 
 @dataclass(frozen=True)
-class BlockType:
-    """A tensor type that is read: a row is blocks of `items` entries, of `size` bytes each.
-
-    `dtype`: of the entries, or of a quantized type's scales.
-    `bits`: of a quantized type's entries.
-    """
-
-    name: str
-    items: int
-    size: int
-    dtype: Dtype
-    bits: int | None = None
-
-
-_TYPES = {
-    0: BlockType("F32", 1, 4, "float32"),
-    1: BlockType("F16", 1, 2, "float16"),
-    30: BlockType("BF16", 1, 2, "bfloat16"),
-    2: BlockType("Q4_0", GROUP_SIZE, 18, "float16", bits=4),
-    3: BlockType("Q4_1", GROUP_SIZE, 20, "float16", bits=4),
-    8: BlockType("Q8_0", GROUP_SIZE, 34, "float16", bits=8),
-}
-_READ = ", ".join(kind.name for kind in _TYPES.values())
-# https://github.com/ggml-org/ggml/blob/master/include/ggml.h, `enum ggml_type`.
-_REFUSED = {
-    6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
-    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
-    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
-    40: "NVFP4",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
 class Entry:
-    """One tensor as the file has it: `shape` with the innermost axis last, `start` in bytes from the file's."""
+    """One tensor as its file has it: `shape` with the innermost axis last, `start` in bytes from the file's."""
 
+    file: Path
     name: str
     type: BlockType
     shape: tuple[int, ...]
@@ -84,14 +49,24 @@ class Entry:
 
 @dataclass(frozen=True)
 class Contents:
-    """Metadata's numbers and short strings (`None` stands for anything else), and the tensors in the file's order."""
+    """What a file says before its tensors' data.
+
+    `metadata`: its numbers and short strings. `None` stands for anything else.
+    `whole`: those lists and strings of any length that were asked for.
+    `entries`: the tensors in the file's order.
+    """
 
     metadata: Mapping[str, float | str | None]
+    whole: Mapping[str, str | list[Any]]
     entries: tuple[Entry, ...]
 
 
-def read_contents(file: Path) -> Contents:
-    """Reads and checks everything before the tensors' data, and that the data is all there.
+def read_contents(file: Path, whole: Collection[str] = ()) -> Contents:
+    """Reads and checks everything before one file's tensors, and that the tensors are all there.
+
+    Args:
+        file: the GGUF file.
+        whole: keys of metadata whose lists and long strings are kept.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or holds what can't be read; it names the tensor.
@@ -100,7 +75,7 @@ def read_contents(file: Path) -> Contents:
         raise CheckpointError(f"{file} isn't a file: name the .gguf file itself.")
     try:
         with file.open("rb") as opened:
-            return _Reader(file, opened).contents()
+            return _Reader(file, opened, whole).contents()
     except OSError as error:
         raise CheckpointError(f"{file} can't be read: {error.strerror or error}.") from None
 
@@ -108,8 +83,11 @@ def read_contents(file: Path) -> Contents:
 class _Reader:
     """Reads a file's header in order. Nothing is read, skipped or kept before it is known to lie inside the file."""
 
-    def __init__(self, file: Path, opened: BinaryIO) -> None:
+    def __init__(self, file: Path, opened: BinaryIO, whole: Collection[str]) -> None:
         self._file = file
+        self._wanted = whole
+        self._whole: dict[str, str | list[Any]] = {}
+        self._whole_bytes = 0
         self._opened = opened
         self._size = os.fstat(opened.fileno()).st_size
         self._at = 0
@@ -120,14 +98,9 @@ class _Reader:
         metadata = dict(self._key_value() for _ in range(keys))
         if len(metadata) < keys:
             raise self._damaged("a metadata key is there twice")
-        parts = metadata.get("split.count", 0)
-        if isinstance(parts, int) and parts > 1:
-            raise self._refused(f"is one of {parts} parts of a file: join them with llama-gguf-split --merge")
         alignment = self._alignment(metadata)
-        if not tensors:
-            raise self._refused("holds no tensors: name the file with the model's weights")
         infos = [self._tensor_info() for _ in range(tensors)]
-        return Contents(metadata, self._placed(infos, alignment))
+        return Contents(metadata, self._whole, self._placed(infos, alignment))
 
     def _counts(self) -> tuple[int, int]:
         magic = self._opened.read(len(POINTER))
@@ -147,29 +120,47 @@ class _Reader:
 
     def _key_value(self) -> tuple[str, float | str | None]:
         key = self._text(_LONGEST_KEY, "metadata's key")
-        return key, self._value(self._integer("<I", f"type of {key!r}"), f"metadata {key!r}")
+        return key, self._value(key, self._integer("<I", f"type of {key!r}"), f"metadata {key!r}")
 
-    def _value(self, kind: int, what: str) -> float | str | None:
+    def _value(self, key: str, kind: int, what: str) -> float | str | None:
         if kind in _NUMBERS:
             return self._number(_NUMBERS[kind], what, is_bool=kind == _BOOL)
         if kind == _STRING:
-            return self._short(self._string(_LONGEST_STRING, what))
+            string = self._string(_LONGEST_STRING, what)
+            if key in self._wanted:
+                self._whole[key] = self._kept(string, what)
+            return self._short(string)
         if kind != _ARRAY:
             raise self._damaged(f"{what} is of type {kind}, which GGUF doesn't have")
-        self._skip_array(self._integer("<I", what), self._integer("<Q", what), what)
+        items = self._array(self._integer("<I", what), self._integer("<Q", what), what, key in self._wanted)
+        if items is not None:
+            self._whole[key] = items
         return None
 
-    def _skip_array(self, kind: int, count: int, what: str) -> None:
+    def _array(self, kind: int, count: int, what: str, is_kept: bool) -> list[Any] | None:
         self._array_items += count
         if self._array_items > _MOST_ARRAY_ITEMS:
             raise self._damaged(f"{what} claims {count} items")
         if kind in _NUMBERS:
-            self._take(count * struct.calcsize(_NUMBERS[kind]), what)
-        elif kind == _STRING:
-            for _ in range(count):
-                self._string(_LONGEST_STRING, what)
-        else:
+            numbers = self._take(count * struct.calcsize(_NUMBERS[kind]), what)
+            return [number for (number,) in struct.iter_unpack(_NUMBERS[kind], numbers)] if is_kept else None
+        if kind != _STRING:
             raise self._refused(f"has {what} as an array of type {kind}, which isn't read: convert the model again")
+        strings = (self._string(_LONGEST_STRING, what) for _ in range(count))
+        if is_kept:
+            return [self._kept(string, what) for string in strings]
+        for _ in strings:
+            pass
+        return None
+
+    def _kept(self, string: bytes, what: str) -> str:
+        self._whole_bytes += len(string)
+        if self._whole_bytes > LARGEST_VOCABULARY:
+            raise self._refused(f"has more than {LARGEST_VOCABULARY} bytes of vocabulary: take another file")
+        try:
+            return string.decode()
+        except UnicodeDecodeError:
+            raise self._damaged(f"{what} isn't UTF-8") from None
 
     def _alignment(self, metadata: Mapping[str, float | str | None]) -> int:
         value = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
@@ -189,10 +180,10 @@ class _Reader:
         if not all(0 < size < _INT32 for size in shape):
             raise self._damaged(f"the {what} has the shape {shape}")
         number = self._integer("<I", what)
-        if number not in _TYPES:
-            unread = _REFUSED.get(number, f"of the unknown type {number}")
-            raise self._refused(f"has the {what} as {unread}, and only {_READ} are read: quantize to one of these")
-        kind = _TYPES[number]
+        if number not in TYPES:
+            unread = REFUSED.get(number, f"of the unknown type {number}")
+            raise self._refused(f"has the {what} as {unread}, and only {NAMES} are read: quantize to one of these")
+        kind = TYPES[number]
         if shape[-1] % kind.items:
             raise self._damaged(f"the {what} is {kind.name} with rows of {shape[-1]}, not of whole blocks")
         return name, kind, shape, self._integer("<Q", what)
@@ -206,7 +197,7 @@ class _Reader:
             due = _aligned(end, alignment)
             if offset != due:
                 raise self._damaged(f"the tensor {name!r} lies at offset {offset} where it must be at {due}")
-            entries.append(Entry(name, kind, shape, data + offset))
+            entries.append(Entry(self._file, name, kind, shape, data + offset))
             end = offset + math.prod(shape) // kind.items * kind.size
         if data + end > self._size:
             raise self._damaged(f"its tensors need {data + end} bytes and it has {self._size}")

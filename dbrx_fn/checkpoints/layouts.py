@@ -219,16 +219,26 @@ class Source:
         together = [part for of_tensor in parts for part in of_tensor]
         return together[0] if len(together) == 1 else mx.concatenate(together, axis=self.leaf.cut.axis)
 
-    def matrices(self, tensor: Callable[[str], NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a single tensor that holds each expert's matrix along its first axis."""
+        return self.leaf.is_expert and not self._one_by_one and not self.stored[0].rule.rows
+
+    def matrices(self, tensor: Callable[[str], Iterable[NDArray[Any]]]) -> Iterator[NDArray[Any]]:
         """Yields the leaf's matrices one by one: one for each expert, or the only one.
 
-        `tensor` returns a tensor by its name. It is called once for each, and the results aren't kept.
+        `tensor` returns a tensor by its name, as an array. A stack may be any iterable of its matrices. It is called
+        once for each, and the results aren't kept.
         """
+        if self.is_stack:
+            for matrix in tensor(self.stored[0].name):
+                yield self._matrices(self.stored[0], matrix)
+            return
         if self._one_by_one:
             for stored in self.stored:
-                yield self._matrices(stored, tensor(stored.name))
+                yield self._matrices(stored, np.asarray(tensor(stored.name)))
             return
-        parts = [self._matrices(stored, tensor(stored.name)) for stored in self.stored]
+        parts = [self._matrices(stored, np.asarray(tensor(stored.name))) for stored in self.stored]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         yield from whole if self.leaf.is_expert else [whole]
 

@@ -91,7 +91,8 @@ def computing_dtype(path_or_repo: str | Path) -> Dtype | None:
         return None
     checkpoint = open_checkpoint(path_or_repo)
     # A checkpoint of mixed dtypes is refused on every machine, unless the user asks for a conversion.
-    fits = not checkpoint.mixed and checkpoint.nbytes("float32") <= memory_size()
+    mixed = checkpoint.mixed and checkpoint.layout != "gguf"
+    fits = not mixed and checkpoint.nbytes("float32") <= memory_size()
     return "float32" if fits else None
 
 
@@ -126,7 +127,7 @@ def check_groups(checkpoint: Checkpoint, shard: Shard) -> None:
 
 
 def _whole_leaves(checkpoint: Checkpoint, config: Config) -> dict[str, mx.array]:
-    reader, float_type = LeafReader(checkpoint), getattr(mx, config.dtype)
+    reader, float_type = LeafReader(checkpoint, config.dtype), getattr(mx, config.dtype)
     return {
         path: reader.read(path) if source.leaf.dtype else reader.read(path).astype(float_type)
         for path, source in checkpoint.sources.items()
@@ -135,7 +136,7 @@ def _whole_leaves(checkpoint: Checkpoint, config: Config) -> dict[str, mx.array]
 
 def _own_leaves(checkpoint: Checkpoint, config: Config, progress: Progress | None) -> dict[str, mx.array]:
     """A process's leaves. Each is read before the next one, so that no tensor's other parts stay in memory."""
-    reader, float_type = LeafReader(checkpoint), getattr(mx, config.dtype)
+    reader, float_type = LeafReader(checkpoint, config.dtype), getattr(mx, config.dtype)
     total, done = _nbytes(checkpoint, config), 0
     leaves: dict[str, mx.array] = {}
     for path, source in checkpoint.sources.items():

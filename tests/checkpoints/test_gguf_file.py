@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from dbrx_fn.checkpoints.config_file import config_from_dict
 from dbrx_fn.checkpoints.gguf_file import gguf_config, gguf_headers, read_gguf
-from dbrx_fn.checkpoints.gguf_header import GROUP_SIZE
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.model.config import Dtype
 from tests.support import checkpoints
@@ -171,7 +170,7 @@ def test_values_are_bitwise_those_of_the_gguf_package(tmp_path: Path, quantizati
         if weight.dtype == mx.uint32:
             scales, biases = (arrays.pop(f"{path}.{leaf}").astype(mx.float32) for leaf in ("scales", "biases"))
             bits = 8 if tensor.tensor_type == GGMLQuantizationType.Q8_0 else 4
-            weight = mx.dequantize(weight, scales, biases, group_size=GROUP_SIZE, bits=bits)
+            weight = mx.dequantize(weight, scales, biases, group_size=32, bits=bits)
         assert np.array_equal(np.array(weight.astype(mx.float32)), expected), tensor.name
         assert tensor.tensor_type == GGMLQuantizationType.F32 or expected.ndim > 1
     assert not arrays
@@ -233,16 +232,12 @@ def test_an_alignment_that_is_no_power_of_two_is_refused(tmp_path: Path, number:
         read_gguf(file)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [GGMLQuantizationType[name] for name in ("Q5_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4", "I32", "F64", "Q8_1", "NVFP4")],
-    ids=lambda kind: kind.name,
-)
+@pytest.mark.parametrize("kind", [GGMLQuantizationType[name] for name in ("I32", "F64", "Q8_1")], ids=lambda k: k.name)
 def test_other_types_are_refused_by_name(tmp_path: Path, kind: GGMLQuantizationType) -> None:
     file = with_tensor_field(written(tmp_path), "blk.1.ffn_down_exps.weight", 4 + 3 * 8, "<I", kind)
     expected = (
-        rf"^{file} has the tensor 'blk\.1\.ffn_down_exps\.weight' as {kind.name}, and only F32, F16, BF16, Q4_0, Q4_1,"
-        r" Q8_0 are read: quantize to one of these\.$"
+        rf"^{file} has the tensor 'blk\.1\.ffn_down_exps\.weight' as {kind.name}, and only F32, F16, BF16, Q4_0, .* are"
+        r" read: quantize to one of these\.$"
     )
     for read in (gguf_headers, gguf_config, read_gguf):
         with pytest.raises(CheckpointError, match=expected):
@@ -266,14 +261,6 @@ def test_a_64_bit_float_in_the_metadata_is_read(tmp_path: Path) -> None:
     file = with_metadata(tmp_path / "a.gguf", {"dbrx.some": (GGUFValueType.FLOAT64, 1.5)})
     assert gguf_config(file).n_layers >= 1
     assert read_gguf(file).keys() == gguf_headers(file).keys()
-
-
-def test_one_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
-    file = with_metadata(tmp_path / "a.gguf", {"split.count": 3})
-    with pytest.raises(
-        CheckpointError, match=rf"^{file} is one of 3 parts .*: join them with llama-gguf-split --merge"
-    ):
-        gguf_config(file)
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def write_gguf(
         raise ValueError("GGUF has no moe_normalize_expert_weights, and llama.cpp takes it for 1.")
     file.parent.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(file, "dbrx")
-    _add_metadata(writer, config)
+    add_metadata(writer, config)
     for name, tensor in gguf_tensors(config, tensors).items():
         kind = gguf_type(name, tensor, quantization)
         writer.add_tensor(name, quants.quantize(tensor, kind), raw_dtype=kind)
@@ -177,7 +177,8 @@ def gguf_type(name: str, tensor: Array, quantization: GgufType) -> GGMLQuantizat
     return GGMLQuantizationType[quantization.upper()]
 
 
-def _add_metadata(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
+def add_metadata(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
+    """What `DbrxModel` writes of the config, and a vocabulary that nobody can use."""
     attn, ffn = config["attn_config"], config["ffn_config"]
     writer.add_block_count(config["n_layers"])
     writer.add_context_length(config["max_seq_len"])
