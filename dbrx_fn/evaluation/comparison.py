@@ -22,6 +22,7 @@ from dbrx_fn.model.transformer import score
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.compile import compiled
 from dbrx_fn.runtime.memory import wired
+from dbrx_fn.training.target_nats import token_nats
 
 Progress = Callable[[int, int], None]
 """Called with the number of passes done (one batch through one model), and the number in all."""
@@ -180,7 +181,8 @@ def _score(
 ]:
     """Logits, chosen experts, and `window_sums`."""
     logits, routing = score(params, tokens[:, :-1], config)
-    sums = window_sums(logits, routing.top_experts, tokens, mask, lengths, config=config)
+    nats = token_nats(logits, tokens[:, 1:])
+    sums = window_sums(nats, routing.top_experts, mask, lengths, config=config)
     return logits, routing.top_experts, *sums
 
 
@@ -203,7 +205,8 @@ def _compare(
 ]:
     """`window_sums` of another model; then the sums of its divergence, its targets and its choices in common."""
     logits, routing = score(params, tokens[:, :-1], config)
-    sums = window_sums(logits, routing.top_experts, tokens, mask, lengths, config=config)
+    nats = token_nats(logits, tokens[:, 1:])
+    sums = window_sums(nats, routing.top_experts, mask, lengths, config=config)
     targets = mask[:, 1:]
     divergence = mx.where(targets, kl_divergence(first_logits, logits), 0).sum()
     same_token = (logits.argmax(axis=-1) == first_logits.argmax(axis=-1)) & targets

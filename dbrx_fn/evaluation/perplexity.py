@@ -6,18 +6,19 @@ from typing import cast
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int32, UInt32
+from jaxtyping import Bool, Float32, Int32, UInt32
 from numpy.typing import NDArray
 
 from dbrx_fn.data.batches import eval_windows
 from dbrx_fn.data.token_file import TokenFile, check_ids
 from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.transformer import score
+from dbrx_fn.model.transformer import run_sequences
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.compile import compiled
 from dbrx_fn.runtime.memory import wired
-from dbrx_fn.training.losses import bits_per_byte, busiest_expert, chosen_experts, token_nats
+from dbrx_fn.training.losses import bits_per_byte, busiest_expert, chosen_experts
+from dbrx_fn.training.target_nats import target_nats
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +100,8 @@ def check_targets(token_file: TokenFile) -> None:
 
 
 def window_sums(
-    logits: Float[mx.array, "batch time vocab"],
+    nats: Float32[mx.array, "batch time"],
     top_experts: UInt32[mx.array, "layer batch time top_k"],
-    tokens: Int32[mx.array, "batch time+1"],
     mask: Bool[mx.array, "batch time+1"],
     lengths: Int32[mx.array, " batch"],
     *,
@@ -110,17 +110,16 @@ def window_sums(
     """The sum of the targets' nats, and the number of (token, choice) pairs of each expert. Padding doesn't count.
 
     Args:
-        logits: from `score`, for each row without its last token.
+        nats: each target's, for each row without its first token.
         top_experts: the experts chosen for these tokens.
-        tokens: from `dbrx_fn.data.batches.eval_windows`, like `mask` and `lengths`.
-        mask: true for targets.
+        mask: true for targets, from `dbrx_fn.data.batches.eval_windows`, like `lengths`.
         lengths: the number of real inputs in each row.
         config: the model's.
     """
-    nats = mx.where(mask[:, 1:], token_nats(logits, tokens[:, 1:]), 0).sum()
+    total = mx.where(mask[:, 1:], nats, 0).sum()
     chosen = chosen_experts(top_experts, config.ffn.moe_num_experts)
-    chosen = chosen & read_tokens(lengths, tokens.shape[1] - 1)[:, :, None, None]
-    return nats, chosen.astype(mx.int32).sum(axis=(1, 2, 3))
+    chosen = chosen & read_tokens(lengths, nats.shape[1])[:, :, None, None]
+    return total, chosen.astype(mx.int32).sum(axis=(1, 2, 3))
 
 
 def read_tokens(lengths: Int32[mx.array, " batch"], time: int) -> Bool[mx.array, "batch time"]:
@@ -139,5 +138,6 @@ def _score(
     config: Config,
 ) -> tuple[Float32[mx.array, ""], Int32[mx.array, "layer expert"]]:
     """`window_sums` of a batch of windows."""
-    logits, routing = score(params, tokens[:, :-1], config)
-    return window_sums(logits, routing.top_experts, tokens, mask, lengths, config=config)
+    x, routing = run_sequences(params, tokens[:, :-1], config)
+    nats = target_nats(params, x, tokens[:, 1:], config=config.layer)
+    return window_sums(nats, routing.top_experts, mask, lengths, config=config)

@@ -14,7 +14,7 @@ biases (`dbrx_fn.ops.formats`). Each matrix may have an adapter beside it (`dbrx
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
 
@@ -253,6 +253,12 @@ def _is_quantized(linear: Mapping[str, Described]) -> bool:
 def companions(name: str) -> list[str]:
     """The names of all leaves that the matrix whose weight has this name can have, without an adapter's."""
     return [name.removesuffix("weight") + leaf for leaf in LEAVES]
+
+
+def quantized_leaves(paths: Collection[str]) -> set[str]:
+    """Those of a tree's paths that belong to quantized matrices, which have no gradient."""
+    weights = [path.removesuffix("scales") + "weight" for path in paths if path.endswith(".scales")]
+    return {name for weight in weights for name in companions(weight)} & set(paths)
 
 
 def quantized_spec(spec: Mapping[str, Leaf], formats: Mapping[str, Format]) -> dict[str, Leaf]:

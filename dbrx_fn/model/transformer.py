@@ -21,7 +21,7 @@ from dbrx_fn.model.layers.block import block
 from dbrx_fn.model.layers.embedding import embedding
 from dbrx_fn.model.layers.norm_attn_norm import Stream
 from dbrx_fn.model.layers.router import Routing
-from dbrx_fn.model.params import check_params, companions, compiled_under
+from dbrx_fn.model.params import check_params, compiled_under, quantized_leaves
 from dbrx_fn.model.positions import Positions, positions_of
 from dbrx_fn.model.shapes import CHUNK_SIZE, chunk_widths, time_bucket
 from dbrx_fn.model.tree import BlockParams, NormParams, Params
@@ -173,15 +173,36 @@ def score(
         InputError: if tokens have another shape or type, or if the logits are larger than a Mac's largest buffer.
         CheckpointError: if the tree doesn't fit the config.
     """
-    _check_outline(params, config)
     check_tokens(tokens)
     _check_logits(tokens, config)
+    x, routing = run_sequences(params, tokens, config, jitter_key=jitter_key, recompute=recompute)
+    return _logits(params, x, config.layer)[:, : tokens.shape[1]], routing
+
+
+def run_sequences(
+    params: Params,
+    tokens: mx.array,
+    config: Config,
+    *,
+    jitter_key: mx.array | None = None,
+    recompute: bool = False,
+) -> tuple[mx.array, Routing]:
+    """`score` without the head.
+
+    Arguments and errors are those of `score`, whatever the size of the logits.
+
+    Returns:
+        The residual stream after the last block, `[batch time d_model]` with the time axis padded to a bucket, and the
+        routing, without padding.
+    """
+    _check_outline(params, config)
+    check_tokens(tokens)
     batch, time = tokens.shape
     x, _, routing = run_layers(
         params, tokens, (time,) * batch, None, jitter_key, config=config.layer, recompute=recompute
     )
     layers = (mx.stack(list(parts)).reshape(len(parts), batch, x.shape[1], -1) for parts in zip(*routing, strict=True))
-    return _logits(params, x, config.layer)[:, :time], Routing(*(layer[:, :, :time] for layer in layers))
+    return x, Routing(*(layer[:, :, :time] for layer in layers))
 
 
 def run_layers(
@@ -238,12 +259,7 @@ def _recomputed(
 ) -> tuple[Stream, Routing]:
     """`block` without a cache, under gradient checkpointing."""
     whole: dict[str, mx.array] = dict(tree_flatten(params))
-    quantized = {
-        leaf
-        for path in whole
-        if path.endswith(".scales")
-        for leaf in companions(path.removesuffix("scales") + "weight")
-    }
+    quantized = quantized_leaves(whole)
 
     # `mx.checkpoint` differentiates by all arguments, so quantized matrices, `positions` and the key come from the
     # enclosing scope.

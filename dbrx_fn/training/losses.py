@@ -28,18 +28,18 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int32, Integer, UInt32
-from mlx import nn
+from jaxtyping import Bool, Float32, Int32, UInt32
 from numpy.typing import ArrayLike
 
 from dbrx_fn.errors import InputError
 from dbrx_fn.model.argument_checks import check_key, check_tree
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.transformer import score
+from dbrx_fn.model.partition import joined
+from dbrx_fn.model.transformer import run_sequences
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import checked
-from dbrx_fn.runtime.bounded import within
 from dbrx_fn.runtime.compile import compiled
+from dbrx_fn.training.target_nats import target_nats
 
 
 class LossParts(NamedTuple):
@@ -70,13 +70,14 @@ def loss(
     jitter_key: mx.array | None = None,
     z_loss_weight: float = 0.0,
     recompute: bool = False,
+    frozen: Params | None = None,
 ) -> tuple[mx.array, LossParts]:
     """`cross_entropy + moe_loss_weight * load_balance + z_loss_weight * router_z`, and these parts.
 
     Its gradient with respect to `params`: `mx.value_and_grad(dbrx_fn.loss)(params, tokens, mask, config)`.
 
     Args:
-        params: the tree. Quantized matrices have no gradient; all other leaves have one, adapters too.
+        params: the tree, or a part of it. Quantized matrices have no gradient; all other leaves have one.
         tokens: integer `[batch time]`, at least two per row. Each is predicted from those before it in its row. An id
             outside of the vocabulary makes the loss NaN, except in padding.
         mask: bool `[batch time]`, true for targets. All, if `None`. The first token of a row is never a target.
@@ -87,6 +88,7 @@ def loss(
         jitter_key: an `mx.random.key` for the routers' jitter. No jitter, if not given.
         z_loss_weight: weight of the z-loss. ST-MoE's is 0.001.
         recompute: gradient checkpointing, as in `score`.
+        frozen: the tree's other leaves, if `params` is a part (`dbrx_fn.model.partition`).
 
     Returns:
         The loss, a float32 scalar, and its parts.
@@ -101,28 +103,28 @@ def loss(
         check_key("jitter_key", jitter_key)
     if lengths is not None:
         tokens = mx.where(mx.arange(tokens.shape[1], dtype=mx.int32) < lengths[:, None], tokens, 0)
-    logits, routing = score(params, tokens[:, :-1], config, jitter_key=jitter_key, recompute=recompute)
-    parts = loss_parts(logits, routing.logits, routing.top_experts, tokens[:, 1:], mask, lengths)
+    whole = params if frozen is None else joined(params, frozen, config)
+    x, routing = run_sequences(whole, tokens[:, :-1], config, jitter_key=jitter_key, recompute=recompute)
+    nats = target_nats(params, x, tokens[:, 1:], config=config.layer, frozen=frozen)
+    parts = loss_parts(nats, routing.logits, routing.top_experts, mask, lengths)
     total = parts.cross_entropy + config.ffn.moe_loss_weight * parts.load_balance + z_loss_weight * parts.router_z
     return total, parts
 
 
 @compiled
 def loss_parts(
-    logits: Float[mx.array, "batch time vocab"],
+    nats: Float32[mx.array, "batch time"],
     router_logits: Float32[mx.array, "layer batch time expert"],
     top_experts: UInt32[mx.array, "layer batch time top_k"],
-    targets: Integer[mx.array, "batch time"],
     mask: Bool[mx.array, "batch time+1"] | None,
     lengths: Int32[mx.array, " batch"] | None,
 ) -> LossParts:
-    """The parts of `loss`, from `score`'s results for each row without its last token. `targets` lack the first."""
-    batch, time = targets.shape
+    """The parts of `loss`, from the targets' nats and the routing of each row without its last token."""
+    batch, time = nats.shape
     last = mx.full(batch, time + 1, mx.int32) if lengths is None else lengths
     # A row's last token predicts nothing, so it doesn't count, with or without padding behind it.
     has_next = mx.arange(1, time + 1, dtype=mx.int32) < last[:, None]
     predicted = has_next if mask is None else has_next & mask[:, 1:]
-    nats = token_nats(logits, targets)
     cross_entropy = mx.where(predicted, nats, 0).sum() / mx.maximum(predicted.sum(), 1)
 
     read = has_next.astype(mx.float32)
@@ -133,18 +135,6 @@ def loss_parts(
     load_balance = experts * (share * probability).sum(axis=-1).mean()
     router_z = _mean_over_tokens(mx.logsumexp(router_logits, axis=-1, keepdims=True).square(), read).mean()
     return LossParts(cross_entropy, load_balance, router_z, share, probability)
-
-
-def token_nats(
-    logits: Float[mx.array, "batch time vocab"], targets: Integer[mx.array, "batch time"]
-) -> Float32[mx.array, "batch time"]:
-    """The negative natural logarithm of each target's probability, in float32 for every dtype of logits.
-
-    It is NaN for a target outside of the vocabulary.
-    """
-    ids, known = within(targets, logits.shape[-1])
-    nats: mx.array = nn.losses.cross_entropy(logits.astype(mx.float32), ids)
-    return mx.where(known, nats, mx.nan)
 
 
 def chosen_experts(

@@ -31,7 +31,6 @@ from dbrx_fn.files.json_file import shown
 from dbrx_fn.model.argument_checks import check_key, check_tree
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.params import nest, param_count
-from dbrx_fn.model.partition import joined
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import check_fields, checked
 from dbrx_fn.runtime.compile import compiled
@@ -249,10 +248,8 @@ def gradients(
     dtype = getattr(mx, config.dtype)
 
     def objective(masters: Params) -> tuple[mx.array, LossParts]:
-        whole = tree_map(lambda array: array.astype(dtype), masters)
-        if frozen is not None:
-            whole = joined(whole, frozen, config)
-        _, parts = loss(whole, tokens, mask, config, jitter_key=key, recompute=recipe.recompute)
+        cast = tree_map(lambda array: array.astype(dtype), masters)
+        _, parts = loss(cast, tokens, mask, config, jitter_key=key, recompute=recipe.recompute, frozen=frozen)
         # Cross-entropy is a mean over the batch's targets. The routing losses are means over micro-batches.
         cross_entropy = parts.cross_entropy * share
         parts = LossParts(cross_entropy, *(part / recipe.micro_batches for part in parts[1:]))

@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten
 import dbrx_fn
 from dbrx_fn.generate import main
 from dbrx_fn.model.transformer import score
-from dbrx_fn.training.losses import bits_per_byte, token_nats
+from dbrx_fn.training.losses import bits_per_byte
+from dbrx_fn.training.target_nats import token_nats
 
 # The beginning of Macbeth's fifth scene of act V, a play that the model was not trained on.
 SCENE = """### SCENE V. Dunsinane. Within the castle.

@@ -24,9 +24,9 @@ from dbrx_fn.training.losses import (
     chosen_experts,
     loss,
     loss_parts,
-    token_nats,
 )
 from dbrx_fn.training.step import Recipe, gradients
+from dbrx_fn.training.target_nats import token_nats
 from tests.support import checkpoints, oracle
 from tests.support.trees import Case, as_float64, case_of, relative_error, tree
 
@@ -142,10 +142,9 @@ def parts_of(router_logits: Array, top_experts: Array, lengths: list[int] | None
     """Of routers' logits `[layer batch time expert]`; the vocabulary's are all alike."""
     batch, time = router_logits.shape[1:3]
     return loss_parts(
-        mx.zeros((batch, time, 23)),
+        mx.zeros((batch, time)),
         mx.array(router_logits.astype(np.float32)),
         mx.array(top_experts.astype(np.uint32)),
-        mx.zeros((batch, time), mx.int32),
         None,
         None if lengths is None else mx.array(lengths, mx.int32),
     )
@@ -203,9 +202,8 @@ def test_the_routers_losses_reach_the_router_and_the_choice_has_no_gradient() ->
     top_experts = np.argsort(-router_logits)[..., :TOP_K]
 
     def load_balance(said: mx.array) -> mx.array:
-        nothing = mx.zeros((1, 6), mx.int32)
         chosen = mx.array(top_experts.astype(np.uint32))
-        return loss_parts(mx.zeros((1, 6, 23)), said, chosen, nothing, None, None).load_balance
+        return loss_parts(mx.zeros((1, 6)), said, chosen, None, None).load_balance
 
     actual = mx.grad(load_balance)(mx.array(router_logits.astype(np.float32)))
     probabilities = np.exp(router_logits) / np.exp(router_logits).sum(-1, keepdims=True)
