@@ -1,13 +1,13 @@
-"""The device's memory: what stays resident on a Mac, what is given back, and how large one buffer may be.
+"""The device's memory: what stays resident, what is given back, and how large one buffer may be.
 
-`docs/mac.md` has the reasons and their sources. On machines other than Macs these functions do nothing.
+`docs/mac.md` has the reasons and sources for Macs. On CUDA only `wired` does something, and on a CPU nothing does.
 """
 
 import math
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dbrx_fn.errors import DbrxError
-from dbrx_fn.runtime.device import backend
+from dbrx_fn.runtime.device import backend, memory_size
 
 _GIB = 2**30
 _LARGE = 1 / 16
@@ -24,6 +24,9 @@ _NEAR = 0.9
 """The part of the working set above which the cache and the activations may no longer fit beside the weights."""
 _SYSTEM = 8 * _GIB
 """Memory left to macOS and other programs by the limit that `room_remedy` names."""
+_CUDA_LIMIT = 0.92
+"""The part of a CUDA device's memory that MLX may fill. Near 0.95 it gives back its unused buffers with every new one,
+and decoding takes up to a fifth longer (`docs/serving.md`)."""
 _SPAN = 256
 """Tokens after which unused buffers are given back. mlx-lm uses the same number."""
 
@@ -39,49 +42,60 @@ def _wanted_by_environment() -> bool:
 _WANTED = _wanted_by_environment()
 
 
-class _Wiring:
-    """The users of wired memory. MLX has one limit for the whole process, and generations may overlap or nest."""
+class _Limit:
+    """The users of one of MLX's limits. MLX has one for the whole process, and generations may overlap or nest."""
 
-    def __init__(self) -> None:
+    def __init__(self, change: Callable[[int], int], *, only_lowers: bool = False) -> None:
+        self._change, self._only_lowers = change, only_lowers
         # Garbage collection can close a dropped generator, which calls `end`, while this thread is in `begin`.
         self._lock = threading.RLock()
         self._users: set[object] = set()
-        self._raised, self._before = False, 0
+        self._changed, self._before = False, 0
 
     def begin(self, user: object, limit: int) -> None:
-        """Raises the limit for the first user."""
+        """Changes the limit for the first user."""
         with self._lock:
             self._users.add(user)
-            if not self._raised:
-                self._raised = True
-                self._before = mx.set_wired_limit(limit)
+            if not self._changed:
+                self._changed = True
+                self._before = self._change(limit)
+                if self._only_lowers and self._before < limit:
+                    self._change(self._before)
 
     def end(self, user: object) -> None:
         """Gives the old limit back after the last user."""
         with self._lock:
             self._users.discard(user)
-            if self._raised and not self._users:
-                before, self._raised, self._before = self._before, False, 0
-                mx.set_wired_limit(before)
+            if self._changed and not self._users:
+                before, self._changed, self._before = self._before, False, 0
+                self._change(before)
 
 
-_wiring = _Wiring()
+_wired_limit = _Limit(lambda limit: mx.set_wired_limit(limit))
+_cuda_limit = _Limit(lambda limit: mx.set_memory_limit(limit), only_lowers=True)
 
 
 @contextmanager
 def wired(weights: Any) -> Iterator[None]:
-    """On a Mac, keeps memory resident up to the recommended working set while a large model runs.
+    """While a model runs, keeps a Mac's memory resident and leaves a part of a CUDA device's memory free.
 
-    The limit from before is given back at the end, also after an exception or Ctrl-C. Small models leave it alone, and
-    so does DBRX_FN_WIRED=0.
+    On a Mac memory stays resident up to the recommended working set. Small models leave that limit alone, and so does
+    DBRX_FN_WIRED=0. The limit from before is given back at the end, also after an exception or Ctrl-C.
 
     Args:
         weights: the tree, or a whole training state.
     """
-    limit = _metal("max_recommended_working_set_size")
+    limit, user = _metal("max_recommended_working_set_size"), object()
     nbytes = 0 if limit is None else _nbytes(weights)
     # Training replaces its state, and the first one's memory must become free.
     del weights
+    if backend() == "cuda":
+        try:
+            _cuda_limit.begin(user, int(_CUDA_LIMIT * memory_size()))
+            yield
+        finally:
+            _cuda_limit.end(user)
+        return
     if limit is None or nbytes < _LARGE * limit or not _WANTED:
         yield
         return
@@ -91,16 +105,15 @@ def wired(weights: Any) -> Iterator[None]:
             f" {limit / _GIB:.1f} GiB, so every token may have to wait for the disk: {room_remedy(nbytes)}.",
             stacklevel=3,
         )
-    user = object()
     try:
-        _wiring.begin(user, limit)
+        _wired_limit.begin(user, limit)
         yield
     finally:
         try:
             # MLX asks that nothing is computed while the limit changes.
             mx.synchronize()
         finally:
-            _wiring.end(user)
+            _wired_limit.end(user)
 
 
 def room_remedy(nbytes: int) -> str:

@@ -19,7 +19,7 @@ _GPU_CHUNK, _CPU_CHUNK = 256, 128
 FREE_CHUNKS = 8
 """How many chunks of a prompt are prefilled at once while no row decodes. The exact mode reads one at a time."""
 
-_USED = 0.91
+_USED = 0.905
 """The share of memory for weights and caches. The rest is for activations of a chunk (`docs/serving.md`)."""
 
 

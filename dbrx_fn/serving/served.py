@@ -26,7 +26,7 @@ class Served:
     `budget`: the most tokens that it may generate.
     `made`: tokens that were handed out.
     `launched`: number of tokens launched on the device.
-    `reading`: its prefill, in progress or done; `None` if it has no cache.
+    `reading`: its prefill, until the first token is handed out. Its cache is freed then: the batch has a copy.
     `end`: how it ended, if it did.
     `matcher`: the matcher of its structure, if it has one.
     """
@@ -59,9 +59,10 @@ class Served:
 
     def hand_out(self, token: int, logprobs: TokenLogprobs | None, experts: Experts | None) -> None:
         """Sends one more token, with the details that the request wants. The last one ends the request."""
-        if self.reading is not None and not self._told_prompt:
+        reading, self.reading = self.reading, None
+        if reading is not None and not self._told_prompt:
             self._told_prompt = True
-            self._tell(PromptRead(self.reading.cached_tokens, self.reading.prompt_logprobs()))
+            self._tell(PromptRead(reading.cached_tokens, reading.prompt_logprobs()))
         self.made.append(token)
         reason: FinishReason | None = None
         if token in self.request.stop_tokens or (self.matcher is not None and token in self.matcher.stop_tokens):

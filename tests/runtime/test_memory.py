@@ -31,7 +31,7 @@ from dbrx_fn.model.cache import grow_cache, init_cache
 from dbrx_fn.model.cache_rows import take_rows
 from dbrx_fn.model.transformer import forward, score
 from dbrx_fn.model.tree import Params
-from dbrx_fn.runtime.device import Backend, as_if
+from dbrx_fn.runtime.device import Backend, as_if, memory_size
 from dbrx_fn.runtime.memory import check_buffer, reading_device, room_remedy, wired
 from dbrx_fn.serving.engine import Engine
 from dbrx_fn.serving.limits import Limits
@@ -375,3 +375,28 @@ def test_the_environment_can_forbid_it(value: str, calls: str) -> None:
     )
     assert (ran.returncode, ran.stdout.strip()) == (0, calls)
     assert ("DBRX_FN_WIRED is 'off' where 0 or 1 is expected" in ran.stderr) == (value == "off")
+
+
+def memory_limit() -> int:
+    """MLX's limit now."""
+    limit = mx.set_memory_limit(2**60)
+    mx.set_memory_limit(limit)
+    return limit
+
+
+def test_a_part_of_a_cuda_device_s_memory_stays_free() -> None:
+    before = memory_limit()
+    with as_if(backend="cuda"):
+        with wired(PARAMS), wired(PARAMS):
+            assert memory_limit() == min(before, int(0.92 * memory_size()))
+        assert memory_limit() == before
+
+
+def test_a_lower_limit_of_the_user_s_is_kept() -> None:
+    before = mx.set_memory_limit(2**30)
+    try:
+        with as_if(backend="cuda"), wired(PARAMS):
+            assert memory_limit() == 2**30
+        assert memory_limit() == 2**30
+    finally:
+        mx.set_memory_limit(before)

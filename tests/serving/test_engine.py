@@ -15,6 +15,7 @@ from dbrx_fn.generation.sampling import Sampling
 from dbrx_fn.generation.stream import stream_tokens
 from dbrx_fn.generation.structured import Structure
 from dbrx_fn.model.cache import init_cache
+from dbrx_fn.model.costs import cache_bytes
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.transformer import forward, score
 from dbrx_fn.runtime.device import Backend, as_if
@@ -307,3 +308,20 @@ def test_experts_are_those_that_computed_the_logits(limits: Limits) -> None:
         top = np.array(score(PARAMS, mx.array([text]), CONFIG)[1].top_experts)[:, 0]
         wanted = np.sort(top, axis=-1).swapaxes(0, 1)[len(request.prompt) - 1 : -1]
         np.testing.assert_array_equal(np.array(told), wanted)
+
+
+def test_a_prompt_s_own_cache_is_freed_once_its_row_decodes() -> None:
+    """A row's cache is in the batch then. Kept twice, caches would take double the memory that was admitted."""
+    rows, capacity = 8, 1024
+    with Engine(PARAMS, CONFIG, Limits(rows=rows, positions=1 << 20, capacity=capacity, chunk=128)) as engine:
+        engine.wait_until_ready()
+        before = mx.get_active_memory()
+        answers = [engine.answer(Request(tokens(row, 600), max_tokens=400)) for row in range(rows)]
+        for answer in answers:
+            next(answer)
+        for _ in range(20):
+            next(answers[-1])
+        held = mx.get_active_memory() - before
+        for answer in answers:
+            answer.close()
+    assert held < 1.5 * cache_bytes(CONFIG, rows * capacity)
