@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, tokenizer_folder
+from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path
 from dbrx_fn.checkpoints.loader import computing_dtype, load
+from dbrx_fn.checkpoints.tokenizer_files import tokenizer_files
 from dbrx_fn.cli.chat_commands import QUIT, obey
 from dbrx_fn.cli.command import Parser, Terminated, program, run
 from dbrx_fn.cli.generation_options import (
@@ -31,7 +32,6 @@ from dbrx_fn.generation.sampling import Sampling, random_key
 from dbrx_fn.generation.stream import warm_up
 from dbrx_fn.runtime.device import backend
 from dbrx_fn.serving.fingerprint import weights_fingerprint
-from dbrx_fn.text.tokenizer import read_tokenizer
 
 _MOST_TOKENS = 1000
 """The number of tokens of an answer if neither the options nor the checkpoint give one."""
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--model",
         default=str(SMALL),
-        help="a checkpoint's folder, a GGUF file with tokenizer files beside it, or a Hugging Face repository as"
+        help="a checkpoint's folder, a GGUF file, or a Hugging Face repository as"
         " owner/name (default: the small model of this package)",
     )
     add("--system", "--system-prompt", help="system prompt instead of the model's default")
@@ -88,9 +88,8 @@ def _run(options: argparse.Namespace) -> None:
     check_generation_options(options)
     key = random_key(secrets.randbits(32) if options.seed is None else options.seed)
     path = checkpoint_path(options.model)
-    folder = tokenizer_folder(path)
-    defaults = read_generation_config(folder)
-    tokenizer = read_tokenizer(folder)
+    with tokenizer_files(path) as files:
+        defaults, tokenizer = read_generation_config(files.folder), files.read()
     settings = Settings(
         options.max_tokens or defaults.max_tokens or _MOST_TOKENS,
         chosen_sampling(options, defaults.sampling),

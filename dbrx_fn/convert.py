@@ -1,6 +1,7 @@
 """`python -m dbrx_fn.convert`: writes any checkpoint in mlx-lm's, Hugging Face's or our layout, quantized or not.
 
 python -m dbrx_fn.convert databricks/dbrx-instruct dbrx-4bit --quantize 4
+python -m dbrx_fn.convert databricks/dbrx-instruct dbrx.gguf --layout gguf --type q8_0
 """
 
 import argparse
@@ -15,6 +16,14 @@ from typing import Any, get_args
 
 from dbrx_fn.checkpoints.checkpoint import open_checkpoint
 from dbrx_fn.checkpoints.conversion import Conversion, Request, convert, plan_conversion, require_free
+from dbrx_fn.checkpoints.gguf_conversion import (
+    GGUF_TYPES,
+    GgufPlan,
+    GgufRequest,
+    plan_gguf,
+    require_free_file,
+    write_gguf,
+)
 from dbrx_fn.checkpoints.hub import checkpoint_folder
 from dbrx_fn.checkpoints.layouts import WRITTEN
 from dbrx_fn.checkpoints.shards import SHARD_BYTES
@@ -25,10 +34,16 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import Dtype
 from dbrx_fn.text.tokenizer import read_tokenizer
 
+GGUF = "gguf"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 2 for anything the user can mend, 130 after Ctrl-C."""
-    return run(_run, parser(), arguments, kept=lambda _: "the same command goes on where it was")
+    return run(_run, parser(), arguments, kept=_kept)
+
+
+def _kept(chosen: argparse.Namespace) -> str:
+    return "nothing is left of the file" if chosen.layout == GGUF else "the same command goes on where it was"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,14 +54,20 @@ def parser() -> argparse.ArgumentParser:
     )
     add = options.add_argument
     add("source", help="folder, GGUF file, or Hugging Face repository as owner/name")
-    add("folder", type=Path, help="new folder to write")
+    add("folder", type=Path, help="new folder to write; with --layout gguf a new file, NAME.gguf")
     add("--revision", help="branch, tag or commit of the repository")
     add(
         "--layout",
-        choices=WRITTEN,
+        choices=(*WRITTEN, GGUF),
         default="split",
-        help="split is mlx-lm's layout, fused is Hugging Face's, stacked is this package's own; each can be loaded here"
-        " (default: %(default)s)",
+        help="split is mlx-lm's layout, fused is Hugging Face's, stacked is this package's own, gguf is llama.cpp's;"
+        " each can be loaded here (default: %(default)s)",
+    )
+    add(
+        "--type",
+        choices=GGUF_TYPES,
+        help="with --layout gguf, the type of all matrices but the routers (default: as stored, where that is exactly"
+        " one of these)",
     )
     add_quantize_options(options)
     add("--dequantize", action="store_true", help="turn quantized matrices into floats first")
@@ -54,9 +75,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--shard-size",
         type=float,
-        default=SHARD_BYTES / 10**9,
         metavar="GB",
-        help="the largest size of a file (default: %(default)g)",
+        help=f"the largest size of a file (default: {SHARD_BYTES / 10**9:g})",
     )
     add(
         "--tokenizer",
@@ -70,14 +90,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(chosen: argparse.Namespace) -> None:
-    if not 0 < chosen.shard_size < math.inf:
+    if chosen.layout == GGUF:
+        _run_gguf(chosen)
+        return
+    if chosen.type is not None:
+        raise InputError("--type is for GGUF files: give --layout gguf too, or --quantize for the other layouts.")
+    if chosen.folder.suffix == ".gguf":
+        raise InputError(f"{chosen.folder} is the name of a GGUF file: give --layout gguf too, or name a folder.")
+    if chosen.shard_size is not None and not 0 < chosen.shard_size < math.inf:
         raise InputError(f"--shard-size is {chosen.shard_size:g} where a number of GB above 0 is expected.")
     request = Request(
         layout=chosen.layout,
         quantization=chosen_quantization(chosen),
         dequantize=chosen.dequantize,
         dtype=chosen.dtype,
-        shard_bytes=int(chosen.shard_size * 10**9),
+        shard_bytes=SHARD_BYTES if chosen.shard_size is None else int(chosen.shard_size * 10**9),
         check=chosen.check,
         tokenizer=None if chosen.tokenizer is None else _tokenizer_folder(chosen.tokenizer),
     )
@@ -94,6 +121,57 @@ def _run(chosen: argparse.Namespace) -> None:
             convert(conversion, chosen.folder, progress=progress, resumed=resumed)
     text = _table(conversion) if chosen.dry_run else f"{chosen.folder}\n{_table(conversion)}"
     print_result(json.dumps(described(conversion), indent=2) if chosen.json else text)
+
+
+def _run_gguf(chosen: argparse.Namespace) -> None:
+    if chosen_quantization(chosen) is not None:
+        raise InputError("--quantize and its kin make formats of MLX, which a GGUF file doesn't have: give --type.")
+    if chosen.shard_size is not None:
+        raise InputError("--shard-size is for the other layouts: a GGUF file is written in one piece.")
+    if chosen.type is not None and chosen.dtype is not None:
+        raise InputError("--type and --dtype both say what floats become: give one of them.")
+    request = GgufRequest(
+        kind=chosen.type,
+        dequantize=chosen.dequantize,
+        dtype=chosen.dtype,
+        check=chosen.check,
+        tokenizer=None if chosen.tokenizer is None else Path(_tokenizer_folder(chosen.tokenizer)),
+    )
+    if not chosen.dry_run:
+        require_free_file(chosen.folder)
+    plan = plan_gguf(open_checkpoint(chosen.source, revision=chosen.revision), request)
+    if not chosen.dry_run:
+        with byte_progress("converting") as progress:
+            write_gguf(plan, chosen.folder, progress=progress)
+    text = _gguf_table(plan) if chosen.dry_run else f"{chosen.folder}\n{_gguf_table(plan)}"
+    print_result(json.dumps(described_gguf(plan), indent=2) if chosen.json else text)
+
+
+def described_gguf(plan: GgufPlan) -> dict[str, Any]:
+    """What a GGUF file holds, as an object for JSON. Sizes are in bytes."""
+    return {
+        "from": plan.source.layout,
+        "layout": GGUF,
+        "bytes": plan.nbytes,
+        "bits_per_weight": plan.bits_per_weight,
+        "tensors": [
+            {"name": tensor.name, "shape": list(tensor.shape), "type": tensor.kind.name, "exact": path in plan.same}
+            for path, tensor in plan.tensors.items()
+        ],
+    }
+
+
+def _gguf_table(plan: GgufPlan) -> str:
+    kinds = Counter(
+        (re.sub(r"\.\d+\.", ".*.", tensor.name), " x ".join(map(str, tensor.shape)), tensor.kind.name)
+        for tensor in plan.tensors.values()
+    )
+    return "\n".join(
+        [
+            *_aligned([(f"{count:,}", *kind) for kind, count in kinds.items()]),
+            f"{plan.source.layout} to gguf: {size_text(plan.nbytes)}, {plan.bits_per_weight:.2f} bits a weight",
+        ]
+    )
 
 
 def _tokenizer_folder(path_or_repo: str) -> str:
@@ -140,8 +218,7 @@ def _table(conversion: Conversion) -> str:
         words = f"{dtype}, {form.mode} {form.bits} bits, groups of {form.group_size}" if form else dtype
         kinds[name, shape, words] += len(source.stored)
     rows = [(f"{count:,}", name, shape, words) for (name, shape, words), count in kinds.items()]
-    widths = [max(len(row[n]) for row in rows) for n in range(3)]
-    lines = [f"{row[0]:>{widths[0]}}  {row[1]:{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}" for row in rows]
+    lines = _aligned(rows)
     files = len(conversion.shards)
     lines += [
         f"{conversion.source.layout} to {conversion.request.layout}: {size_text(conversion.nbytes)} in"
@@ -149,6 +226,12 @@ def _table(conversion: Conversion) -> str:
         f"converting needs about {size_text(conversion.peak_memory)} of memory",
     ]
     return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
+    """Rows of number, name, shape and type as lines."""
+    widths = [max(len(row[n]) for row in rows) for n in range(3)]
+    return [f"{row[0]:>{widths[0]}}  {row[1]:{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}" for row in rows]
 
 
 if __name__ == "__main__":

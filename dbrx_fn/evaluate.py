@@ -22,8 +22,7 @@ from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from dbrx_fn.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from dbrx_fn.checkpoints.hub import tokenizer_folder
-from dbrx_fn.checkpoints.loader import load
+from dbrx_fn.checkpoints.loader import load, load_tokenizer
 from dbrx_fn.cli.command import Parser, program, run
 from dbrx_fn.cli.terminal import byte_progress, print_message, print_result, size_text
 from dbrx_fn.data.corpus import read_documents
@@ -38,7 +37,6 @@ from dbrx_fn.model.params import param_count
 from dbrx_fn.model.quantization import dequantize
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import backend, memory_size
-from dbrx_fn.text.tokenizer import read_tokenizer
 
 _SECONDS_BETWEEN_LINES = 30
 
@@ -162,7 +160,7 @@ def _subjects(names: Sequence[str], dtype: Dtype | None) -> list[Subject]:
     """Checks all checkpoints' files first, so an error in the last one is reported before the first is loaded."""
     checkpoints = [open_checkpoint(name) for name in names]
     first = checkpoints[0]
-    tokenizer = read_tokenizer(tokenizer_folder(first.path))
+    tokenizer = load_tokenizer(first.path)
     check_vocabulary(tokenizer, first.config)
     subjects = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
@@ -196,13 +194,13 @@ def _stored_bytes(checkpoint: Checkpoint) -> int:
 def _fingerprint(path: Path) -> str | None:
     """The tokenizer's fingerprint, or `None` for a checkpoint without a tokenizer."""
     try:
-        return read_tokenizer(tokenizer_folder(path)).fingerprint()
+        return load_tokenizer(path).fingerprint()
     except TokenizerError:
         return None
 
 
 def _tokens(first: Subject, chosen: argparse.Namespace, folder: Path) -> TokenFile:
-    tokenizer = read_tokenizer(tokenizer_folder(first.path))
+    tokenizer = load_tokenizer(first.path)
     documents = read_documents(chosen.data, tokenizer.chat_format, control_tokens=chosen.control_tokens)
     with byte_progress("tokenizing") as progress:
         text = write_token_file(folder, documents, tokenizer, progress)

@@ -14,8 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, model_name, tokenizer_folder
+from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, model_name
 from dbrx_fn.checkpoints.loader import computing_dtype, load
+from dbrx_fn.checkpoints.tokenizer_files import tokenizer_files
 from dbrx_fn.cli.command import Parser, program, run
 from dbrx_fn.cli.generation_options import (
     MOST_TOKENS,
@@ -46,7 +47,7 @@ from dbrx_fn.serving.served_model import ServedModel
 from dbrx_fn.serving.structures import trie_if_any
 from dbrx_fn.text.chat import encode_chat
 from dbrx_fn.text.prompt_length import encode_prompt
-from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
+from dbrx_fn.text.tokenizer import Tokenizer
 
 _PROMPT_SHOWN = 400
 """The most characters of the prompt that a terminal shows before the text, from its end."""
@@ -85,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--model",
         default=str(SMALL),
-        help="a checkpoint's folder, a GGUF file with tokenizer files beside it, or a Hugging Face repository as"
+        help="a checkpoint's folder, a GGUF file, or a Hugging Face repository as"
         " owner/name (default: the small model of this package)",
     )
     source = options.add_mutually_exclusive_group(required=True)
@@ -136,10 +137,9 @@ def _run_one(options: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     path = checkpoint_path(options.model)
-    folder = tokenizer_folder(path)
-    defaults = read_generation_config(folder)
+    with tokenizer_files(path) as files:
+        defaults, tokenizer = read_generation_config(files.folder), files.read()
     sampling = chosen_sampling(options, defaults.sampling)
-    tokenizer = read_tokenizer(folder)
     params, config = _load(path, options.dtype)
     report.load_time = time.perf_counter() - start
 
@@ -193,15 +193,15 @@ def _run_batch(options: argparse.Namespace) -> None:
     """Answers the requests of a file."""
     _check_batch(options)
     path = checkpoint_path(options.model)
-    folder = tokenizer_folder(path)
-    defaults = read_generation_config(folder)
+    with tokenizer_files(path) as files:
+        defaults, tokenizer = read_generation_config(files.folder), files.read()
     defaults = replace(
         defaults,
         sampling=chosen_sampling(options, defaults.sampling),
         max_tokens=options.max_tokens or defaults.max_tokens or MOST_TOKENS,
         stop_strings=tuple(options.stop) or defaults.stop_strings,
     )
-    tokenizer, name = read_tokenizer(folder), model_name(options.model, path)
+    name = model_name(options.model, path)
     lines = read_batch_input(options.batch)
     chosen = json.dumps([asdict(defaults), options.seed, name, tokenizer.fingerprint()])
     chosen_sum = hashlib.sha256(chosen.encode()).hexdigest()

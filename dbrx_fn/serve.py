@@ -14,8 +14,9 @@ from types import ModuleType
 from urllib.parse import urlsplit
 
 import dbrx_fn
-from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, model_name, tokenizer_folder
+from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, model_name
 from dbrx_fn.checkpoints.loader import computing_dtype, load
+from dbrx_fn.checkpoints.tokenizer_files import tokenizer_files
 from dbrx_fn.cli.command import Parser, Terminated, program, run
 from dbrx_fn.cli.stop_signals import deferred_stop
 from dbrx_fn.cli.terminal import byte_progress, print_message, print_result, size_text
@@ -31,7 +32,6 @@ from dbrx_fn.serving.limits import Limits, default_limits
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.served_model import ServedModel
 from dbrx_fn.serving.structures import trie_if_any
-from dbrx_fn.text.tokenizer import read_tokenizer
 
 _MOST_CHOICES = 128
 """The most texts that one request may ask for."""
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--model",
         default=str(SMALL),
-        help="a checkpoint's folder, a GGUF file with tokenizer files beside it, or a Hugging Face repository as"
+        help="a checkpoint's folder, a GGUF file, or a Hugging Face repository as"
         " owner/name (default: the small model of this package)",
     )
     add("--served-model-name", help="the model's name in requests (default: the name of its repository or folder)")
@@ -201,9 +201,8 @@ def _check(options: argparse.Namespace) -> None:
 def _loaded(options: argparse.Namespace) -> tuple[ServedModel, Engine]:
     """The served model, and an engine that is ready."""
     path = checkpoint_path(options.model)
-    folder = tokenizer_folder(path)
-    defaults = _with_options(options, read_generation_config(folder))
-    tokenizer = read_tokenizer(folder)
+    with tokenizer_files(path) as files:
+        defaults, tokenizer = _with_options(options, read_generation_config(files.folder)), files.read()
     # This fills a cache, which takes a second for a large vocabulary. Otherwise the first message that spells a control
     # token would wait for it.
     spelled = "".join(tokenizer.control_tokens)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,12 +25,12 @@ import mlx.core as mx
 from dbrx_fn.checkpoints.checkpoint import Checkpoint, LeafReader, require_fit
 from dbrx_fn.checkpoints.conversion_work import PLAN_KEYS, ConversionWork, conversion_work, is_converting
 from dbrx_fn.checkpoints.finite import not_finite
-from dbrx_fn.checkpoints.hub import has_tokenizer_beside, tokenizer_folder
 from dbrx_fn.checkpoints.layouts import Source, Written, sources
 from dbrx_fn.checkpoints.raw import Raw, of_raw, raw
 from dbrx_fn.checkpoints.saver import check_layout, header_texts, small_files
 from dbrx_fn.checkpoints.shards import SHARD_BYTES, Shard, ShardSum, plan_shards, write_shard
-from dbrx_fn.errors import CheckpointError, InputError
+from dbrx_fn.checkpoints.tokenizer_files import tokenizer_files
+from dbrx_fn.errors import CheckpointError, InputError, TokenizerError
 from dbrx_fn.files.work_folder import WorkFolder, hidden
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.params import companions, listed, param_count
@@ -240,9 +241,10 @@ def _write(
         work.note(shard, found)
         checkpoint.rename(hidden(shard.file), shard.file)
         finished.append(shard)
-    contents = small_files(
-        conversion.config, conversion.request.layout, conversion.formats, conversion.shards, _tokenizer(conversion)
-    )
+    with _tokenizer(conversion) as tokenizer:
+        contents = small_files(
+            conversion.config, conversion.request.layout, conversion.formats, conversion.shards, tokenizer
+        )
     for name, content in contents.items():
         checkpoint.write(name, content)
 
@@ -269,12 +271,20 @@ def _write_shard(
     return found.hexdigest()
 
 
-def _tokenizer(conversion: Conversion) -> Path | None:
-    """The folder whose tokenizer files are copied, if there is one."""
+@contextlib.contextmanager
+def _tokenizer(conversion: Conversion) -> Iterator[Path | None]:
+    """Yields the folder whose tokenizer files are copied, if there is one."""
     if conversion.request.tokenizer is not None:
-        return Path(conversion.request.tokenizer)
-    path = conversion.source.path
-    return tokenizer_folder(path) if path.is_dir() or has_tokenizer_beside(path) else None
+        yield Path(conversion.request.tokenizer)
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            files = stack.enter_context(tokenizer_files(conversion.source.path))
+        except TokenizerError as error:
+            warnings.warn(f"The new checkpoint has no tokenizer: {error}", stacklevel=4)
+            yield None
+        else:
+            yield files.folder
 
 
 def _matrices(conversion: Conversion, reader: LeafReader, linear: str) -> Iterator[dict[str, Raw]]:

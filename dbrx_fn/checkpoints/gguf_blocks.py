@@ -77,7 +77,8 @@ def _quarters(packed: Bytes) -> NDArray[Any]:
 def _q5_k(blocks: Bytes) -> NDArray[Any]:
     # Bit n of the byte at place i is the fifth bit of the entry i of the n-th 32.
     fifth: NDArray[Any] = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
-    return np.bitwise_or(_halves(blocks[:, 48:], 32), fifth.reshape(len(blocks), -1) << 4)
+    entries: NDArray[Any] = _halves(blocks[:, 48:], 32) | fifth.reshape(len(blocks), -1) << 4
+    return entries
 
 
 # `kvalues_iq4nl`, with the offset of 128 that the format's bias takes back.

@@ -28,6 +28,7 @@ _MOST_KEYS = 2**16
 _MOST_TENSORS = 2**17
 _MOST_ARRAY_ITEMS = 2**22
 _LONGEST_STRING_KEPT = 2**10
+_MOST_ITEMS_KEPT = 2**20
 # MLX counts the elements of an axis in 32-bit integers.
 _INT32 = 2**31
 
@@ -139,7 +140,7 @@ class _Reader:
 
     def _array(self, kind: int, count: int, what: str, is_kept: bool) -> list[Any] | None:
         self._array_items += count
-        if self._array_items > _MOST_ARRAY_ITEMS:
+        if self._array_items > _MOST_ARRAY_ITEMS or (is_kept and count > _MOST_ITEMS_KEPT):
             raise self._damaged(f"{what} claims {count} items")
         if kind in _NUMBERS:
             numbers = self._take(count * struct.calcsize(_NUMBERS[kind]), what)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from textwrap import shorten
 
-from dbrx_fn.errors import CheckpointError, TokenizerError
+from dbrx_fn.errors import CheckpointError
 from dbrx_fn.files.json_file import shown, shown_path
 
 SMALL = Path(__file__).parents[1] / "small"
@@ -53,31 +53,6 @@ def checkpoint_folder(path_or_repo: str | Path, *, weights: bool = True, revisio
             f"{path} is a GGUF file where a checkpoint's folder is needed: python -m dbrx_fn.convert makes one of it."
         )
     return path
-
-
-def tokenizer_folder(path: Path) -> Path:
-    """The folder with a checkpoint's tokenizer files. For a GGUF file it is the file's folder.
-
-    Args:
-        path: from `checkpoint_path`.
-
-    Raises:
-        TokenizerError: if no tokenizer lies beside a GGUF file.
-    """
-    if path.is_dir():
-        return path
-    if not has_tokenizer_beside(path):
-        raise TokenizerError(
-            f"{path} is a GGUF file, whose own tokenizer isn't read, and {path.parent} has no tokenizer.json: put the"
-            " same model's tokenizer files beside it, or make a checkpoint of both with python -m dbrx_fn.convert and"
-            " --tokenizer."
-        )
-    return path.parent
-
-
-def has_tokenizer_beside(file: Path) -> bool:
-    """Whether the folder of a GGUF file holds a tokenizer's files."""
-    return any((file.parent / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def local_path(path_or_repo: str | Path) -> Path | None:

@@ -12,7 +12,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dbrx_fn.checkpoints.checkpoint import Checkpoint, LeafReader, open_checkpoint, require_fit
-from dbrx_fn.checkpoints.hub import checkpoint_path, tokenizer_folder
+from dbrx_fn.checkpoints.hub import checkpoint_path
+from dbrx_fn.checkpoints.tokenizer_files import tokenizer_files
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.params import Leaf, nest, param_spec, quantized_spec
@@ -21,7 +22,7 @@ from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import checked
 from dbrx_fn.runtime.device import backend, memory_size
 from dbrx_fn.runtime.memory import check_buffer, reading_device, room_remedy
-from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
+from dbrx_fn.text.tokenizer import Tokenizer
 
 _GIB = 2**30
 
@@ -98,13 +99,15 @@ def computing_dtype(path_or_repo: str | Path) -> Dtype | None:
 
 @checked
 def load_tokenizer(path_or_repo: str | Path) -> Tokenizer:
-    """Loads the tokenizer of a checkpoint: a folder, a repository as owner/name, or a GGUF file with it beside.
+    """Loads the tokenizer of a checkpoint: a folder, a repository as owner/name, or a GGUF file, which holds its own.
 
     Raises:
         CheckpointError: if the checkpoint doesn't exist.
-        TokenizerError: if its tokenizer files are missing, unreadable or contradictory.
+        TokenizerError: if its tokenizer files are missing, unreadable or contradictory, or a GGUF file's can't be
+            followed.
     """
-    return read_tokenizer(tokenizer_folder(checkpoint_path(path_or_repo, weights=False)))
+    with tokenizer_files(checkpoint_path(path_or_repo, weights=False)) as files:
+        return files.read()
 
 
 def check_groups(checkpoint: Checkpoint, shard: Shard) -> None:

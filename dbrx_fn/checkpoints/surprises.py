@@ -1,5 +1,6 @@
 """Surprising properties of a checkpoint that loads: files that contradict its tensors, and missing files."""
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -8,8 +9,10 @@ from typing import Any
 
 from dbrx_fn.checkpoints.checkpoint import Checkpoint
 from dbrx_fn.checkpoints.description import Description, Part, PartName, format_text, part_of
+from dbrx_fn.checkpoints.gguf_tokenizer import gguf_tokenizer_kind
 from dbrx_fn.checkpoints.layouts import sources
 from dbrx_fn.checkpoints.safetensors_file import PICKLES, is_hidden
+from dbrx_fn.errors import TokenizerError
 from dbrx_fn.files.json_file import parse_json, read_bounded, shown
 from dbrx_fn.model.params import listed
 
@@ -18,6 +21,9 @@ _TIKTOKEN_CLASS = "TiktokenTokenizerWrapper"
 
 def tokenizer_text(path: Path) -> str | None:
     """A description of a checkpoint's tokenizer, or `None` if `generate` won't find one."""
+    if path.is_file():
+        with contextlib.suppress(TokenizerError):
+            return gguf_tokenizer_kind(path)
     folder = path if path.is_dir() else path.parent
     if (folder / "tokenizer.json").is_file():
         return "tokenizer.json" if folder == path else "tokenizer.json, which lies beside it"
@@ -32,13 +38,21 @@ def surprises(checkpoint: Checkpoint, description: Description) -> list[str]:
     found = [*_of_formats(checkpoint, description.parts), *_of_orientation(checkpoint)]
     if checkpoint.path.is_file():
         if tokenizer_text(checkpoint.path) is None:
-            found.append("A GGUF file's own tokenizer is not read: to generate, put tokenizer files beside it.")
+            found.append(_own_tokenizer_problem(checkpoint.path))
         return found
     config = _fields(checkpoint.path / "config.json")
     found += [*_of_config(checkpoint, config), *_of_stop_tokens(checkpoint, config), *_of_files(checkpoint)]
     if tokenizer_text(checkpoint.path) is None:
         found.append("No tokenizer.json, and no tokenizer_config.json that names tiktoken's: generate needs one.")
     return found
+
+
+def _own_tokenizer_problem(file: Path) -> str:
+    try:
+        gguf_tokenizer_kind(file)
+    except TokenizerError as error:
+        return str(error)
+    return ""
 
 
 def _of_formats(checkpoint: Checkpoint, parts: Mapping[PartName, Part]) -> Iterator[str]:

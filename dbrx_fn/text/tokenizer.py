@@ -134,15 +134,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     if not folder.is_dir():
         raise TokenizerError(f"{folder} isn't a folder; give the folder that holds the checkpoint's tokenizer files.")
     settings = Settings(folder / "tokenizer_config.json")
-    if os.path.lexists(folder / "tokenizer.json"):
-        vocabulary = read_tokenizer_json(folder / "tokenizer.json", settings)
-    elif settings.text("tokenizer_class") == CLASS:
-        vocabulary = read_tiktoken(folder, settings)
-    else:
-        raise TokenizerError(
-            f"{folder} has no tokenizer.json, and no tokenizer_config.json whose tokenizer_class is {CLASS}; "
-            "copy the checkpoint's tokenizer files there."
-        )
+    vocabulary = read_vocabulary(folder, settings)
     stop_tokens = _read_stop_tokens(folder, settings, vocabulary)
     control_tokens = {
         content: number
@@ -166,6 +158,26 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         _ordinary=vocabulary.ordinary,
         _special=vocabulary.special,
         _definition=vocabulary.definition,
+    )
+
+
+def read_vocabulary(folder: Path, settings: Settings) -> Vocabulary:
+    """Reads the vocabulary of a checkpoint's tokenizer.
+
+    Args:
+        folder: the checkpoint's.
+        settings: its tokenizer_config.json.
+
+    Raises:
+        TokenizerError: as in `read_tokenizer`.
+    """
+    if os.path.lexists(folder / "tokenizer.json"):
+        return read_tokenizer_json(folder / "tokenizer.json", settings)
+    if settings.text("tokenizer_class") == CLASS:
+        return read_tiktoken(folder, settings)
+    raise TokenizerError(
+        f"{folder} has no tokenizer.json, and no tokenizer_config.json whose tokenizer_class is {CLASS}; "
+        "copy the checkpoint's tokenizer files there."
     )
 
 

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dbrx_fn.checkpoints.hub import SMALL, checkpoint_folder, checkpoint_path, refusal, tokenizer_folder
+from dbrx_fn.checkpoints.hub import SMALL, checkpoint_folder, checkpoint_path, refusal
 from dbrx_fn.checkpoints.loader import load, load_tokenizer
 from dbrx_fn.convert import main as convert
 from dbrx_fn.errors import CheckpointError, DbrxError, TokenizerError
@@ -157,7 +157,7 @@ def test_a_folder_of_a_gguf_file_alone(gguf: Path) -> None:
 
 
 def test_a_gguf_file_takes_the_tokenizer_beside_it(gguf: Path, fused: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the commands that make text, those that tell of it, and those that write a checkpoint."""
+    """If its own can't be followed; in the commands that make text, that tell of it, and that write a checkpoint."""
     said = {}
     put_tokenizer(gguf.parent)
     for model in (gguf, fused):
@@ -176,17 +176,14 @@ def test_a_gguf_file_takes_the_tokenizer_beside_it(gguf: Path, fused: Path, caps
 def test_a_gguf_file_without_a_tokenizer_says_what_is_missing_and_how_to_get_it(
     gguf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for call in (lambda: load_tokenizer(gguf), lambda: tokenizer_folder(gguf)):
-        with pytest.raises(
-            TokenizerError, match=r"has no tokenizer\.json: put the same model's tokenizer files beside"
-        ):
-            call()
+    with pytest.raises(
+        TokenizerError, match=r"as tokenizer\.ggml\.merges .*: put the same model's tokenizer files beside"
+    ):
+        load_tokenizer(gguf)
     assert generate(["--model", str(gguf), "-p", "x"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(
-        f"error: {gguf} is a GGUF file, whose own tokenizer isn't read, and {gguf.parent} has no token"
-    )
-    assert "python -m dbrx_fn.convert and --tokenizer." in err
+    assert err.startswith(f"error: {gguf} has something else or nothing as tokenizer.ggml.merges where a list of texts")
+    assert "dbrx_fn.convert and --tokenizer." in err
     params, _ = load(gguf)
     assert as_float64(params["lm_head"]["weight"]).shape == (4096, 128)
 

@@ -201,7 +201,7 @@ def test_wrong_options(options: list[str], words: str, source: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "options", [["--layout", "gguf"], ["--dtype", "int8"], ["--shard-size", "big"], ["--bits", "4"]]
+    "options", [["--layout", "ggml"], ["--type", "q6_k"], ["--dtype", "int8"], ["--shard-size", "big"], ["--bits", "4"]]
 )
 def test_options_that_do_not_exist(
     options: list[str], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -291,6 +291,40 @@ def test_a_gguf_file_gets_another_checkpoints_tokenizer(tmp_path: Path, done: Do
     assert load_tokenizer(tmp_path / "new").encode("To be") == load_tokenizer(SMALL).encode("To be")
     refused(file, tmp_path / "none", "--tokenizer", tmp_path / "bare", words="has no tokenizer.json")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_gguf_file_is_written_and_read(tmp_path: Path, done: Done, refused: Refused) -> None:
+    file = tmp_path / "new.gguf"
+    assert "5  blk.*.ffn_down_exps.weight     16 x 256 x 64  Q4_0" in done(
+        SMALL, file, "--layout", "gguf", "--type", "q4_0"
+    )
+    assert names(tmp_path) == ["new.gguf"]
+    assert load_tokenizer(file).encode("To be") == load_tokenizer(SMALL).encode("To be")
+    refused(SMALL, file, "--layout", "gguf", "--type", "q4_0", words="exists already")
+    told = json.loads(done(file, tmp_path / "b.gguf", "--layout", "gguf", "--dry-run", "--json"))
+    assert {tensor["type"] for tensor in told["tensors"] if tensor["exact"]} == {"Q4_0"}
+    done(file, tmp_path / "folder")
+    assert load_tokenizer(tmp_path / "folder").fingerprint() == load_tokenizer(SMALL).fingerprint()
+    assert names(tmp_path) == ["folder", "new.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("new.gguf", [], "new.gguf is the name of a GGUF file: give --layout gguf too, or name a folder."),
+        ("new", ["--type", "q8_0"], "--type is for GGUF files: give --layout gguf too"),
+        ("new", ["--layout", "gguf"], "new is the name of a folder where a GGUF file is written: name it new.gguf."),
+        ("new.gguf", ["--layout", "gguf"], "bits in groups of 64, which no type of GGUF"),
+        ("new.gguf", ["--layout", "gguf", "--quantize", "4"], "make formats of MLX, which a GGUF file doesn't have"),
+        ("new.gguf", ["--layout", "gguf", "--shard-size", "5"], "--shard-size is for the other layouts"),
+        ("new.gguf", ["--layout", "gguf", "--type", "f16", "--dtype", "float16"], "both say what floats become"),
+    ],
+)
+def test_wrong_options_of_gguf_files(
+    name: str, options: list[str], words: str, tmp_path: Path, refused: Refused
+) -> None:
+    refused(SMALL, tmp_path / name, *options, words=words)
+    assert names(tmp_path) == []
 
 
 def test_check_names_the_tensor(tmp_path: Path, refused: Refused, done: Done) -> None:

@@ -1,0 +1,70 @@
+"""The files of a checkpoint's tokenizer: those in its folder, or those that a GGUF file's metadata describe."""
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dbrx_fn.checkpoints.gguf_tokenizer import gguf_tokenizer
+from dbrx_fn.errors import DbrxError, TokenizerError
+from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A folder with a tokenizer's files.
+
+    `folder`: holds tokenizer.json or tokenizer_config.json, and perhaps generation_config.json.
+    `checkpoint`: the checkpoint's folder, or its GGUF file.
+    """
+
+    folder: Path
+    checkpoint: Path
+
+    def read(self) -> Tokenizer:
+        """The tokenizer. Raises `TokenizerError` as `read_tokenizer` does."""
+        tokenizer = read_tokenizer(self.folder)
+        if self.folder in (self.checkpoint, self.checkpoint.parent):
+            return tokenizer
+        source = f"The chat template in {self.checkpoint}"
+        return replace(tokenizer, chat_format=replace(tokenizer.chat_format, source=source))
+
+
+@contextlib.contextmanager
+def tokenizer_files(path: Path) -> Iterator[TokenizerFiles]:
+    """Yields a checkpoint's tokenizer files.
+
+    Those of a GGUF file are made from its metadata, in a temporary folder, and errors name the file instead. If it has
+    no tokenizer that can be followed, the files beside it are taken.
+
+    Args:
+        path: from `checkpoint_path`.
+
+    Raises:
+        CheckpointError: if a GGUF file can't be read.
+        TokenizerError: if it has no tokenizer that can be followed, and none lies beside it.
+    """
+    if path.is_dir():
+        yield TokenizerFiles(path, path)
+        return
+    try:
+        contents = gguf_tokenizer(path)
+    except TokenizerError:
+        if not _are_beside(path):
+            raise
+        yield TokenizerFiles(path.parent, path)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        for file, content in contents.items():
+            Path(name, file).write_bytes(content)
+        try:
+            yield TokenizerFiles(Path(name), path)
+        except DbrxError as error:
+            named = re.sub(rf"{re.escape(name)}(/\w+\.json)?", lambda _: str(path), str(error))
+            raise type(error)(named) from None
+
+
+def _are_beside(file: Path) -> bool:
+    return any((file.parent / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
