@@ -59,6 +59,8 @@ def in_gguf(folder: Path, *given: Any, dtype: str = "float32") -> None:
     layouts_written.write_gguf(folder.with_suffix(".gguf"), *given, quantization=kind)  # type: ignore[arg-type]
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:The new checkpoint has no tokenizer")
+
 WRITERS: dict[str, tuple[Writer, dict[str, Any]]] = {
     "fused": (checkpoints.write_fused, {}),
     "fused, sharded": (checkpoints.write_fused, {"shards": 4}),

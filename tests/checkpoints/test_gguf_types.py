@@ -30,6 +30,7 @@ RAW: dict[str, Any] = checkpoints.QUANTIZABLE | {"d_model": 256, "n_layers": 1}
 KNOWN = [kind for kind in GGMLQuantizationType if kind.value in TYPES and hasattr(quants, kind.name)]
 QUANTIZED = [kind for kind in KNOWN if TYPES[kind].is_quantized]
 
+pytestmark = pytest.mark.filterwarnings("ignore:The new checkpoint has no tokenizer")
 every_quantized_type = pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
 
 
