@@ -22,10 +22,14 @@ from dbrx_fn.errors import InputError, TokenizerError
 from dbrx_fn.evaluation.perplexity import check_targets
 from dbrx_fn.files.atomic import write_file
 from dbrx_fn.generation.sampling import random_key
+from dbrx_fn.model.adapters import Adapters
+from dbrx_fn.model.params import KINDS
+from dbrx_fn.model.partition import PARTS
 from dbrx_fn.model.quantization import tree_formats
 from dbrx_fn.runs.folder import RunFolder
 from dbrx_fn.runs.loop import train
 from dbrx_fn.runs.plan import Plan
+from dbrx_fn.runs.start import model_sums
 from dbrx_fn.text.bpe import save_tokenizer, train_bpe
 from dbrx_fn.text.chat import ChatFormat
 from dbrx_fn.text.chatml_template import chatml_template
@@ -53,6 +57,11 @@ _DEFAULTS: dict[str, Any] = {
     "eval_every": 100,
     "save_every": 100,
     "keep": 3,
+    "lora": None,
+    "lora_alpha": None,
+    "lora_targets": None,
+    "lora_rank_stabilized": False,
+    "train_only": None,
 }
 
 
@@ -84,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_data(options.add_argument_group("data"))
     _add_model(options.add_argument_group("model"))
+    _add_part(options.add_argument_group("parts of a model"))
     _add_recipe(options.add_argument_group("training"))
     run_options = options.add_argument_group("output")
     _add_number(run_options, "--log-every", int, "steps between lines of metrics.jsonl")
@@ -116,6 +126,25 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add("--model", help="checkpoint to start from, a folder or a Hugging Face repository (default: a fresh model)")
     add("--config", type=Path, help="config.json of a fresh model (default: that of this package's small model)")
     add("--tokenizer", help="checkpoint with the tokenizer to use (default: --model's, or one trained on the data)")
+
+
+def _add_part(group: argparse._ArgumentGroup) -> None:
+    _add_number(
+        group,
+        "--lora",
+        int,
+        "rank of adapters to train beside --model's matrices, which stay as they are",
+    )
+    _add_number(group, "--lora-alpha", float, "alpha of the adapters: their scale is alpha / rank (default: 2 * rank)")
+    group.add_argument(
+        "--lora-targets",
+        metavar="KINDS",
+        help=f"matrices that get adapters, of {','.join(KINDS)} (default: attention,experts)",
+    )
+    group.add_argument(
+        "--lora-rank-stabilized", action="store_true", help="scale by alpha / sqrt(rank) in place of alpha / rank"
+    )
+    group.add_argument("--train-only", metavar="PARTS", help=f"train only these parts of --model, of {','.join(PARTS)}")
 
 
 def _add_recipe(group: argparse._ArgumentGroup) -> None:
@@ -177,7 +206,8 @@ def _resume(folder: RunFolder, given: Mapping[str, Any]) -> None:
         raise InputError(f"{option} can't be changed in a run: give --resume with --out, and --steps at most.")
     with folder.locked():
         plan = folder.read_plan()
-        check_memory(plan.config)
+        if not plan.trains_part:
+            check_memory(plan.config)
         folder.clean()
         train(folder, plan, given.get("steps"))
 
@@ -206,11 +236,41 @@ def _plan(options: argparse.Namespace) -> Plan:
         eval_every=options.eval_every,
         save_every=options.save_every,
         keep=options.keep,
+        adapters=_adapters(options),
+        train_only=None if options.train_only is None else _named("--train-only", options.train_only, PARTS),
     )
+    if plan.trains_part:
+        return plan
     check_memory(plan.config)
     if start is not None and tree_formats(load(start, dtype="float32", lazy=True)[0], config):
-        print_message(f"{options.model} is quantized: its weights are dequantized, and trained as floats")
+        print_message(
+            f"{options.model} is quantized: its weights are dequantized, and trained as floats (--lora keeps them)"
+        )
     return plan
+
+
+def _adapters(options: argparse.Namespace) -> Adapters | None:
+    """The adapters that the options ask for."""
+    if options.lora is None:
+        for name in ("lora_alpha", "lora_targets", "lora_rank_stabilized"):
+            if getattr(options, name) != _DEFAULTS[name]:
+                raise InputError(f"--{name.replace('_', '-')} needs --lora: give the adapters' rank.")
+        return None
+    targets = {} if options.lora_targets is None else {"targets": _named("--lora-targets", options.lora_targets, KINDS)}
+    try:
+        return Adapters(options.lora, options.lora_alpha, rank_stabilized=options.lora_rank_stabilized, **targets)
+    except InputError as error:
+        raise InputError(f"--lora: {error}") from None
+
+
+def _named(option: str, text: str, known: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The names in a list with commas, in the order of the known ones."""
+    # There is a router in each layer, so its plural is understood too.
+    names = ["router" if name.strip() == "routers" else name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise InputError(f"{option} names {name!r} where {', '.join(known)} are known: separate them by commas.")
+    return tuple(name for name in known if name in names)
 
 
 def _set_up(folder: RunFolder, plan: Plan, options: argparse.Namespace) -> None:
@@ -250,7 +310,7 @@ def _set_up(folder: RunFolder, plan: Plan, options: argparse.Namespace) -> None:
         kept = _tokenize(folder, folder.held_out_data, held_out)
         check_targets(kept)
         fingerprints[folder.held_out_data.name] = kept.fingerprint
-    folder.begin(plan, fingerprints)
+    folder.begin(plan, fingerprints, model_sums(plan))
 
 
 def _warn_of_another_tokenizer(model: str, tokenizer: Tokenizer, options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from dbrx_fn.errors import InputError
 from dbrx_fn.files.json_file import shown
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.params import KINDS, Kind, check_params, companions, kind_of, nest, param_spec
+from dbrx_fn.model.params import KINDS, Kind, Leaf, check_params, companions, kind_of, nest, param_spec
 from dbrx_fn.model.quantization import tree_formats
 from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import ADAPTER_LEAVES, dequantize_matrix, quantize_matrix
@@ -80,23 +80,35 @@ def add_adapters(params: Params, config: Config, adapters: Adapters, key: UInt32
     """
     check_params(params, config)
     leaves: dict[str, mx.array] = dict(tree_flatten(params))
-    spec = {path: leaf for path, leaf in param_spec(config).items() if kind_of(path) in adapters.targets}
+    matrices = targets_of(adapters, config)
     dtype = getattr(mx, config.dtype)
-    for (path, leaf), leaf_key in zip(spec.items(), mx.random.split(key, len(spec)), strict=True):
+    for (path, leaf), leaf_key in zip(matrices.items(), mx.random.split(key, len(matrices)), strict=True):
         base = path.removesuffix("weight")
         if f"{base}lora_a" in leaves:
             raise InputError(f"{path} has an adapter already: merge it with fuse_adapters first, or leave that target.")
-        if adapters.rank > min(leaf.shape[-2:]):
-            raise InputError(
-                f"rank is {adapters.rank} where {path}, {list(leaf.shape)}, allows at most {min(leaf.shape[-2:])}: take"
-                " a smaller rank, or leave that target."
-            )
         parts = leaf.adapter(adapters.rank)
         bound = 1 / math.sqrt(leaf.shape[-1])
         leaves[f"{base}lora_a"] = mx.random.uniform(-bound, bound, parts["lora_a"].shape, dtype, leaf_key)
         leaves[f"{base}lora_b"] = mx.zeros(parts["lora_b"].shape, dtype)
         leaves[f"{base}lora_scale"] = mx.array(adapters.scale, mx.float32)
     return nest(leaves, config)
+
+
+def targets_of(adapters: Adapters, config: Config) -> dict[str, Leaf]:
+    """The matrices that get adapters, by the paths of their weights.
+
+    Raises:
+        InputError: if the rank is larger than a target's smaller side.
+    """
+    matrices = {path: leaf for path, leaf in param_spec(config).items() if kind_of(path) in adapters.targets}
+    for path, leaf in matrices.items():
+        most = min(leaf.shape[-2:])
+        if adapters.rank > most:
+            raise InputError(
+                f"rank is {adapters.rank} where {path}, {list(leaf.shape)}, allows at most {most}: take a smaller rank,"
+                " or leave that target."
+            )
+    return matrices
 
 
 def is_adapter(path: str) -> bool:

@@ -4,7 +4,7 @@ Each kind of matrix has a format of its own. The router isn't quantized unless a
 send tokens to other experts. The experts are 96% of DBRX's parameters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.params import check_params, companions, formats_of, kind_of, nest, param_spec
+from dbrx_fn.model.params import KINDS, Kind, check_params, companions, formats_of, kind_of, nest, param_spec
 from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import Format, dequantize_matrix, quantize_matrix
 from dbrx_fn.runtime.arguments import check_fields, checked
@@ -68,8 +68,8 @@ def quantize(params: Params, config: Config, quantization: Quantization | None =
 
 
 @checked
-def dequantize(params: Params, config: Config) -> Params:
-    """A new tree with every quantized matrix turned back into floats of `config.dtype`.
+def dequantize(params: Params, config: Config, kinds: Collection[Kind] = KINDS) -> Params:
+    """A new tree with every quantized matrix of these kinds turned back into floats of `config.dtype`.
 
     Raises:
         CheckpointError: if the tree doesn't fit the config.
@@ -77,6 +77,8 @@ def dequantize(params: Params, config: Config) -> Params:
     check_params(params, config)
     arrays: dict[str, mx.array] = dict(tree_flatten(params))
     for path, form in tree_formats(params, config).items():
+        if kind_of(path) not in kinds:
+            continue
         leaves = [arrays.pop(name) for name in companions(path) if name in arrays]
         arrays[path] = dequantize_matrix(leaves, form, getattr(mx, config.dtype))
     return nest(arrays, config)

@@ -5,6 +5,9 @@
     training/state.safetensors        the optimizer's state and the key
     training/state.json               a note: the step, the settings that determined it, all other files' checksums
 
+A run that trains only a part of a model has no plain checkpoint here. Its master weights are in
+`training/state.safetensors` too, and the others stay where the run was started from.
+
 Before a tensor is loaded, all files are compared with the note, and the note with the run.
 """
 
@@ -19,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.checkpoints.safetensors_file import read_header
-from dbrx_fn.checkpoints.saver import write_checkpoint, write_tensors
+from dbrx_fn.checkpoints.saver import copy_tokenizer, write_checkpoint, write_tensors
 from dbrx_fn.errors import CheckpointError, DbrxError, InputError, lacks_memory
 from dbrx_fn.files.checksums import SEAL, disagreement, file_sum, folder_sums, read_note, sealed
 from dbrx_fn.files.json_file import LARGEST_VOCABULARY, shown
@@ -51,7 +54,15 @@ class Noted:
 
 
 def write_run_checkpoint(
-    folder: Path, state: State, step: int, *, config: Config, steps: int, run: Mapping[str, Any], tokenizer: Path
+    folder: Path,
+    state: State,
+    step: int,
+    *,
+    config: Config,
+    steps: int,
+    run: Mapping[str, Any],
+    tokenizer: Path,
+    is_part: bool,
 ) -> None:
     """Writes a checkpoint's files into a folder that nobody reads yet.
 
@@ -63,22 +74,26 @@ def write_run_checkpoint(
         steps: the run's planned number of steps.
         run: the settings that determine the results, as values of JSON. `read_run_checkpoint` compares them.
         tokenizer: the folder whose files are copied.
+        is_part: whether the state has only a part of the model.
 
     Raises:
         CheckpointError: if the state can't be computed.
         OSError: if a file can't be written.
     """
-    write_checkpoint(folder, state["params"], config, tokenizer_files=tokenizer)
+    if is_part:
+        copy_tokenizer(tokenizer, folder)
+    else:
+        write_checkpoint(folder, state["params"], config, tokenizer_files=tokenizer)
     (folder / "training").mkdir()
     # Paths hold dots of their own, so tensors are numbered in the tree's order.
-    rest = leaves(_resumable(state))
+    rest = leaves(_resumable(state, is_part))
     write_tensors(folder / _TENSORS, {f"{n:06d}": array for n, (_, array) in enumerate(rest)}, {})
     note = {"step": step, "steps": steps, "run": run, "tensors": [path for path, _ in rest]}
     (folder / _NOTE).write_text(json.dumps(sealed({**note, "files": folder_sums(folder)})))
 
 
 def read_run_checkpoint(
-    folder: Path, step: int, fresh: State, *, config: Config, run: Mapping[str, Any]
+    folder: Path, step: int, fresh: State, *, config: Config, run: Mapping[str, Any], is_part: bool
 ) -> tuple[State, Noted]:
     """Reads a checkpoint's state and note.
 
@@ -88,6 +103,7 @@ def read_run_checkpoint(
         fresh: a state of the same structure.
         config: the model's.
         run: the settings that determine the run's results.
+        is_part: whether the state has only a part of the model.
 
     Raises:
         CheckpointError: if the checkpoint is damaged. The text is only the reason.
@@ -106,7 +122,8 @@ def read_run_checkpoint(
         texts = {name: found for name, found in noted.files.items() if not name.endswith(_WEIGHTS)}
         _compare(folder, texts)
         # Sizes come from the headers, since those in the note may be false.
-        params, rest = _outlined(folder, fresh, config, note["tensors"])
+        params = None if is_part else _read_params(folder, config)
+        rest = _outlined(folder, _resumable(fresh, is_part), note["tensors"])
         _compare(folder, {name: noted.files[name] for name in noted.files.keys() - texts.keys()})
         arrays = cast(dict[str, mx.array], mx.load(str(folder / _TENSORS)))
         found_rest = [arrays[f"{n:06d}"] for n in range(len(rest))]
@@ -117,7 +134,9 @@ def read_run_checkpoint(
         if lacks_memory(error):
             raise
         raise CheckpointError(str(error).rstrip(".")) from None
-    state = {**_like(_resumable(fresh), iter(found_rest)), "params": params}
+    state = _like(_resumable(fresh, is_part), iter(found_rest))
+    if params is not None:
+        state["params"] = params
     if broken := not_finite_leaf(state):
         raise CheckpointError(f"{broken} holds NaN or infinity")
     return state, noted
@@ -133,19 +152,24 @@ def leaves(tree: State | Params) -> list[tuple[str, mx.array]]:
     return cast(list[tuple[str, mx.array]], tree_flatten(tree))
 
 
-def _outlined(folder: Path, fresh: State, config: Config, names: object) -> tuple[Any, list[str]]:
-    """The lazy parameters, and the paths of the other arrays, after a check of shapes and dtypes against `fresh`."""
+def _read_params(folder: Path, config: Config) -> Params:
+    """The lazy parameters of the plain checkpoint."""
     params, found = load(folder, dtype="float32", lazy=True)
     if replace(found, dtype=config.dtype) != config:
         raise _other_run(folder, "its config.json is of another model")
-    expected = leaves(_resumable(fresh))
+    return params
+
+
+def _outlined(folder: Path, fresh: State, names: object) -> list[str]:
+    """The paths of the state's arrays, after a check of their shapes and dtypes against `fresh`."""
+    expected = leaves(fresh)
     if names != [path for path, _ in expected]:
         raise _other_run(folder, "its optimizer has other tensors")
     header = read_header(folder / _TENSORS)
     outline = {f"{n:06d}": (array.shape, _STORED[array.dtype]) for n, (_, array) in enumerate(expected)}
     if {name: (tensor.shape, tensor.dtype) for name, tensor in header.items()} != outline:
         raise ValueError(f"{_TENSORS} doesn't hold the tensors that its note names")
-    return params, [path for path, _ in expected]
+    return [path for path, _ in expected]
 
 
 def _compare(folder: Path, files: Mapping[str, Any]) -> None:
@@ -170,12 +194,15 @@ def _other_run(folder: Path, what: str) -> InputError:
     )
 
 
-def _resumable(state: State) -> State:
-    return {name: part for name, part in state.items() if name != "params"}
+def _resumable(state: State, is_part: bool) -> State:
+    """What `training/state.safetensors` holds."""
+    return {name: part for name, part in state.items() if is_part or name != "params"}
 
 
 def _like(tree: Any, arrays: Iterator[mx.array]) -> Any:
     """`tree` with its arrays replaced, in `tree_flatten`'s order. `tree_unflatten` would split paths at their dots."""
     if isinstance(tree, dict):
         return {name: _like(part, arrays) for name, part in tree.items()}
+    if isinstance(tree, list):
+        return [_like(part, arrays) for part in tree]
     return next(arrays)

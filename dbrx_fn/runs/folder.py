@@ -5,7 +5,8 @@
     data/train/, data/held_out/       the tokens (dbrx_fn.data.token_file)
     checkpoints/step-00000500/        a plain checkpoint, and the training state (dbrx_fn.runs.checkpoint)
     metrics.jsonl                     a line every few steps (dbrx_fn.runs.metrics_file)
-    model/                            the last step's model
+    model/                            the last step's model, or
+    adapters/                         the last step's adapters (dbrx_fn.checkpoints.adapter_files)
 
 A run is set up in a hidden folder beside it, `.NAME-set-up`. A process that sets up or trains a run holds a lock on the
 folder.
@@ -26,6 +27,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from dbrx_fn.checkpoints.adapter_files import ADAPTER_FILES, write_adapters
 from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.checkpoints.saver import CHECKPOINT_FILES, TOKENIZER_FILES, write_checkpoint
 from dbrx_fn.errors import CheckpointError, DbrxError, InputError, TrainingError
@@ -33,6 +35,7 @@ from dbrx_fn.files.atomic import flush, hidden_beside, is_leftover, new_folder, 
 from dbrx_fn.files.checksums import file_sum, folder_sums
 from dbrx_fn.files.file_lock import folder_claimed, locked
 from dbrx_fn.files.json_file import LARGEST_VOCABULARY, parse_json, read_bounded, shown
+from dbrx_fn.model.adapters import Adapters
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runs.checkpoint import leaves, not_finite_leaf, read_run_checkpoint, write_run_checkpoint
@@ -56,6 +59,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics_file = path / "metrics.jsonl"
         self.model = path / "model"
+        self.adapters = path / "adapters"
 
     @property
     def started(self) -> bool:
@@ -114,8 +118,8 @@ class RunFolder:
             raise InputError(f"{self.path} holds no run to resume (there is no run.json): start one without --resume.")
         taken = f"{self.path} is being trained by another process: wait until it ends."
         with locked(self.path, taken):
-            parts = (self.settings_file, self.tokenizer, self.data, self.checkpoints, self.metrics_file, self.model)
-            links = [part for part in parts if part.is_symlink()]
+            parts = (self.settings_file, self.tokenizer, self.data, self.checkpoints, self.metrics_file)
+            links = [part for part in (*parts, self.model, self.adapters) if part.is_symlink()]
             if links:
                 raise InputError(
                     f"{links[0]} is a link, which no run writes through: put what it leads to in its place."
@@ -131,16 +135,16 @@ class RunFolder:
 
     # Settings
 
-    def begin(self, plan: Plan, data: Mapping[str, str]) -> None:
+    def begin(self, plan: Plan, data: Mapping[str, str], model: Mapping[str, Any]) -> None:
         """Writes the run's settings and fingerprints. From then on the run has started.
 
         Args:
             plan: the run's.
             data: fingerprints of its token files.
+            model: sums of the files of the model that it trains a part of; empty for a run that trains all of it.
         """
-        self._write_settings(
-            {**plan.as_dict(), _MADE_OF: {"tokenizer": folder_sums(self.tokenizer), "data": dict(data)}}
-        )
+        made_of = {"tokenizer": folder_sums(self.tokenizer), "data": dict(data)}
+        self._write_settings({**plan.as_dict(), _MADE_OF: made_of | ({"model": dict(model)} if model else {})})
 
     def read_plan(self) -> Plan:
         """Reads the run's settings.
@@ -158,11 +162,12 @@ class RunFolder:
         settings["recipe"]["steps"] = steps
         self._write_settings(settings)
 
-    def check_made_of(self, data: Mapping[str, str]) -> None:
-        """Checks that the run still has its original tokenizer and data. (Earlier versions didn't note them.)
+    def check_made_of(self, data: Mapping[str, str], model: Mapping[str, Any]) -> None:
+        """Checks that the run still has its original tokenizer, data and model. (Earlier versions didn't note them.)
 
         Args:
             data: fingerprints of the present token files.
+            model: sums, as in `begin`.
 
         Raises:
             InputError: if one differs. It names the difference.
@@ -181,7 +186,8 @@ class RunFolder:
                     f"{file} can't be read ({getattr(error, 'strerror', None) or error}): put it back as it was, or"
                     " start the run again elsewhere."
                 ) from None
-        found = difference({"tokenizer": sums, "data": dict(data)}, noted)
+        present = {"tokenizer": sums, "data": dict(data)} | ({"model": dict(model)} if model else {})
+        found = difference(present, noted)
         if found:
             raise InputError(
                 f"{self.path} isn't made of what {self.settings_file.name} notes ({found}): put back what was changed,"
@@ -239,6 +245,7 @@ class RunFolder:
                 steps=plan.recipe.steps,
                 run=_decides(plan, data),
                 tokenizer=self.tokenizer,
+                is_part=plan.trains_part,
             )
         for old in self.saved_steps()[: -plan.keep]:
             _remove(self.checkpoint(old))
@@ -263,7 +270,14 @@ class RunFolder:
         for step in reversed(steps):
             folder = self.checkpoint(step)
             try:
-                state, noted = read_run_checkpoint(folder, step, fresh, config=plan.config, run=_decides(plan, data))
+                state, noted = read_run_checkpoint(
+                    folder,
+                    step,
+                    fresh,
+                    config=plan.config,
+                    run=_decides(plan, data),
+                    is_part=plan.trains_part,
+                )
             except CheckpointError as error:
                 damaged.append((folder, str(error)))
                 continue
@@ -319,17 +333,31 @@ class RunFolder:
         if self._holds(params):
             return
         self.check_model()
-        replaced = os.listdir(self.model) if self.model.is_dir() else ()
-        with new_folder(self.model, replacing=replaced) as folder:
+        with self._replaced(self.model) as folder:
             write_checkpoint(folder, params, config, tokenizer_files=self.tokenizer)
 
+    def write_adapters(self, trained: Params, config: Config, adapters: Adapters) -> None:
+        """Writes the last step's adapters. They replace earlier ones. Errors are those of `write_model`."""
+        self.check_model()
+        with self._replaced(self.adapters) as folder:
+            write_adapters(folder, trained, config, adapters)
+
     def check_model(self) -> None:
-        """Raises `InputError` if replacing `model/` would lose files that no run wrote."""
-        found = sorted(self.model.iterdir()) if self.model.is_dir() else [self.model]
-        for entry in found if os.path.lexists(self.model) else ():
-            own = any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in CHECKPOINT_FILES)
-            if not own or not entry.is_file():
-                raise InputError(f"{entry} is in the way of the run's model and no run wrote it: move it elsewhere.")
+        """Raises `InputError` if replacing `model/` or `adapters/` would lose files that no run wrote."""
+        for written, patterns in ((self.model, CHECKPOINT_FILES), (self.adapters, ADAPTER_FILES)):
+            found = sorted(written.iterdir()) if written.is_dir() else [written]
+            for entry in found if os.path.lexists(written) else ():
+                own = any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in patterns)
+                if not own or not entry.is_file():
+                    what = f"{entry} is in the way of the run's {written.name} and no run wrote it"
+                    raise InputError(f"{what}: move it elsewhere.")
+
+    @contextlib.contextmanager
+    def _replaced(self, written: Path) -> Iterator[Path]:
+        """Yields a folder whose files replace those in `written` when the block ends without an error."""
+        replaced = os.listdir(written) if written.is_dir() else ()
+        with new_folder(written, replacing=replaced) as folder:
+            yield folder
 
     def _holds(self, params: Params) -> bool:
         """Whether `model/` holds these parameters."""

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from textwrap import shorten
 from typing import Any, TextIO
 
@@ -14,7 +13,6 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from tqdm import tqdm
 
-from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.cli.stop_signals import deferred_stop
 from dbrx_fn.cli.terminal import print_message, print_result
 from dbrx_fn.data.batches import Batches
@@ -23,13 +21,15 @@ from dbrx_fn.drawing.figure import check_matplotlib, write_picture
 from dbrx_fn.errors import InputError
 from dbrx_fn.evaluation.perplexity import Evaluation, evaluate
 from dbrx_fn.generation.sampling import random_key
-from dbrx_fn.model.params import init_params, param_count
-from dbrx_fn.model.quantization import dequantize
+from dbrx_fn.model.params import param_count
+from dbrx_fn.model.partition import joined
 from dbrx_fn.model.tree import Params
+from dbrx_fn.runs.checkpoint import leaves
 from dbrx_fn.runs.folder import RunFolder
 from dbrx_fn.runs.metrics_file import cut_metrics, evaluation_line, number, read_metrics, step_line, write_line
 from dbrx_fn.runs.pictures import draw_expert_load, draw_losses
 from dbrx_fn.runs.plan import Plan
+from dbrx_fn.runs.start import model_sums, start_parts
 from dbrx_fn.runtime.memory import wired
 from dbrx_fn.training.step import Measured, State, init_state, learning_rate, train_step
 
@@ -52,8 +52,8 @@ def train(folder: RunFolder, plan: Plan, steps: int | None = None) -> None:
     if steps is not None:
         plan = plan.with_steps(steps)
     data = _open_data(folder, plan)
-    folder.check_made_of(data.fingerprints)
-    state, start, planned = _load_state(folder, plan, data)
+    folder.check_made_of(data.fingerprints, model_sums(plan))
+    state, frozen, start, planned = _load_state(folder, plan, data)
     done = plan.recipe.steps
     if done < start or steps == start:
         raise InputError(
@@ -65,18 +65,12 @@ def train(folder: RunFolder, plan: Plan, steps: int | None = None) -> None:
     cut_metrics(folder.metrics_file, start, plan.config)
     if steps is not None:
         folder.change_steps(steps)
-    _tell(plan, data, start, planned)
+    _tell(plan, data, start, planned, trained=sum(array.size for _, array in leaves(state["params"])))
     # Only the loop may hold the first state. Another reference would keep its memory until the last step.
     first = [state]
     del state
-    state = _go_on(folder, plan, data, first.pop, start)
-    _finish(folder, plan, state)
-
-
-def start_params(model: Path) -> Params:
-    """A checkpoint's parameters for training: float32, with quantized matrices dequantized."""
-    params, config = load(model, dtype="float32")
-    return dequantize(params, config)
+    state = _go_on(folder, plan, data, first.pop, frozen, start)
+    _finish(folder, plan, state, frozen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,21 +95,22 @@ def _open_data(folder: RunFolder, plan: Plan) -> _Data:
     return _Data(train, held_out, Batches(train, plan.batch_size, plan.sequence_length, plan.seed))
 
 
-def _load_state(folder: RunFolder, plan: Plan, data: _Data) -> tuple[State, int, int | None]:
-    """The state to continue from, its step, and the planned number of steps (as in `RunFolder.load`)."""
+def _load_state(folder: RunFolder, plan: Plan, data: _Data) -> tuple[State, Params | None, int, int | None]:
+    """The state to continue from, the parameters that aren't trained, the state's step, and the planned number of steps
+    (as in `RunFolder.load`)."""
     init_key, run_key = mx.random.split(random_key(plan.seed))
-    # If there is a checkpoint, fresh parameters are only its outline. They are never computed, and need no --model.
-    fresh = plan.model is None or folder.saved_steps()
-    params = init_params(plan.config, init_key) if fresh else start_params(Path(plan.model or ""))
-    return folder.load(init_state(params, plan.recipe, run_key), plan, data.fingerprints)
+    trained, frozen = start_parts(plan, init_key, outline=bool(folder.saved_steps()))
+    state, start, planned = folder.load(init_state(trained, plan.recipe, run_key), plan, data.fingerprints)
+    return state, frozen, start, planned
 
 
-def _tell(plan: Plan, data: _Data, start: int, planned: int | None) -> None:
+def _tell(plan: Plan, data: _Data, start: int, planned: int | None, *, trained: int) -> None:
     """Prints the run's size, and the step that it resumes from."""
     config, steps = plan.config, plan.recipe.steps
+    part = f", {trained:,} trained" if plan.trains_part else ""
     print_message(
-        f"{param_count(config):,} parameters, {param_count(config, active=True):,} active; {len(data.train):,} tokens"
-        f" to train on, {0 if data.held_out is None else len(data.held_out):,} held out; {steps:,} steps of"
+        f"{param_count(config):,} parameters, {param_count(config, active=True):,} active{part}; {len(data.train):,}"
+        f" tokens to train on, {0 if data.held_out is None else len(data.held_out):,} held out; {steps:,} steps of"
         f" {plan.batch_size * plan.sequence_length:,} tokens, {data.batches.epochs(steps):.2f} epochs"
         + (f"; resumed after step {start:,}" if start else "")
     )
@@ -200,13 +195,19 @@ def _journal(folder: RunFolder, plan: Plan, batches: Batches, start: int) -> Ite
         yield _Journal(plan, batches, metrics, bar, start)
 
 
-def _go_on(folder: RunFolder, plan: Plan, data: _Data, first: Callable[[], State], start: int) -> State:
+def _go_on(
+    folder: RunFolder, plan: Plan, data: _Data, first: Callable[[], State], frozen: Params | None, start: int
+) -> State:
     """Runs the steps after `start`. `first` returns the first state."""
     state = first()
     previous: Measured | None = None
-    with wired(state), deferred_stop(_tell_stop) as stop, _journal(folder, plan, data.batches, start) as journal:
+    with (
+        wired([state, frozen or {}]),
+        deferred_stop(_tell_stop) as stop,
+        _journal(folder, plan, data.batches, start) as journal,
+    ):
         for step in range(start + 1, plan.recipe.steps + 1):
-            state, measured = _step(state, data.batches, step, plan, first=step == start + 1)
+            state, measured = _step(state, frozen, data.batches, step, plan, first=step == start + 1)
             # The previous step's results are read while this one runs.
             if previous is not None:
                 _check_finite(previous, step - 1, folder)
@@ -220,7 +221,7 @@ def _go_on(folder: RunFolder, plan: Plan, data: _Data, first: Callable[[], State
             journal.step(measured, step)
             with journal.apart():
                 if evaluates and data.held_out is not None:
-                    journal.evaluated(_evaluate(state, plan, data.held_out, step, folder), measured, step)
+                    journal.evaluated(_evaluate(state, frozen, plan, data.held_out, step, folder), measured, step)
                 if saves:
                     # The lines before a checkpoint must be on the disk before the checkpoint is.
                     journal.flush()
@@ -234,11 +235,15 @@ def _tell_stop() -> None:
     print_message("stopping after this step, which is saved; once more ends at once")
 
 
-def _step(state: State, batches: Batches, step: int, plan: Plan, *, first: bool) -> tuple[State, Measured]:
+def _step(
+    state: State, frozen: Params | None, batches: Batches, step: int, plan: Plan, *, first: bool
+) -> tuple[State, Measured]:
     """Starts a step. The first step is waited for, since it shows whether memory is enough."""
     try:
         tokens, mask = batches[step - 1]
-        state, measured = train_step(state, mx.array(tokens), mx.array(mask), config=plan.config, recipe=plan.recipe)
+        state, measured = train_step(
+            state, mx.array(tokens), mx.array(mask), config=plan.config, recipe=plan.recipe, frozen=frozen
+        )
         mx.async_eval(state, measured)
         if first:
             mx.eval(measured)
@@ -260,9 +265,11 @@ def _check_finite(measured: Measured, step: int, folder: RunFolder) -> None:
     raise folder.not_finite(f"The {what} at", step)
 
 
-def _evaluate(state: State, plan: Plan, held_out: TokenFile, step: int, folder: RunFolder) -> Evaluation:
+def _evaluate(
+    state: State, frozen: Params | None, plan: Plan, held_out: TokenFile, step: int, folder: RunFolder
+) -> Evaluation:
     evaluation = evaluate(
-        _computed(state, plan),
+        _computed(state, frozen, plan),
         replace(plan.config, dtype=plan.recipe.dtype),
         held_out,
         batch_size=plan.batch_size // plan.recipe.micro_batches,
@@ -273,16 +280,19 @@ def _evaluate(state: State, plan: Plan, held_out: TokenFile, step: int, folder: 
     return evaluation
 
 
-def _computed(state: State, plan: Plan) -> Params:
+def _computed(state: State, frozen: Params | None, plan: Plan) -> Params:
     """The parameters in the dtype of the forward pass."""
     dtype = getattr(mx, plan.recipe.dtype)
     params: Params = tree_map(lambda array: array.astype(dtype), state["params"])
-    return params
+    return params if frozen is None else joined(params, frozen, plan.config)
 
 
-def _finish(folder: RunFolder, plan: Plan, state: State) -> None:
-    """Writes the model, draws the metrics, and prints a summary."""
-    folder.write_model(_computed(state, plan), replace(plan.config, dtype=plan.recipe.dtype))
+def _finish(folder: RunFolder, plan: Plan, state: State, frozen: Params | None) -> None:
+    """Writes the model or the adapters, draws the metrics, and prints a summary."""
+    if plan.adapters is not None:
+        folder.write_adapters(state["params"], plan.config, plan.adapters)
+    else:
+        folder.write_model(_computed(state, frozen, plan), replace(plan.config, dtype=plan.recipe.dtype))
     lines = read_metrics(folder.metrics_file, plan.config)
     evaluated = [line for line in lines if "expert_share" in line]
     try:
@@ -306,5 +316,5 @@ def _finish(folder: RunFolder, plan: Plan, state: State) -> None:
             ("", f"{held_out['held_out_bits_per_byte']:.4f} bits/byte"),
             ("busiest expert", f"{held_out['held_out_busiest_expert']:.2f} times its share"),
         ]
-    rows.append(("model", str(folder.model)))
+    rows.append(("adapters", str(folder.adapters)) if plan.adapters is not None else ("model", str(folder.model)))
     print_result("\n".join(f"{name:15} {value}" for name, value in rows))

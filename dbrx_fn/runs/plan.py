@@ -9,10 +9,12 @@ from typing import Any
 from dbrx_fn.checkpoints.config_file import config_from_dict, config_to_dict
 from dbrx_fn.errors import DbrxError, InputError
 from dbrx_fn.files.json_file import shown
+from dbrx_fn.model.adapters import Adapters, targets_of
 from dbrx_fn.model.config import Config
+from dbrx_fn.model.partition import Part, parts_named
 from dbrx_fn.training.step import Recipe
 
-_DECIDES = ("config", "recipe", "batch_size", "sequence_length", "seed")
+_DECIDES = ("config", "recipe", "batch_size", "sequence_length", "seed", "adapters", "train_only")
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Plan:
     """A run's settings, as in `run.json`. Together with the run's folder they are enough to resume it.
 
     `model`: the folder of the checkpoint to start from; `None` for a fresh model.
+    `adapters`: the adapters to train in place of the model's own parameters, if any.
+    `train_only`: the parts of the model to train, in place of all; the others stay as they are.
     `log_every`, `eval_every`, `save_every`: numbers of steps.
     `keep`: number of the last checkpoints to keep.
 
@@ -37,6 +41,8 @@ class Plan:
     eval_every: int
     save_every: int
     keep: int
+    adapters: Adapters | None = None
+    train_only: tuple[Part, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "seed", "log_every", "eval_every", "save_every", "keep"):
@@ -56,6 +62,19 @@ class Plan:
                 f"--batch-size is {self.batch_size} where a multiple of --micro-batches,"
                 f" {self.recipe.micro_batches}, is expected."
             )
+        if self.adapters is not None and self.train_only is not None:
+            raise InputError("--lora and --train-only are both given: train either adapters or parts of the model.")
+        if self.trains_part and self.model is None:
+            option = "--lora" if self.train_only is None else "--train-only"
+            raise InputError(f"{option} needs --model: the parameters that aren't trained come from a checkpoint.")
+
+        if self.adapters is not None:
+            targets_of(self.adapters, self.config)
+
+    @property
+    def trains_part(self) -> bool:
+        """Whether the checkpoint's other parameters stay as they are, in their own formats."""
+        return self.adapters is not None or self.train_only is not None
 
     def with_steps(self, steps: int) -> "Plan":
         """The same plan with another number of steps. Raises `InputError` if that is impossible."""
@@ -85,6 +104,12 @@ class Plan:
             _refuse_unknown(Recipe, recipe)
             _refuse_unknown(Plan, raw)
             checked = {"recipe": Recipe(**recipe), "config": config_from_dict(raw["config"], source=str(source))}
+            if raw.get("adapters") is not None:
+                adapters = {**raw["adapters"], "targets": tuple(raw["adapters"]["targets"])}
+                _refuse_unknown(Adapters, adapters)
+                checked["adapters"] = Adapters(**adapters)
+            if raw.get("train_only") is not None:
+                checked["train_only"] = parts_named(raw["train_only"])
             return Plan(**{**raw, **checked})
         except (DbrxError, KeyError, TypeError, AttributeError) as error:
             raise InputError(

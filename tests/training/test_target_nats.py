@@ -27,7 +27,8 @@ WEIGHTS = mx.array(RNG.random((3, 13)).astype(np.float32))
 
 
 def chunks_of(tokens: int) -> int:
-    assert chunk_tokens(CONFIG.vocab_size, nbytes := 4 * CONFIG.vocab_size * tokens) == tokens
+    nbytes = 4 * CONFIG.vocab_size * tokens
+    assert chunk_tokens(CONFIG.vocab_size, nbytes) == tokens
     return nbytes
 
 
@@ -47,7 +48,8 @@ def test_chunks_change_no_nats_and_no_gradient(tokens: int) -> None:
     assert relative_error(chunked(CASE.params, X), float((at_once(CASE.params, X) * WEIGHTS).sum())) <= 1e-6
     assert relative_error(parts[1], as_float64(whole[1])) <= 1e-5
     expected: dict[str, mx.array] = dict(tree_flatten(whole[0]))
-    for path, found in tree_flatten(parts[0]):
+    made: dict[str, mx.array] = dict(tree_flatten(parts[0]))
+    for path, found in made.items():
         if "norm_f" in path or "lm_head" in path:
             assert relative_error(found, as_float64(expected[path])) <= 1e-5
         else:
