@@ -115,6 +115,13 @@ def targets(session: nox.Session) -> None:
 
 
 @nox.session
+def llama_cpp(session: nox.Session) -> None:
+    """llama.cpp's logits, files, tokens and speed beside ours; it is compiled for minutes first."""
+    install(session, "llama_cpp")
+    session.run("pytest", "tests/llama_cpp", *session.posargs)
+
+
+@nox.session
 def typecheck(session: nox.Session) -> None:
     """A strict static check of the package and its tests."""
     install(session, "typecheck")

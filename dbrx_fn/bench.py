@@ -12,13 +12,17 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 from dbrx_fn.benchmarks.inference import Figure, make_weights, measure_inference, our_program
+from dbrx_fn.benchmarks.llama_cpp import NAME as LLAMA_CPP
+from dbrx_fn.benchmarks.llama_cpp import check_llama_cpp, llama_cpp_program
 from dbrx_fn.benchmarks.load import Limits, Workload, loads_of
 from dbrx_fn.benchmarks.machine import MachineLimits, measure_limits
+from dbrx_fn.benchmarks.mlx_lm import NAME as MLX_LM
 from dbrx_fn.benchmarks.mlx_lm import check_mlx_lm, mlx_lm_program
 from dbrx_fn.benchmarks.plan import Cases, Planned, check_cases, plan_checkpoint, plan_random
 from dbrx_fn.benchmarks.roofline import RooflinePoint, draw_roofline
@@ -109,7 +113,13 @@ def _add_inference(commands: "argparse._SubParsersAction[Parser]") -> None:
         default=5,
         help="repetitions for the median, at most a minute of them (default: %(default)s)",
     )
-    add("--peer", choices=("mlx-lm",), help="another program to measure on the same weights")
+    add(
+        "--peer",
+        choices=(MLX_LM, LLAMA_CPP),
+        nargs="+",
+        default=[],
+        help="other programs to measure on the same weights",
+    )
     add(
         "--picture",
         type=Path,
@@ -210,16 +220,21 @@ def _inference(chosen: argparse.Namespace) -> None:
     else:
         planned = plan_checkpoint(chosen.model or str(SMALL), layers, dtype, quantization)
     cases = Cases(tuple(chosen.prompt), tuple(chosen.context), tuple(chosen.batch_size), chosen.tokens, chosen.repeats)
-    check_cases(planned, cases, beside=chosen.peer is not None)
-    if chosen.peer is not None:
+    check_cases(planned, cases, beside=bool(chosen.peer))
+    if MLX_LM in chosen.peer:
         check_mlx_lm(planned.config)
+    if LLAMA_CPP in chosen.peer:
+        check_llama_cpp(planned)
     # Before the weights are made, since the largest models' leave little memory.
     limits = measure_limits(planned.config.dtype)
     params, made = make_weights(planned)
     programs = [our_program(params, planned.config)]
-    if chosen.peer is not None:
+    if MLX_LM in chosen.peer:
         programs.append(mlx_lm_program(params, planned.stored, planned.formats))
-    with wired(params):
+    with ExitStack() as stack:
+        if LLAMA_CPP in chosen.peer:
+            programs.append(stack.enter_context(llama_cpp_program(params, planned)))
+        stack.enter_context(wired(params))
         figures = [made, *measure_inference(programs, planned, cases, limits)]
     print_result(
         json.dumps(_described(planned, limits, figures), indent=2)

@@ -44,6 +44,7 @@ class Program:
     `prefill`: takes a prompt `[1 time]`, and returns when its last logits and the cache are computed.
     `first_token`: takes a prompt, and returns when the first token has arrived, as for a user.
     `decoder`: takes a context, a batch size and the number of steps, and returns the decoding step.
+    `uses_mlx`: whether its memory is MLX's, which is measured.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Program:
     prefill: Callable[[mx.array], None]
     first_token: Callable[[list[int]], None]
     decoder: Callable[[int, int, int], Step]
+    uses_mlx: bool = True
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ def _measured(empty: Figure, program: Program, cases: Cases, work: Work, made: i
         bound=bound,
         bound_by=work.bound_by(*rates),
         fraction_of_bound=bound / seconds,
-        peak_memory=mx.get_peak_memory(),
+        peak_memory=mx.get_peak_memory() if program.uses_mlx else None,
     )
 
 

@@ -12,11 +12,13 @@ import pytest
 
 from dbrx_fn.bench import main
 from dbrx_fn.benchmarks.inference import Program, measure_inference, our_program
+from dbrx_fn.benchmarks.llama_cpp import check_llama_cpp
 from dbrx_fn.benchmarks.machine import MachineLimits
 from dbrx_fn.benchmarks.plan import Cases, plan_checkpoint, plan_random
 from dbrx_fn.benchmarks.training import BILLION
 from dbrx_fn.checkpoints.config_file import config_to_dict
 from dbrx_fn.checkpoints.saver import save
+from dbrx_fn.errors import InputError
 from dbrx_fn.generation.stream import stream_tokens
 from dbrx_fn.model.config import DBRX, AttnConfig, Config, FFNConfig
 from dbrx_fn.model.costs import decode_work, prefill_work, weight_bytes
@@ -249,6 +251,36 @@ def test_without_mlx_lm_the_error_says_how_to_get_it(
     assert capsys.readouterr().err == (
         "error: --peer mlx-lm needs mlx-lm, which isn't installed: pip install mlx-lm.\n"
     )
+
+
+def test_without_llama_cpp_python_the_error_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    assert main(["inference", "--peer", "llama.cpp"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --peer llama.cpp needs llama-cpp-python, which isn't installed: pip install llama-cpp-python (it compiles"
+        " llama.cpp for minutes).\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "quantization", "words"),
+    [
+        (
+            TINY,
+            Quantization(router=None, experts=Format(4, 32), attention=Format(8, 32)),
+            "quantize all matrices to one",
+        ),
+        (TINY, Quantization(router=None, experts=Format(6, 32)), "measures Q8_0 and Q4_0 beside 8 and 4 bits"),
+        (replace(TINY, ffn=replace(TINY.ffn, ffn_act_fn="gelu")), None, "llama.cpp computes DBRX only with"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    config: Config, quantization: Quantization | None, words: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        check_llama_cpp(plan_random("tiny", config, None, None, quantization))
 
 
 def test_a_checkpoint_is_planned_from_its_headers(tmp_path: Path) -> None:
