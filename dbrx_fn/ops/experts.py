@@ -13,6 +13,7 @@ from dbrx_fn.ops.activations import ACTIVATIONS
 from dbrx_fn.ops.dispatch import Dispatch, dispatch, segment_rows
 from dbrx_fn.ops.formats import Linear, format_of
 from dbrx_fn.ops.kernels import experts as kernels
+from dbrx_fn.ops.kernels.cpu import experts as cpu_kernel
 from dbrx_fn.ops.linear import expert_linear
 from dbrx_fn.ops.twin import with_kernel
 from dbrx_fn.runtime.bounded import within
@@ -52,14 +53,44 @@ def _have_kernels(
     activation: str,
     cached: bool = False,
 ) -> bool:
-    # Under a gradient, a kernel's stock operations run as well. So training (dense weights, no cache) uses only those.
-    wanted = cached or "scales" in params["w1"]
     tokens, top_k = top_experts.shape
     fits = kernels.fits(params, x.dtype, activation=activation, top_k=top_k, tokens=tokens)
-    return wanted and fits and expert_weights.dtype == x.dtype
+    return _pay(params, cached) and fits and expert_weights.dtype == x.dtype
+
+
+def _pay(params: ExpertsParams, cached: bool) -> bool:
+    """Whether kernels pay. Under a gradient a kernel's stock operations run as well, so training (dense weights, no
+    cache) takes only those."""
+    return cached or "scales" in params["w1"]
+
+
+def _cpu_kernel(
+    params: ExpertsParams,
+    x: mx.array,
+    expert_weights: mx.array,
+    top_experts: mx.array,
+    *,
+    activation: str,
+    cached: bool = False,
+) -> mx.array:
+    return cpu_kernel.mix_experts(params, x, expert_weights, top_experts, activation=activation)
+
+
+def _has_cpu_kernel(
+    params: ExpertsParams,
+    x: mx.array,
+    expert_weights: mx.array,
+    top_experts: mx.array,
+    *,
+    activation: str,
+    cached: bool = False,
+) -> bool:
+    fits = cpu_kernel.fits(params, x, expert_weights, top_experts, activation=activation)
+    return fits and _pay(params, cached)
 
 
 @compiled
+@with_kernel(_cpu_kernel, fits=_has_cpu_kernel, gradients=False)
 @with_kernel(_kernels, fits=_have_kernels)
 def mix_experts(
     params: ExpertsParams,

@@ -1,4 +1,4 @@
-"""The CPU's kernel for few rows times a matrix, against float64 and against its stock twin."""
+"""The CPU's kernel for rows times a matrix, against float64 and against its stock twin."""
 
 import mlx.core as mx
 import numpy as np
@@ -6,33 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbrx_fn.ops.formats import LEAVES, Format, Linear, dequantize_matrix, quantize_matrix
+from dbrx_fn.ops.formats import Format
 from dbrx_fn.ops.kernels.cpu import products
 from dbrx_fn.ops.kernels.cpu.library import has_kernels, set_threads
 from dbrx_fn.ops.linear import linear
 from dbrx_fn.runtime.device import as_if
+from tests.support.cpu_matrices import KINDS, Kind, in_float64, matrix
 
 pytestmark = pytest.mark.skipif(not has_kernels(), reason="this machine has no kernels for its CPU")
-
-AFFINE = [Format(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
-KINDS: list[Format | mx.Dtype] = [mx.float32, mx.bfloat16, mx.float16, *AFFINE, Format(4, 32, "mxfp4")]
-
-
-def matrix(kind: Format | mx.Dtype, outer: int, inner: int, dtype: mx.Dtype = mx.float32) -> Linear:
-    weight = mx.random.normal((outer, inner), key=mx.random.key(outer))
-    if isinstance(kind, mx.Dtype):
-        return {"weight": weight.astype(kind)}
-    made: Linear = dict(zip(LEAVES, quantize_matrix(weight.astype(dtype), kind), strict=False))  # type: ignore[assignment]
-    return made
-
-
-def in_float64(given: Linear, kind: Format | mx.Dtype) -> np.ndarray:
-    if isinstance(kind, mx.Dtype):
-        return np.array(given["weight"].astype(mx.float32)).astype(np.float64)
-    parts = [given["weight"], given["scales"], *([given["biases"]] if "biases" in given else [])]
-    if "biases" in given:
-        parts[1:] = [part.astype(mx.float32) for part in parts[1:]]
-    return np.array(dequantize_matrix(parts, kind, mx.float32)).astype(np.float64)
 
 
 @settings(max_examples=60)
@@ -42,13 +23,13 @@ def in_float64(given: Linear, kind: Format | mx.Dtype) -> np.ndarray:
     groups=st.integers(1, 9),
     odd=st.integers(0, 40),
     outer=st.integers(1, 40),
-    rows=st.integers(1, 12),
+    rows=st.integers(1, 30),
 )
 def test_a_product_is_float64s_and_a_row_s_bits_are_its_own(
-    kind: Format | mx.Dtype, scales: mx.Dtype, groups: int, odd: int, outer: int, rows: int
+    kind: Kind, scales: mx.Dtype, groups: int, odd: int, outer: int, rows: int
 ) -> None:
     inner = kind.group_size * groups if isinstance(kind, Format) else 32 * groups + odd
-    held = matrix(kind, outer, inner, scales)
+    held = matrix(kind, (outer, inner), scales)
     x = mx.random.normal((rows, inner), key=mx.random.key(1))
     assert products.fits(held, x)
     found = products.linear(held, x)
@@ -61,8 +42,8 @@ def test_a_product_is_float64s_and_a_row_s_bits_are_its_own(
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_its_error_is_no_larger_than_the_twin_s(kind: Format | mx.Dtype) -> None:
-    held, x = matrix(kind, 300, 768), mx.random.normal((4, 768), key=mx.random.key(2))
+def test_its_error_is_no_larger_than_the_twin_s(kind: Kind) -> None:
+    held, x = matrix(kind, (300, 768)), mx.random.normal((4, 768), key=mx.random.key(2))
     exact = np.array(x).astype(np.float64) @ in_float64(held, kind).T
     with as_if(kernels=False):
         stock = linear(held, x)
@@ -71,7 +52,7 @@ def test_its_error_is_no_larger_than_the_twin_s(kind: Format | mx.Dtype) -> None
 
 
 def test_bits_are_the_same_for_any_number_of_threads() -> None:
-    held, x = matrix(Format(4, 64), 300, 768), mx.random.normal((5, 768), key=mx.random.key(2))
+    held, x = matrix(Format(4, 64), (300, 768)), mx.random.normal((5, 768), key=mx.random.key(2))
     made = []
     try:
         for threads in (1, 2, 3, 8):
@@ -83,7 +64,7 @@ def test_bits_are_the_same_for_any_number_of_threads() -> None:
 
 
 def test_transformations_are_the_twin_s() -> None:
-    held = matrix(mx.float32, 40, 64)
+    held = matrix(mx.float32, (40, 64))
     x = mx.random.normal((2, 3, 64), key=mx.random.key(3))
 
     def twin(x: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""A few rows times a matrix, and LayerNorm, on a CPU."""
+"""Rows times a matrix on a CPU. Quantized matrices are read as stored."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -8,15 +8,18 @@ import mlx.core as mx
 from dbrx_fn.ops.formats import LEAVES, Linear
 from dbrx_fn.ops.kernels.cpu.library import Output, Twin, has_kernels, launch
 from dbrx_fn.ops.kernels.cpu.matrix import leaves, matrix_numbers
+from dbrx_fn.runtime.blas import FAST_BLAS
 
-FEW_ROWS = 32
+_FEW_ROWS = 32
 
 
 def fits(matrix: Linear, x: mx.array) -> bool:
     """Whether the kernel takes this product."""
     inner = x.shape[-1]
-    few = x.size // inner <= FEW_ROWS and x.dtype == mx.float32
-    return few and has_kernels() and matrix_numbers(matrix, inner) is not None
+    if x.dtype != mx.float32 or not has_kernels() or matrix_numbers(matrix, inner) is None:
+        return False
+    # From here on a fast BLAS is faster for float32.
+    return matrix["weight"].dtype != mx.float32 or x.size // inner <= _FEW_ROWS or FAST_BLAS is None
 
 
 def linear(matrix: Linear, x: mx.array) -> mx.array:
@@ -27,7 +30,7 @@ def linear(matrix: Linear, x: mx.array) -> mx.array:
     rows, outer = x.size // inner, numbers[3]
     twin = Twin(_stock, tuple(name for name in LEAVES if name in matrix))
     output = Output((*x.shape[:-1], outer), mx.float32)
-    return launch("linear", [*leaves(matrix), x], [output], numbers=[*numbers, rows], twin=twin)[0]
+    return launch("tiled_linear", [*leaves(matrix), x], [output], numbers=[*numbers, rows], twin=twin)[0]
 
 
 def _stock(inputs: Sequence[mx.array], *names: str) -> list[mx.array]:

@@ -59,7 +59,8 @@ inline void store(float* to, Floats v) {
 }
 
 inline Floats splat(float x) {
-  return Floats{} + x;
+  // Adding zero would be an instruction, since -0 + 0 is 0.
+  return x - Floats{};
 }
 
 inline Ints splat_int(int32_t x) {
