@@ -47,6 +47,7 @@ from dbrx_fn.errors import TrainingError as TrainingError
 from dbrx_fn.generation.cache_file import load_cache as load_cache
 from dbrx_fn.generation.cache_file import save_cache as save_cache
 from dbrx_fn.generation.sampling import Sampling as Sampling
+from dbrx_fn.generation.speculation import Speculation as Speculation
 from dbrx_fn.generation.stream import Piece as Piece
 from dbrx_fn.generation.stream import Stream as Stream
 from dbrx_fn.generation.stream import stream_text as stream_text

@@ -20,6 +20,7 @@ from dbrx_fn.cli.generation_options import (
     add_generation_options,
     check_generation_options,
     chosen_sampling,
+    chosen_speculation,
     chosen_stop_tokens,
 )
 from dbrx_fn.cli.message_reader import MessageReader
@@ -29,6 +30,7 @@ from dbrx_fn.errors import DbrxError
 from dbrx_fn.generation.chat_session import ChatSession
 from dbrx_fn.generation.generation_config import read_generation_config
 from dbrx_fn.generation.sampling import Sampling, random_key
+from dbrx_fn.generation.speculation import Speculation
 from dbrx_fn.generation.stream import warm_up
 from dbrx_fn.runtime.device import backend
 from dbrx_fn.serving.fingerprint import weights_fingerprint
@@ -49,6 +51,7 @@ class Settings:
     stop_tokens: frozenset[int]
     stop_strings: tuple[str, ...]
     chunk_size: int
+    speculation: Speculation | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,6 +99,7 @@ def _run(options: argparse.Namespace) -> None:
         chosen_stop_tokens(options, tokenizer),
         tuple(options.stop) or defaults.stop_strings,
         options.prefill_step_size,
+        chosen_speculation(options),
     )
     with byte_progress("loading") as progress:
         params, config = load(path, dtype=options.dtype or computing_dtype(path), progress=progress)
@@ -108,6 +112,7 @@ def _run(options: argparse.Namespace) -> None:
                 max_tokens=settings.max_tokens,
                 sampling=settings.sampling,
                 chunk_size=settings.chunk_size,
+                speculation=settings.speculation,
             )
     reader = MessageReader()
     if reader.on_terminal:

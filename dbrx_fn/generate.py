@@ -6,7 +6,7 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from dbrx_fn.cli.generation_options import (
     add_generation_options,
     check_generation_options,
     chosen_sampling,
+    chosen_speculation,
     chosen_stop_tokens,
 )
 from dbrx_fn.cli.generation_report import Report
@@ -31,7 +32,7 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.files.json_file import parse_json, read_bounded, shown_path
 from dbrx_fn.generation.generation_config import read_generation_config
 from dbrx_fn.generation.sampling import random_key
-from dbrx_fn.generation.stream import Piece, stream_text, token_budget, warm_up
+from dbrx_fn.generation.stream import Piece, Stream, stream_text, token_budget, warm_up
 from dbrx_fn.generation.structured import Structure
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.tree import Params
@@ -132,7 +133,12 @@ def _run_one(options: argparse.Namespace) -> None:
     report = Report(options.model, secrets.randbits(32) if options.seed is None else options.seed)
     check_generation_options(options)
     key = random_key(report.seed)
-    structure = _structure(options)
+    structure, speculation = _structure(options), chosen_speculation(options)
+    if structure is not None and speculation is not None:
+        raise InputError(
+            "--speculate can't be combined with --json-schema or --regex, which tell a token's choices only when the"
+            " token before is known: leave one out."
+        )
     text = _prompt(options.prompt)
 
     start = time.perf_counter()
@@ -162,6 +168,7 @@ def _run_one(options: argparse.Namespace) -> None:
             sampling=sampling,
             structured=structure is not None,
             chunk_size=options.prefill_step_size,
+            speculation=speculation,
         )
     report.warm_up_time = time.perf_counter() - start
 
@@ -180,6 +187,7 @@ def _run_one(options: argparse.Namespace) -> None:
         stop_strings=options.stop or (() if structure else defaults.stop_strings),
         structure=structure,
         chunk_size=options.prefill_step_size,
+        speculation=speculation,
     )
     _print_pieces(pieces, report, options, drawn=sampling.temperature > 0)
     if structure is not None and report.finish_reason == "length":
@@ -249,7 +257,7 @@ def _check_batch(options: argparse.Namespace) -> None:
     usual = parser().parse_args(["--batch", "x"])
     for option in (
         *("chat", "control_tokens", "system", "json_schema", "regex", "json"),
-        *("extra_eos_token", "prefill_step_size"),
+        *("extra_eos_token", "prefill_step_size", "speculate", "num_draft_tokens"),
     ):
         if getattr(options, option) != getattr(usual, option):
             raise InputError(f"--{option.replace('_', '-')} has no meaning with --batch: leave it out.")
@@ -257,7 +265,7 @@ def _check_batch(options: argparse.Namespace) -> None:
         random_key(options.seed)
 
 
-def _print_pieces(pieces: Iterator[Piece], report: Report, options: argparse.Namespace, *, drawn: bool) -> None:
+def _print_pieces(pieces: Stream[Piece], report: Report, options: argparse.Namespace, *, drawn: bool) -> None:
     """Prints the text as it comes and the figures at its end. An interruption is raised again after that."""
     interruption: KeyboardInterrupt | None = None
     terminal = sys.stdout.isatty()
@@ -269,12 +277,13 @@ def _print_pieces(pieces: Iterator[Piece], report: Report, options: argparse.Nam
                 print(visible(piece.text) if terminal else piece.text, end="", flush=True)
     except KeyboardInterrupt as stop:
         interruption = stop
+    report.passes = pieces.passes
     report.peak_memory = mx.get_peak_memory()
     if options.json:
         print(json.dumps(asdict(report), indent=2))
     else:
         print("\n" if terminal else "", flush=True)
-    print(report.summary(drawn=drawn), file=sys.stderr)
+    print(report.summary(drawn=drawn, speculated=options.speculate is not None), file=sys.stderr)
     if interruption is not None:
         raise interruption
 

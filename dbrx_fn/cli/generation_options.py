@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from dbrx_fn.errors import InputError
 from dbrx_fn.generation.sampling import Sampling
+from dbrx_fn.generation.speculation import MOST_DRAFTED, Speculation
 from dbrx_fn.generation.stream import check_limits
 from dbrx_fn.model.shapes import CHUNK_SIZE
 from dbrx_fn.text.tokenizer import Tokenizer
@@ -54,6 +55,19 @@ def add_generation_options(options: argparse.ArgumentParser, most_tokens: int = 
         choices=("float32", "bfloat16", "float16"),
         help="dtype to load the parameters in (default: as stored, but float32 on a CPU if memory allows)",
     )
+    speculation = options.add_argument_group("speculation", "Several drafted tokens are verified in one pass.")
+    speculation.add_argument(
+        "--speculate",
+        choices=("ngram",),
+        help="draft tokens from what followed the same tokens earlier in the text, where that is faster; the text stays"
+        " the same (default: one token per pass)",
+    )
+    speculation.add_argument(
+        "--num-draft-tokens",
+        type=int,
+        metavar="N",
+        help=f"with --speculate, the most tokens to draft at once (default: {MOST_DRAFTED})",
+    )
     _add_sampling(options)
 
 
@@ -79,6 +93,7 @@ def check_generation_options(options: argparse.Namespace) -> None:
         InputError: if an option has an impossible value. It names the option.
     """
     chosen_sampling(options, Sampling())
+    chosen_speculation(options)
     check_limits(1 if options.max_tokens is None else options.max_tokens, options.stop)
     if options.prefill_step_size < 1:
         raise InputError(f"--prefill-step-size is {options.prefill_step_size} where it must be at least 1.")
@@ -104,6 +119,19 @@ def chosen_sampling(options: argparse.Namespace, default: Sampling) -> Sampling:
         frequency_penalty=options.frequency_penalty,
         logit_bias=tuple(_bias(entry) for entry in options.logit_bias),
     )
+
+
+def chosen_speculation(options: argparse.Namespace) -> Speculation | None:
+    """Speculation, if it is wanted.
+
+    Raises:
+        InputError: if `--num-draft-tokens` is out of range, or comes alone.
+    """
+    if options.speculate is None:
+        if options.num_draft_tokens is not None:
+            raise InputError("--num-draft-tokens is for speculation: give --speculate ngram too, or leave it out.")
+        return None
+    return Speculation() if options.num_draft_tokens is None else Speculation(options.num_draft_tokens)
 
 
 def chosen_stop_tokens(options: argparse.Namespace, tokenizer: Tokenizer) -> frozenset[int]:

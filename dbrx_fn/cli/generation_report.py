@@ -7,13 +7,17 @@ from dbrx_fn.generation.stream import Piece
 
 @dataclass
 class Report:
-    """The generated text and its times, as `--json` prints them. Times are in seconds, rates in tokens per second."""
+    """The generated text and its times, as `--json` prints them. Times are in seconds, rates in tokens per second.
+
+    `passes` is how often the model ran behind the prompt.
+    """
 
     model: str
     seed: int
     prompt_tokens: int = 0
     text: str = ""
     tokens: list[int] = field(default_factory=list)
+    passes: int = 0
     finish_reason: str = "interrupted"
     load_time: float = 0.0
     warm_up_time: float = 0.0
@@ -34,12 +38,13 @@ class Report:
         if piece.finish_reason is not None:
             self.finish_reason = piece.finish_reason
 
-    def summary(self, *, drawn: bool) -> str:
+    def summary(self, *, drawn: bool, speculated: bool) -> str:
         """The main figures as a small table. For `drawn` text it includes the seed that draws it again."""
         return "\n".join(
             (
                 f"prompt          {self.prompt_tokens:8d} tokens  {_rate(self.prompt_rate)}",
                 f"generation      {len(self.tokens):8d} tokens  {_rate(self.generation_rate)}",
+                *([f"passes          {self.passes:8d}"] if speculated else []),
                 f"first token     {_seconds(self.time_to_first_token)}",
                 f"warm-up         {_seconds(self.warm_up_time)}",
                 f"loading         {_seconds(self.load_time)}",

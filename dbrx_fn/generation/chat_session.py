@@ -10,6 +10,7 @@ from typing import Any
 
 from dbrx_fn.errors import InputError
 from dbrx_fn.generation.sampling import GREEDY, Key, Sampling
+from dbrx_fn.generation.speculation import Speculation
 from dbrx_fn.generation.stream import Piece, stream_text
 from dbrx_fn.model.cache import Cache
 from dbrx_fn.model.cache_rows import rewind
@@ -56,6 +57,7 @@ class ChatSession:
         stop_tokens: frozenset[int] | None = None,
         stop_strings: Sequence[str] = (),
         chunk_size: int = CHUNK_SIZE,
+        speculation: Speculation | None = None,
     ) -> Generator[Piece]:
         """Yields the answer to a message. If the caller closes it early, the text so far becomes the answer.
 
@@ -88,6 +90,7 @@ class ChatSession:
             stop_strings=stop_strings,
             chunk_size=chunk_size,
             cache=known,
+            speculation=speculation,
         )
         # A second reference to the cache would make each write a copy.
         del known

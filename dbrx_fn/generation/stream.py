@@ -7,13 +7,15 @@ token that it yields.
 import operator
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar
 
 import mlx.core as mx
 
-from dbrx_fn.errors import CacheError, GenerationError, InputError
+from dbrx_fn.errors import CacheError, InputError
 from dbrx_fn.files.json_file import shown
+from dbrx_fn.generation.generated import Held, read_token
 from dbrx_fn.generation.sampling import GREEDY, Key, Sampling, init_history, sample
+from dbrx_fn.generation.speculation import Speculation, speculated, verify
 from dbrx_fn.generation.structured import Matcher, Structure, token_trie
 from dbrx_fn.generation.text_cutter import TextCutter
 from dbrx_fn.model.cache import Cache, grow_cache, init_cache
@@ -47,13 +49,6 @@ class Piece:
     finish_reason: FinishReason | None
 
 
-@dataclass(eq=False)
-class _Held:
-    """Holds a generation's only reference to its cache, so that MLX can write to it in place."""
-
-    cache: Cache
-
-
 class Stream(Iterator[T], Generic[T]):
     """An iterator of tokens or pieces, which are made when they are asked for. It also gives the cache.
 
@@ -63,7 +58,7 @@ class Stream(Iterator[T], Generic[T]):
     stream = stream_tokens(params, config, [*text, *more], cache=cache)  # computes `more` and the last of `text`
     """
 
-    def __init__(self, made: Generator[T], held: _Held) -> None:
+    def __init__(self, made: Generator[T], held: Held) -> None:
         self._made, self._held = made, held
 
     def __next__(self) -> T:
@@ -82,6 +77,11 @@ class Stream(Iterator[T], Generic[T]):
         """
         return self._held.cache
 
+    @property
+    def passes(self) -> int:
+        """How often the model has run behind the prompt: once for each token, or less often with speculation."""
+        return self._held.passes
+
 
 @checked
 def stream_tokens(
@@ -96,6 +96,7 @@ def stream_tokens(
     matcher: Matcher | None = None,
     chunk_size: int = CHUNK_SIZE,
     cache: Cache | None = None,
+    speculation: Speculation | None = None,
 ) -> Stream[int]:
     """The tokens that follow `prompt`, including the stop token if one comes.
 
@@ -111,9 +112,11 @@ def stream_tokens(
             as nothing but a stop token can follow.
         chunk_size: number of prompt tokens computed at once.
         cache: keys and values of the prompt's first tokens, which aren't computed again.
+        speculation: drafts tokens and verifies several in one pass, where that is faster (`docs/speculation.md`). Not
+            for a matcher, whose tokens depend on the ones before, nor for a model that several processes share.
 
     Raises:
-        InputError: if an argument has an impossible value.
+        InputError: if an argument has an impossible value, or two of them can't be combined.
         CacheError: if the cache isn't one row of this model's, or isn't shorter than the prompt.
         GenerationError: at a token, if the model's logits aren't finite, or no token fits the structure.
     """
@@ -121,20 +124,25 @@ def stream_tokens(
     prompt = token_ids("The prompt", prompt, config)
     max_tokens = token_budget(prompt, config, max_tokens)
     ends = frozenset(token_ids("stop_tokens", stop_tokens, config))
-    capacity = _first_capacity(len(prompt), max_tokens)
+    _check_speculation(speculation, matcher is not None, config)
+    capacity = _first_capacity(len(prompt), max_tokens, speculation)
     if cache is None:
         cache = init_cache(config, 1, capacity)
     _check_known(cache, prompt, config)
-    held = _Held(grow_cache(cache, capacity))
+    held = Held(grow_cache(cache, capacity))
     key = mx.random.key(0) if key is None else key
-    return Stream(_tokens(params, config, prompt, held, max_tokens, sampling, key, ends, matcher, chunk_size), held)
+    if speculation is None:
+        made = _tokens(params, config, prompt, held, max_tokens, sampling, key, ends, matcher, chunk_size)
+    else:
+        made = speculated(params, config, prompt, held, max_tokens, sampling, key, ends, chunk_size, speculation)
+    return Stream(made, held)
 
 
 def _tokens(
     params: Params,
     config: Config,
     prompt: list[int],
-    held: _Held,
+    held: Held,
     max_tokens: int,
     sampling: Sampling,
     key: Key,
@@ -156,10 +164,11 @@ def _tokens(
             if remaining:
                 held.cache = grow_cache(held.cache, held.cache.lengths[0] + 1)
                 logits, held.cache = forward(params, current[:, None], held.cache)
+                held.passes += 1
                 if matcher is None:
                     token, key, history = sample(logits[:, 0], key, history, sampling=sampling)
                 mx.async_eval(token if matcher is None else logits)
-            made = _read(current, len(prompt) + max_tokens - 1 - remaining, config)
+            made = read_token(current, len(prompt) + max_tokens - 1 - remaining, config)
             if matcher is not None:
                 matcher.advance(made)
                 if remaining and not matcher.finished:
@@ -172,17 +181,6 @@ def _tokens(
 
 def _allowed(matcher: Matcher | None) -> mx.array | None:
     return None if matcher is None else mx.array(matcher.allowed())[None]
-
-
-def _read(token: mx.array, count: int, config: Config) -> int:
-    """The token made after `count` others."""
-    made = cast(int, token.item())
-    if made == config.vocab_size:
-        raise GenerationError(
-            f"After {count} tokens the model's numbers are no longer finite, or logit_bias forbids every token that may"
-            " follow: try dtype float32 (--dtype float32), and if that doesn't help, its weights are damaged."
-        )
-    return made
 
 
 @checked
@@ -200,6 +198,7 @@ def stream_text(
     structure: Structure | None = None,
     chunk_size: int = CHUNK_SIZE,
     cache: Cache | None = None,
+    speculation: Speculation | None = None,
 ) -> Stream[Piece]:
     """The text that follows `prompt`, one piece per token, as `stream_tokens` generates them.
 
@@ -218,7 +217,7 @@ def stream_text(
         structure: what the text must be. A text that ends with "stop" is that, unless one of your stop strings cut it.
             A text that ends with "length" may be only the beginning.
         chunk_size: number of prompt tokens computed at once.
-        cache: as in `stream_tokens`.
+        cache, speculation: as in `stream_tokens`.
 
     Raises:
         InputError: as in `stream_tokens`, or if a stop string is empty.
@@ -246,6 +245,7 @@ def stream_text(
         matcher=matcher,
         chunk_size=chunk_size,
         cache=cache,
+        speculation=speculation,
     )
     return Stream(_pieces(made, cutter, matcher, budget), made._held)
 
@@ -329,6 +329,21 @@ def _check_drawing(sampling: Sampling, key: Key | None) -> None:
         )
 
 
+def _check_speculation(speculation: Speculation | None, structured: bool, config: Config) -> None:
+    if speculation is None:
+        return
+    if structured:
+        raise InputError(
+            "Speculation and a structure can't be combined, since a structure tells a token's choices only when the"
+            " token before is known: leave one out."
+        )
+    if config.shard.size > 1:
+        raise InputError(
+            "Speculation isn't for a model that several processes share, since each would time its own passes: leave"
+            " it out."
+        )
+
+
 def warm_up(
     params: Params,
     config: Config,
@@ -338,6 +353,7 @@ def warm_up(
     sampling: Sampling = GREEDY,
     structured: bool = False,
     chunk_size: int = CHUNK_SIZE,
+    speculation: Speculation | None = None,
 ) -> None:
     """Traces and compiles everything that such a generation will run, by running the first layer only.
 
@@ -349,7 +365,7 @@ def warm_up(
         "transformer": {**transformer, "blocks": transformer["blocks"][:1]},
         "lm_head": params["lm_head"],
     }
-    empty = init_cache(replace(config, n_layers=1), 1, _first_capacity(prompt_length, max_tokens))
+    empty = init_cache(replace(config, n_layers=1), 1, _first_capacity(prompt_length, max_tokens, speculation))
     history = init_history([[0]], config.vocab_size) if sampling.uses_history else None
     key = mx.random.key(0)
     allowed = mx.full((1, -(-config.vocab_size // 32)), 2**32 - 1, mx.uint32) if structured else None
@@ -357,8 +373,15 @@ def warm_up(
         tokens, cache = mx.zeros((1, width), mx.int32), replace(empty, lengths=(start,))
         logits, _ = forward(shallow, tokens, cache, last_only=width > 1, chunk_size=width)
         mx.eval(sample(logits[:, 0], key, history, allowed, sampling=sampling)[0])
+    for width in () if speculation is None else speculation.widths:
+        chosen, _ = verify(shallow, mx.zeros((1, width), mx.int32), empty, key, history, sampling=sampling)
+        mx.eval(chosen.tokens)
 
 
-def _first_capacity(prompt_length: int, max_tokens: int) -> int:
-    """The capacity that a generation starts with. The last token needs no position, since it is never fed back."""
-    return capacity_bucket(prompt_length + min(max_tokens - 1, _AHEAD))
+def _first_capacity(prompt_length: int, max_tokens: int, speculation: Speculation | None) -> int:
+    """The capacity that a generation starts with. The last token needs no position, since it is never fed back.
+
+    A draft has room behind the last token that it may be kept for.
+    """
+    drafted = 0 if speculation is None else speculation.num_draft_tokens
+    return capacity_bucket(prompt_length + min(max_tokens - 1, _AHEAD) + drafted)

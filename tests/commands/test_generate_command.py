@@ -245,6 +245,17 @@ def test_prefill_step_size_changes_nothing(folder: Path, command: Command) -> No
     assert command("--model", folder, "-p", prompt, "-m", 12, "--prefill-step-size", 16)["tokens"] == whole["tokens"]
 
 
+def test_speculation_changes_only_the_number_of_passes(
+    folder: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", folder, "-p", "to be " * 20, "-m", 30, "--seed", 4, "--temp", 0.01, *NO_SPECIAL]
+    off, on = command(*options), command(*options, "--speculate", "ngram", "--num-draft-tokens", 15)
+    assert on["tokens"] == off["tokens"]
+    assert on["passes"] <= off["passes"] == 29
+    assert main([*map(str, options), "--speculate", "ngram"]) == 0
+    assert re.search(r"^passes +\d+$", capsys.readouterr().err, re.MULTILINE)
+
+
 def test_dtype_converts(copy: Path, command: Command, refused: Refused) -> None:
     """Seen where one tensor has another dtype than the rest, which takes that option."""
     edit_tensors(copy, lambda t: t.update({ROUTER: t[ROUTER].astype(mx.float16)}))
@@ -539,6 +550,9 @@ def test_standard_input_that_is_no_utf8(
         (["--frequency-penalty=nan"], ["frequency_penalty is nan where it must be a number"]),
         (["--max-tokens=0"], ["is 0 where it must be at least 1"]),
         (["--max-tokens=-5"], ["is -5 where it must be at least 1"]),
+        (["--speculate=ngram", "--num-draft-tokens=32"], ["num_draft_tokens is 32 where it must be from 1 to 31"]),
+        (["--num-draft-tokens=4"], ["--num-draft-tokens is for speculation", "--speculate ngram"]),
+        (["--speculate=ngram", "--regex=a*"], ["--speculate can't be combined with --json-schema or --regex"]),
         (["--prefill-step-size=0"], ["--prefill-step-size is 0 where it must be at least 1"]),
         (["--logit-bias=junk"], ["--logit-bias is 'junk' where a token's id, a colon and a number are expected"]),
         (["--logit-bias=7"], ["--logit-bias is '7'"]),
