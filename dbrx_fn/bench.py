@@ -43,7 +43,7 @@ from dbrx_fn.serving.access import KEY_VARIABLE
 
 _COUNTS = {
     *("batch_size", "sequence_length", "steps", "prompt", "context", "tokens", "repeats", "clients", "requests"),
-    *("decode_concurrency", "capacity"),
+    *("decode_concurrency", "capacity", "together"),
 }
 
 
@@ -106,7 +106,14 @@ def _add_inference(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="tokens in the cache before decoding (default: 256 1024)",
     )
     add("--batch-size", type=int, nargs="+", default=[1, 8], help="sequences decoded at once (default: 1 8)")
-    add("--tokens", type=int, default=32, help="tokens decoded per repetition (default: %(default)s)")
+    add(
+        "--together",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="new tokens of each sequence in one decoding step, as when drafted tokens are verified (default: 1)",
+    )
+    add("--tokens", type=int, default=32, help="decoding steps per repetition (default: %(default)s)")
     add(
         "--repeats",
         type=int,
@@ -219,7 +226,14 @@ def _inference(chosen: argparse.Namespace) -> None:
         planned = plan_random(chosen.shape, _config(chosen.shape), layers, dtype, quantization)
     else:
         planned = plan_checkpoint(chosen.model or str(SMALL), layers, dtype, quantization)
-    cases = Cases(tuple(chosen.prompt), tuple(chosen.context), tuple(chosen.batch_size), chosen.tokens, chosen.repeats)
+    cases = Cases(
+        tuple(chosen.prompt),
+        tuple(chosen.context),
+        tuple(chosen.batch_size),
+        chosen.tokens,
+        chosen.repeats,
+        tuple(chosen.together),
+    )
     check_cases(planned, cases, beside=bool(chosen.peer))
     if MLX_LM in chosen.peer:
         check_mlx_lm(planned.config)
@@ -332,7 +346,7 @@ def _inference_text(planned: Planned, limits: MachineLimits, figures: Sequence[F
         "dtype": lambda f: f.dtype,
         "what": lambda f: f.what,
         "tokens": lambda f: f"{f.tokens:,}" if f.tokens else "",
-        "batch": lambda f: str(f.batch_size) if f.what == "decode" else "",
+        "batch": _batch_text,
         "first": lambda f: time_text(f.first),
         "median": lambda f: time_text(f.seconds),
         "spread": lambda f: f"{time_text(f.fastest)} - {time_text(f.slowest)}" if f.repeats > 1 else "",
@@ -355,16 +369,23 @@ def _inference_text(planned: Planned, limits: MachineLimits, figures: Sequence[F
             f" {limits.memory_rates[-1][1] / 1e9:,.1f} GB/s from memory and at most {fastest / 1e9:,.1f} from caches,"
             f" multiplies {limits.matmul_rate / 1e12:,.3f} TFLOP/s in {limits.dtype}",
             table(columns, [figure for figure in figures if figure.missing is None]),
-            *(f"missing: {f.program} {f.what} {f.tokens:,} x {f.batch_size}: {f.missing}" for f in missing),
+            *(f"missing: {f.program} {f.what} {f.tokens:,} x {_batch_text(f) or 1}: {f.missing}" for f in missing),
         ]
     )
+
+
+def _batch_text(figure: Figure) -> str:
+    """The sequences of a decoding step, and how many tokens each has in it if there are several."""
+    if figure.what != "decode":
+        return ""
+    return f"{figure.batch_size}" if figure.together == 1 else f"{figure.batch_size} x {figure.together}"
 
 
 def _points(figures: Sequence[Figure]) -> list[RooflinePoint]:
     return [
         RooflinePoint(
             figure.program,
-            f"{figure.what} {figure.tokens:,}" + (f" x {figure.batch_size}" if figure.what == "decode" else ""),
+            f"{figure.what} {figure.tokens:,}" + (f" x {_batch_text(figure)}" if figure.what == "decode" else ""),
             figure.operations,
             figure.bytes,
             figure.seconds,

@@ -43,7 +43,8 @@ class Program:
     `config`: the model's, with the dtype that the program computes in.
     `prefill`: takes a prompt `[1 time]`, and returns when its last logits and the cache are computed.
     `first_token`: takes a prompt, and returns when the first token has arrived, as for a user.
-    `decoder`: takes a context, a batch size and the number of steps, and returns the decoding step.
+    `decoder`: takes a context, a batch size, the number of steps, and the number of new tokens of each sequence in one
+        step, and returns the decoding step.
     `uses_mlx`: whether its memory is MLX's, which is measured.
     """
 
@@ -51,7 +52,7 @@ class Program:
     config: Config
     prefill: Callable[[mx.array], None]
     first_token: Callable[[list[int]], None]
-    decoder: Callable[[int, int, int], Step]
+    decoder: Callable[[int, int, int, int], Step]
     uses_mlx: bool = True
 
 
@@ -61,6 +62,7 @@ class Figure:
 
     `dtype`: of the program's floats.
     `tokens`: length of the prompt, or of the context before decoding.
+    `together`: for decoding, new tokens of each sequence in one step.
     `first`: the first time, with tracing and, on first use, the compilation of kernels.
     `seconds`, `fastest`, `slowest`: median and extremes of later times. For decoding, of one step.
     `host`: for decoding, the time until a step is described and handed to the device, which computes the step before
@@ -74,6 +76,7 @@ class Figure:
     what: What
     tokens: int
     batch_size: int
+    together: int = 1
     first: float | None = None
     seconds: float | None = None
     fastest: float | None = None
@@ -138,17 +141,21 @@ def our_program(params: Params, config: Config) -> Program:
     def first_token(prompt: list[int]) -> None:
         next(stream_tokens(params, config, prompt, max_tokens=ANSWER))
 
-    def decoder(context: int, batch_size: int, steps: int) -> Step:
+    def decoder(context: int, batch_size: int, steps: int, together: int) -> Step:
         keys, values = random_cache(config, context, batch_size, capacity_bucket(context + steps))
         cache = Cache(config, (context,) * batch_size, keys, values)
-        key = mx.random.key(0)
+        key, others = mx.random.key(0), mx.arange(together, dtype=mx.int32)
         # With only one reference to each array, MLX writes to it instead of copying it.
         del keys, values
 
         def step(token: mx.array) -> mx.array:
             nonlocal cache, key
-            cache = grow_cache(cache, cache.lengths[0] + 1)
-            logits, cache = forward(params, token[:, None], cache)
+            held = cache.lengths[0]
+            cache = grow_cache(cache, held + together)
+            # Several tokens are distinct, so that they choose experts as a text's do. All but the first are given up.
+            tokens = token[:, None] if together == 1 else (token[:, None] + others) % config.vocab_size
+            logits, cache = forward(params, tokens, cache)
+            cache = replace(cache, lengths=(held + 1,) * batch_size)
             token, key, _ = sample(logits[:, 0], key, None, sampling=GREEDY)
             return token
 
@@ -166,20 +173,20 @@ def measure_inference(
     """
     formats = planned.formats
     figures = []
-    wanted: list[tuple[What, int, int]] = [
-        *(("prefill", prompt, 1) for prompt in cases.prompts),
-        *(("first token", prompt, 1) for prompt in cases.prompts),
-        *(("decode", context, batch_size) for context, batch_size in product(cases.contexts, cases.batch_sizes)),
+    wanted: list[tuple[What, int, int, int]] = [
+        *(("prefill", prompt, 1, 1) for prompt in cases.prompts),
+        *(("first token", prompt, 1, 1) for prompt in cases.prompts),
+        *(("decode", *case) for case in product(cases.contexts, cases.batch_sizes, cases.together)),
     ]
-    for (what, tokens, batch_size), program in tqdm(
+    for (what, tokens, batch_size, together), program in tqdm(
         list(product(wanted, programs)), desc=planned.name, unit="case", disable=None, leave=False
     ):
         config = program.config
-        empty = Figure(program.name, config.dtype, what, tokens, batch_size)
+        empty = Figure(program.name, config.dtype, what, tokens, batch_size, together)
         if what == "decode":
             # The middle of the decoded tokens.
             middle = tokens + cases.steps / 2
-            work, made = decode_work(config, formats, middle, batch_size), batch_size
+            work, made = decode_work(config, formats, middle, batch_size, together), batch_size * together
         else:
             work, made = prefill_work(config, formats, tokens), tokens
         figures.append(_measured(empty, program, cases, work, made, limits))
@@ -214,7 +221,7 @@ def _measured(empty: Figure, program: Program, cases: Cases, work: Work, made: i
     mx.reset_peak_memory()
     try:
         if empty.what == "decode":
-            step = program.decoder(empty.tokens, empty.batch_size, cases.steps)
+            step = program.decoder(empty.tokens, empty.batch_size, cases.steps, empty.together)
             token = random_tokens(program.config, empty.batch_size, 1)[:, 0]
             first, times, host = decoding_times(step, token, cases)
         else:

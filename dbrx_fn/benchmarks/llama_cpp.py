@@ -181,7 +181,9 @@ def _program(model: Model, config: Config) -> Program:
     def first_token(prompt: list[int]) -> None:
         np.argmax(model.context(len(prompt) + 1).prefill(prompt))
 
-    def decoder(place: int, batch_size: int, steps: int) -> Step:
+    def decoder(place: int, batch_size: int, steps: int, together: int) -> Step:
+        if together > 1:
+            raise InputError("its steps of several tokens aren't measured")
         filled = model.context(place + steps, batch_size)
         for sequence in range(batch_size):
             filled.prefill([(7 * n + sequence) % model.vocab_size for n in range(place)], sequence)

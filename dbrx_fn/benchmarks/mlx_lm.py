@@ -66,7 +66,9 @@ def mlx_lm_program(params: Params, config: Config, formats: Formats) -> Program:
     def first_token(prompt: list[int]) -> None:
         next(generate_step(mx.array(prompt), model, max_tokens=ANSWER))
 
-    def decoder(context: int, batch_size: int, steps: int) -> Step:
+    def decoder(context: int, batch_size: int, steps: int, together: int) -> Step:
+        if together > 1:
+            raise InputError("its steps of several tokens aren't measured")
         cache = make_prompt_cache(model)
         for layer, keys, values in zip(cache, *random_cache(config, context, batch_size, context), strict=True):
             layer.keys, layer.values, layer.offset = keys, values, context

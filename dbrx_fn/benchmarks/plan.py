@@ -25,9 +25,10 @@ WARM_STEPS = 4
 
 @dataclass(frozen=True)
 class Cases:
-    """The cases to measure: every prompt alone, and every context with every batch size.
+    """The cases to measure: every prompt alone, and every context with every batch size and number of tokens at once.
 
-    `prompts`, `contexts`: lengths in tokens. `tokens`: number of tokens to decode per repetition.
+    `prompts`, `contexts`: lengths in tokens. `tokens`: number of decoding steps per repetition. `together`: numbers of
+    new tokens of each sequence in one step.
     """
 
     prompts: tuple[int, ...]
@@ -35,11 +36,12 @@ class Cases:
     batch_sizes: tuple[int, ...]
     tokens: int
     repeats: int
+    together: tuple[int, ...] = (1,)
 
     @property
     def steps(self) -> int:
-        """Number of tokens that decoding adds to a context."""
-        return WARM_STEPS + self.repeats * self.tokens + 1
+        """Number of positions that decoding needs behind a context. Each step keeps one of its tokens."""
+        return WARM_STEPS + self.repeats * self.tokens + max(self.together)
 
 
 @dataclass(frozen=True)

@@ -91,17 +91,19 @@ def prefill_work(config: Config, formats: Formats, tokens: int) -> Work:
     return Work(operations, read_weight_bytes(config, formats, tokens) + cache_bytes(config, tokens))
 
 
-def decode_work(config: Config, formats: Formats, context: float, batch_size: int) -> Work:
-    """One more token for each of `batch_size` sequences of `context` tokens.
+def decode_work(config: Config, formats: Formats, context: float, batch_size: int, together: int = 1) -> Work:
+    """`together` more tokens for each of `batch_size` sequences of `context` tokens, in one step.
 
-    Operations: as in prefill, except that every token has logits. Bytes: the weights that `batch_size` tokens need,
-    and each sequence's keys and values, including the new token's.
+    Operations: as in prefill, except that every token has logits. Bytes: the weights that all new tokens need, and
+    each sequence's keys and values once, including the new tokens'.
     """
-    seen = batch_size * (context + 1)
+    tokens = batch_size * together
+    # The new tokens see those before the step, themselves, and the new ones before them.
+    seen = tokens * (context + (together + 1) / 2)
     weights = _inner_weights(config) + config.vocab_size * config.d_model
-    operations = 2 * batch_size * weights + _attention_operations(config, seen)
-    cache = seen * cache_bytes(config, 1)
-    return Work(round(operations), round(read_weight_bytes(config, formats, batch_size) + cache))
+    operations = 2 * tokens * weights + _attention_operations(config, seen)
+    cache = batch_size * (context + together) * cache_bytes(config, 1)
+    return Work(round(operations), round(read_weight_bytes(config, formats, tokens) + cache))
 
 
 def training_operations(config: Config, sequence_length: int) -> int:

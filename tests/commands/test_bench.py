@@ -118,6 +118,19 @@ def test_every_case_of_inference_is_measured_against_its_bound(
         assert figure["missing"] is None
 
 
+def test_steps_of_several_tokens_are_measured_against_their_bound(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, made = figures(capsys, "--shape", str(config_file), "--together", "1", "4")
+    decoded = [figure for figure in made if figure["what"] == "decode" and figure["tokens"] == 7]
+    assert [(figure["batch_size"], figure["together"]) for figure in decoded] == [(1, 1), (1, 4), (3, 1), (3, 4)]
+    for figure in decoded:
+        work = decode_work(TINY, {}, 7 + (4 + 2 * 2 + 4) / 2, figure["batch_size"], figure["together"])
+        assert (figure["operations"], figure["bytes"]) == (work.operations, work.bytes)
+        made_in_step = figure["batch_size"] * figure["together"]
+        assert figure["tokens_per_second"] == pytest.approx(made_in_step / figure["seconds"])
+
+
 def test_a_checkpoint_is_loaded_cut_and_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     params = init_params(TINY, mx.random.key(0))
     save(tmp_path / "dense", params, TINY)
@@ -147,13 +160,14 @@ def test_the_small_model_is_what_is_measured_if_nothing_is_named(capsys: pytest.
     assert all(row.rstrip().endswith("MiB") for row in rows)
 
 
-def test_what_is_timed_makes_the_tokens_that_users_get(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("together", [1, 3])
+def test_what_is_timed_makes_the_tokens_that_users_get(together: int) -> None:
     params = init_params(replace(TINY, initializer_range=0.5), mx.random.key(5))
     prompt = [3, 1, 4, 1, 5, 9, 2, 6]
     expected = list(stream_tokens(params, TINY, prompt, max_tokens=12))
     assert len(set(expected)) > 3
-    # Nothing was before: the cache of the prompt's tokens is decoded into, one by one.
-    step = our_program(params, TINY).decoder(0, 2, 64)
+    # Nothing was before: the cache of the prompt's tokens is decoded into, one by one. Of several only the first stays.
+    step = our_program(params, TINY).decoder(0, 2, 64, together)
     for token in prompt:
         made = step(mx.array([token, token], mx.int32))
     for wanted in expected:

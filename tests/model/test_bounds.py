@@ -93,6 +93,17 @@ def test_a_prompt_is_as_much_work_as_its_tokens_one_by_one_but_for_their_logits(
     assert prefill_work(TINY, {}, tokens).operations == one_by_one - (tokens - 1) * 2 * 8 * 20
 
 
+@given(context=st.integers(0, 200), batch_size=st.integers(1, 40), together=st.integers(1, 16))
+def test_several_tokens_at_once_are_as_much_work_as_one_by_one_but_read_weights_and_cache_once(
+    context: int, batch_size: int, together: int
+) -> None:
+    at_once = decode_work(TINY, {}, context, batch_size, together)
+    one_by_one = [decode_work(TINY, {}, context + n, batch_size) for n in range(together)]
+    assert at_once.operations == sum(work.operations for work in one_by_one)
+    cache = batch_size * cache_bytes(TINY, context + together)
+    assert at_once.bytes == read_weight_bytes(TINY, {}, batch_size * together) + cache
+
+
 @given(batch_size=st.integers(1, 1000), bits=st.sampled_from([None, 2, 4, 8]))
 def test_a_batch_reads_more_than_one_token_and_no_more_than_all(batch_size: int, bits: int | None) -> None:
     config = replace(DBRX, n_layers=1)

@@ -38,7 +38,7 @@ def test_both_decode_the_same_tokens_after_the_same_context(quantization: Quanti
     start = mx.array([3, 14, 15], mx.int32)
     made: list[list[int]] = []
     for program in (ours, theirs):
-        step, tokens = program.decoder(7, 3, 64), [start]
+        step, tokens = program.decoder(7, 3, 64, 1), [start]
         for _ in range(10):
             tokens.append(step(tokens[-1]).astype(mx.int32))
         made.append([int(token) for row in tokens for token in row])
