@@ -135,7 +135,8 @@ class Context:
         for start in range(0, len(tokens), self._most):
             part = tokens[start : start + self._most]
             self._decode([(token, start + n, sequence) for n, token in enumerate(part)], last_only=True)
-        return self._logits(1)[0]
+        logits: NDArray[np.float32] = self._logits(1)[0]
+        return logits
 
     def step(self, tokens: Sequence[int], place: int) -> NDArray[np.float32]:
         """Computes one more token of each sequence. Returns their logits, float32 `[sequence vocab]`."""

@@ -273,8 +273,8 @@ def test_without_llama_cpp_python_the_error_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     assert main(["inference", "--peer", "llama.cpp"]) == 2
     assert capsys.readouterr().err == (
-        "error: --peer llama.cpp needs llama-cpp-python, which isn't installed: pip install llama-cpp-python (it compiles"
-        " llama.cpp for minutes).\n"
+        "error: --peer llama.cpp needs llama-cpp-python, which isn't installed: pip install llama-cpp-python (it"
+        " compiles llama.cpp for minutes).\n"
     )
 
 
