@@ -11,10 +11,11 @@ import mlx.core as mx
 from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.layers.block import block
+from dbrx_fn.model.layers.ends import embed, head
 from dbrx_fn.model.params import check_params
 from dbrx_fn.model.positions import positions_of
 from dbrx_fn.model.shapes import time_bucket
-from dbrx_fn.model.transformer import check_tokens, embed, head
+from dbrx_fn.model.transformer import check_tokens
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import checked
 

@@ -54,7 +54,7 @@ def positions_of(
         )
         return {"cosines": cosines, "sines": sines, "slots": None}
     last = max(cache.lengths) + time
-    return _in_cache(
+    return in_cache(
         mx.array(cache.lengths, mx.int32),
         mx.array(lengths, mx.int32),
         time=time,
@@ -66,7 +66,7 @@ def positions_of(
 
 
 @compiled
-def _in_cache(
+def in_cache(
     starts: Int32[mx.array, " batch"],
     lengths: Int32[mx.array, " batch"],
     *,
@@ -76,7 +76,7 @@ def _in_cache(
     wraps: bool,
     config: LayerConfig,
 ) -> Positions:
-    """Positions after the `starts` tokens that each row holds.
+    """Positions of `time` tokens per row after the `starts` that each row holds. The first `lengths` are real.
 
     Padding is written behind a row's real tokens, where the next tokens overwrite it. If a row lacks room for its
     padding (`wraps`), the padding's slots wrap around to the row's start and rewrite the old contents there. The mask

@@ -11,24 +11,21 @@ from collections.abc import Sequence
 from typing import Literal, overload
 
 import mlx.core as mx
-from jaxtyping import Float, Int32, Integer, UInt32
+from jaxtyping import Float, Int32, UInt32
 from mlx.utils import tree_flatten, tree_unflatten
 
 from dbrx_fn.errors import CacheError, CheckpointError, InputError
 from dbrx_fn.model.cache import Cache, LayerCache, extended
-from dbrx_fn.model.config import NORM_EPS, Config, LayerConfig
+from dbrx_fn.model.config import Config, LayerConfig
+from dbrx_fn.model.decode_step import DecodeStep
 from dbrx_fn.model.layers.block import block
-from dbrx_fn.model.layers.embedding import embedding
+from dbrx_fn.model.layers.ends import embed, head
 from dbrx_fn.model.layers.norm_attn_norm import Stream
 from dbrx_fn.model.layers.router import Routing
-from dbrx_fn.model.params import check_params, compiled_under, quantized_leaves
+from dbrx_fn.model.params import check_params, quantized_leaves
 from dbrx_fn.model.positions import Positions, positions_of
 from dbrx_fn.model.shapes import CHUNK_SIZE, chunk_widths, time_bucket
-from dbrx_fn.model.tree import BlockParams, NormParams, Params
-from dbrx_fn.ops.collectives import all_gather_last, sum_gradients
-from dbrx_fn.ops.formats import Linear
-from dbrx_fn.ops.linear import linear
-from dbrx_fn.ops.norm import layer_norm
+from dbrx_fn.model.tree import BlockParams, Params
 from dbrx_fn.runtime.arguments import checked
 from dbrx_fn.runtime.compile import compiled
 from dbrx_fn.runtime.memory import check_buffer, release_unused
@@ -108,6 +105,9 @@ def forward(
         CheckpointError: if the tree doesn't fit the cache's config.
     """
     real_lengths = _checked(params, tokens, cache, lengths, chunk_size)
+    if (step := DecodeStep.of(params, tokens, cache, real_lengths)) is not None:
+        done = step(real_lengths)
+        return done if with_experts else done[:2]
     if not last_only:
         _check_logits(tokens, cache.config)
     config, held = cache.config.layer, cache if cache.capacity else None
@@ -273,20 +273,6 @@ def _recomputed(
     return said
 
 
-@compiled_under("transformer.wte")
-def embed(
-    wte: Linear,
-    tokens: Integer[mx.array, "batch time"],
-    lengths: Int32[mx.array, " batch"] | None,
-    *,
-    config: LayerConfig,
-) -> Stream:
-    """Rows of `wte` `[vocab d_model]`. Padding behind a row's first `lengths` tokens is read as token 0."""
-    if lengths is not None:
-        tokens = mx.where(mx.arange(tokens.shape[1], dtype=mx.int32) < lengths[:, None], tokens, 0)
-    return embedding(wte, tokens, config=config)
-
-
 @compiled
 def pick_last(
     x: Stream, lengths: Int32[mx.array, " batch"], before: Float[mx.array, "batch 1 d_model"] | None
@@ -303,15 +289,6 @@ def _last_experts(routing: Sequence[Routing], lengths: tuple[int, ...], before: 
     real = mx.array(lengths, mx.int32)[None, :, None]
     last = mx.take_along_axis(top, mx.maximum(real - 1, 0)[..., None], axis=2)[:, :, 0]
     return last if before is None else mx.where(real > 0, last, before)
-
-
-@compiled_under("transformer.norm_f", "lm_head")
-def head(
-    norm_f: NormParams, lm_head: Linear, x: Stream, *, config: LayerConfig
-) -> Float[mx.array, "batch time {config.vocab_size}"]:
-    """The final norm and the projection to the vocabulary. DBRX doesn't tie its matrix to the embedding."""
-    normed = sum_gradients(layer_norm(norm_f["weight"], x, eps=NORM_EPS), config.shard.size)
-    return all_gather_last(linear(lm_head, normed), config.shard.size)
 
 
 def _logits(params: Params, x: Stream, config: LayerConfig) -> mx.array:

@@ -14,8 +14,8 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from dbrx_fn.model.config import LayerConfig
+from dbrx_fn.model.layers.ends import head
 from dbrx_fn.model.params import quantized_leaves
-from dbrx_fn.model.transformer import head
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.bounded import within
 

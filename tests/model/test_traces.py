@@ -42,7 +42,8 @@ class Traces:
 
 @pytest.fixture
 def traces(caplog: pytest.LogCaptureFixture) -> Iterator[Traces]:
-    with caplog.at_level(logging.DEBUG, logger="dbrx_fn.compile"):
+    # The CPU's kernel for single tokens takes the place of every block.
+    with caplog.at_level(logging.DEBUG, logger="dbrx_fn.compile"), as_if(kernels=False):
         yield Traces(caplog)
 
 
@@ -165,7 +166,7 @@ def test_trees_from_arrays_in_any_order_share_a_trace(traces: Traces) -> None:
 
 
 INNER = {"norm_attn_norm", "attn", "moe", "router", "mix_experts"}
-POSITIONS_AND_BLOCK = {"_in_cache", "block"}
+POSITIONS_AND_BLOCK = {"in_cache", "block"}
 EVERYTHING = POSITIONS_AND_BLOCK | {"embed", "head"}
 
 

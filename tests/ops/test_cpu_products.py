@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dbrx_fn.ops.formats import Format
 from dbrx_fn.ops.kernels.cpu import products
-from dbrx_fn.ops.kernels.cpu.library import has_kernels, set_threads
+from dbrx_fn.ops.kernels.cpu.library import default_threads, has_kernels, set_threads
 from dbrx_fn.ops.linear import linear
 from dbrx_fn.runtime.device import as_if
 from tests.support.cpu_matrices import KINDS, Kind, in_float64, matrix
@@ -59,7 +59,7 @@ def test_bits_are_the_same_for_any_number_of_threads() -> None:
             set_threads(threads)
             made.append(np.array(products.linear(held, x)).tobytes())
     finally:
-        set_threads(2)
+        set_threads(default_threads())
     assert len(set(made)) == 1
 
 

@@ -25,8 +25,8 @@ from dbrx_fn import (
     Sampling,
 )
 from dbrx_fn.model.layers.block import block
+from dbrx_fn.model.layers.ends import embed, head
 from dbrx_fn.model.positions import positions_of
-from dbrx_fn.model.transformer import embed, head
 from dbrx_fn.random_checkpoint import write_random_checkpoint
 from dbrx_fn.runtime.arguments import check_fields, checked
 from dbrx_fn.runtime.device import as_if

@@ -227,6 +227,26 @@ int dbrx_describe(const mx::array* a, int* axes, int* dtype) {
   return a->ndim();
 }
 
+// Writes the dtypes and shapes of some arrays, some of them null, as bytes that identify them. Returns their number, or
+// -1 if there is no room.
+int dbrx_signature(int n_arrays, const mx::array* const* arrays, char* to, int room) {
+  int used = 0;
+  const auto write = [&](const void* from, int bytes) {
+    if (used + bytes <= room) std::memcpy(to + used, from, bytes);
+    used += bytes;
+  };
+  for (int n = 0; n < n_arrays; ++n) {
+    if (!arrays[n]) {
+      write("", 1);
+      continue;
+    }
+    const char head[] = {1, char(arrays[n]->dtype().val()), char(arrays[n]->ndim())};
+    write(head, sizeof head);
+    for (int axis : arrays[n]->shape()) write(&axis, sizeof axis);
+  }
+  return used <= room ? used : -1;
+}
+
 void dbrx_assign(const mx::array* from, mx::array* to) {
   *to = *from;
 }
@@ -239,7 +259,7 @@ const char* dbrx_problem() {
   return problem.c_str();
 }
 
-// Returns 0, or 1 if there was a problem. `layout` holds each output's dtype, taken input, number of axes and shape.
+// Null inputs are left out. Returns 0, or 1 if there was a problem. `layout` holds each output's dtype, taken input, number of axes and shape.
 int dbrx_launch(
     dbrx::Kernel kernel,
     int n_inputs,
@@ -264,7 +284,9 @@ int dbrx_launch(
     }
     Arrays operands;
     operands.reserve(n_inputs);
-    for (int n = 0; n < n_inputs; ++n) operands.push_back(*inputs[n]);
+    for (int n = 0; n < n_inputs; ++n) {
+      if (inputs[n]) operands.push_back(*inputs[n]);
+    }
     auto primitive = std::make_shared<Launch>(
         mx::default_stream(mx::Device::cpu),
         kernel,

@@ -22,7 +22,7 @@ from dbrx_fn.ops.kernels.cpu.cache_folder import cache_folder, keep, kept
 
 _FOLDER = Path(__file__).parent
 _MLX = Path(str(mx.__file__)).parent
-_FLAGS = ("-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-pthread", "-w")
+_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-pthread", "-w")
 _NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 MLX_VERSION: str = mx.__version__  # type: ignore[attr-defined]
 _LIMIT = 120.0

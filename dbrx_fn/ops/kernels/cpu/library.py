@@ -56,6 +56,70 @@ def has_kernels() -> bool:
     return takes_kernels() and on_cpu() and backend() == "cpu" and kernels() is not None
 
 
+class Operands:
+    """Arrays as C++ finds them. `None` stands for a leaf that isn't there, and is left out of a kernel's inputs."""
+
+    def __init__(self, arrays: Sequence[mx.array | None]) -> None:
+        self.arrays = arrays
+        self.addresses = (ctypes.c_void_p * len(arrays))(
+            *[None if array is None else id(array) + _PLACE for array in arrays]
+        )
+
+    def signature(self) -> bytes:
+        """Their shapes and dtypes, and which are there, as bytes that are equal for equal ones."""
+        library = kernels()
+        assert library is not None
+        room = 40 * len(self.arrays)
+        to = ctypes.create_string_buffer(room)
+        used = library.dbrx_signature(len(self.arrays), self.addresses, to, room)
+        assert used >= 0
+        return to.raw[:used]
+
+
+class Launch:
+    """A kernel with all that doesn't change from call to call.
+
+    Args:
+        kernel: its name in the C++ sources (`DBRX_KERNEL`).
+        outputs: shapes, dtypes, and inputs whose contents they start with.
+        numbers: whole numbers that the kernel gets.
+        constants: floats that it gets.
+        twin: its stock operations.
+    """
+
+    def __init__(
+        self,
+        kernel: str,
+        outputs: Sequence[Output],
+        *,
+        numbers: Sequence[int] = (),
+        constants: Sequence[float] = (),
+        twin: Twin,
+    ) -> None:
+        layout = [n for one in outputs for n in (_NUMBERS[one.dtype], one.taken, len(one.shape), *one.shape)]
+        self._outputs = len(outputs)
+        self._function = _function(kernel)
+        self._rest = (
+            (ctypes.c_int * len(layout))(*layout),
+            len(numbers),
+            (ctypes.c_int64 * len(numbers))(*numbers),
+            len(constants),
+            (ctypes.c_float * len(constants))(*constants),
+            _number(twin),
+        )
+
+    def __call__(self, inputs: Operands) -> list[mx.array]:
+        """The outputs, lazily. Strided inputs are copied when the kernel runs."""
+        library = kernels()
+        assert library is not None
+        made = [mx.array(0) for _ in range(self._outputs)]
+        addresses = Operands(made).addresses
+        count = len(inputs.arrays)
+        if library.dbrx_launch(self._function, count, inputs.addresses, len(made), addresses, *self._rest):
+            raise RuntimeError(library.dbrx_problem().decode(errors="replace"))
+        return made
+
+
 def launch(
     kernel: str,
     inputs: Sequence[mx.array],
@@ -65,36 +129,8 @@ def launch(
     constants: Sequence[float] = (),
     twin: Twin,
 ) -> list[mx.array]:
-    """The outputs of a kernel, lazily. `has_kernels` must be true.
-
-    Args:
-        kernel: its name in the C++ sources (`DBRX_KERNEL`).
-        inputs: arrays. Strided ones are copied when the kernel runs.
-        outputs: shapes, dtypes, and inputs whose contents they start with.
-        numbers: whole numbers that the kernel gets.
-        constants: floats that it gets.
-        twin: its stock operations.
-    """
-    library = kernels()
-    assert library is not None
-    made = [mx.array(0) for _ in outputs]
-    layout = [n for one in outputs for n in (_NUMBERS[one.dtype], one.taken, len(one.shape), *one.shape)]
-    failed = library.dbrx_launch(
-        _function(kernel),
-        len(inputs),
-        (ctypes.c_void_p * len(inputs))(*[id(array) + _PLACE for array in inputs]),
-        len(outputs),
-        (ctypes.c_void_p * len(outputs))(*[id(array) + _PLACE for array in made]),
-        (ctypes.c_int * len(layout))(*layout),
-        len(numbers),
-        (ctypes.c_int64 * len(numbers))(*numbers),
-        len(constants),
-        (ctypes.c_float * len(constants))(*constants),
-        _number(twin),
-    )
-    if failed:
-        raise RuntimeError(library.dbrx_problem().decode(errors="replace"))
-    return made
+    """The outputs of a kernel, lazily. `has_kernels` must be true. `Launch` describes the arguments."""
+    return Launch(kernel, outputs, numbers=numbers, constants=constants, twin=twin)(Operands(inputs))
 
 
 def set_threads(threads: int) -> None:
@@ -132,6 +168,7 @@ def _load() -> ctypes.PyDLL:
         *(ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
         *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int),
     ]
+    library.dbrx_signature.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
     library.dbrx_assign.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.dbrx_assign.restype = None
     library.dbrx_describe.argtypes = [ctypes.c_void_p] * 3
@@ -139,11 +176,11 @@ def _load() -> ctypes.PyDLL:
     _check_arrays(library)
     library.dbrx_set_call_twin.argtypes = [_CallTwin]
     library.dbrx_set_call_twin(_call_twin)
-    library.dbrx_set_threads(_threads())
+    library.dbrx_set_threads(default_threads())
     return library
 
 
-def _threads() -> int:
+def default_threads() -> int:
     """DBRX_FN_THREADS, or the number of cores that this process may use."""
     wanted = os.environ.get("DBRX_FN_THREADS", "")
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -6,7 +6,8 @@ import mlx.core as mx
 
 from dbrx_fn.ops.formats import LEAVES, Linear, format_or_problem
 
-_DENSE = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
+DTYPES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
+"""The numbers of float dtypes in C++ (`Kind` in weights.h)."""
 _AFFINE = {8: 3, 4: 4}
 _MXFP4 = 5
 
@@ -20,14 +21,14 @@ def matrix_numbers(matrix: Linear, inner: int) -> tuple[int, ...] | None:
     """
     weight = matrix["weight"]
     if "scales" not in matrix:
-        kind = _DENSE.get(weight.dtype)
+        kind = DTYPES.get(weight.dtype)
         return None if kind is None else (kind, 0, 1, weight.shape[-2], inner)
     form = format_or_problem(cast(dict[str, mx.array], matrix), inner)
     if isinstance(form, str):
         return None
     if form.mode == "mxfp4":
         return _MXFP4, 0, form.group_size, weight.shape[-2], inner
-    scale_kind = _DENSE.get(matrix["scales"].dtype)
+    scale_kind = DTYPES.get(matrix["scales"].dtype)
     if form.mode != "affine" or form.bits not in _AFFINE or scale_kind is None or "biases" not in matrix:
         return None
     return _AFFINE[form.bits], scale_kind, form.group_size, weight.shape[-2], inner

@@ -47,11 +47,16 @@ inline Floats load(const float* from) {
   return load_as<Floats>(from);
 }
 
-// The first `count` floats, then zeros.
+// The first `count` floats, then zeros. Nothing behind them is read.
 inline Floats load_part(const float* from, int64_t count) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_loadu_ps(count >= LANES ? __mmask16(0xffff) : __mmask16((1u << count) - 1), from);
+#else
+  if (count >= LANES) return load(from);
   float part[LANES] = {};
   std::memcpy(part, from, count * sizeof(float));
   return load(part);
+#endif
 }
 
 inline void store(float* to, Floats v) {
@@ -88,22 +93,31 @@ inline Floats max(Floats a, Floats b) {
   return a > b ? a : b;
 }
 
-// The sum of all lanes, in one order on all machines of the same width.
+// The sum and the largest of all lanes: half of them with the other half, then half of these, and so on.
+template <class Combine>
+inline float reduce(Floats v, const Combine& combine) {
+#if defined(__AVX512F__)
+  v = combine(v, (Floats)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0x4e));
+  v = combine(v, (Floats)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0xb1));
+  v = combine(v, (Floats)_mm512_permute_ps((__m512)v, 0x4e));
+  v = combine(v, (Floats)_mm512_permute_ps((__m512)v, 0xb1));
+#elif defined(DBRX_AVX2)
+  v = combine(v, (Floats)_mm256_permute2f128_ps((__m256)v, (__m256)v, 1));
+  v = combine(v, (Floats)_mm256_permute_ps((__m256)v, 0x4e));
+  v = combine(v, (Floats)_mm256_permute_ps((__m256)v, 0xb1));
+#else
+  v = combine(v, Floats{v[2], v[3], v[0], v[1]});
+  v = combine(v, Floats{v[1], v[0], v[3], v[2]});
+#endif
+  return v[0];
+}
+
 inline float sum(Floats v) {
-  float lanes[LANES];
-  store(lanes, v);
-  for (int half = LANES / 2; half; half /= 2) {
-    for (int n = 0; n < half; ++n) lanes[n] += lanes[n + half];
-  }
-  return lanes[0];
+  return reduce(v, [](Floats a, Floats b) { return a + b; });
 }
 
 inline float largest(Floats v) {
-  float lanes[LANES];
-  store(lanes, v);
-  float most = lanes[0];
-  for (int n = 1; n < LANES; ++n) most = lanes[n] > most ? lanes[n] : most;
-  return most;
+  return reduce(v, [](Floats a, Floats b) { return max(a, b); });
 }
 
 inline float bfloat16_as_float(uint16_t half) {

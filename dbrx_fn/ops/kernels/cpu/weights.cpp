@@ -1,0 +1,245 @@
+// Products and conversions of single rows of a matrix.
+
+#include "weights.h"
+
+namespace dbrx {
+namespace {
+
+template <Kind KIND>
+inline Floats nibbles(Ints words, int n) {
+  const Ints shifted = words >> (4 * n);
+#if defined(__AVX512F__)
+  // The instruction reads the last four bits of each lane only.
+  return (Floats)_mm512_permutexvar_ps((__m512i)shifted, _mm512_load_ps(KIND == MXFP4 ? E2M1 : AROUND_ZERO));
+#else
+  const Ints four = shifted & 15;
+  if constexpr (KIND == AFFINE4) return to_floats(four - 8);
+#if defined(DBRX_AVX2)
+  const __m256 size = _mm256_permutevar8x32_ps(_mm256_load_ps(E2M1), (__m256i)four);
+  return bits_as<Floats>((Ints)size | (four >> 3 << 31));
+#else
+  Floats v;
+  for (int lane = 0; lane < LANES; ++lane) v[lane] = E2M1[four[lane]];
+  return v;
+#endif
+#endif
+}
+
+// The scales of a block's lanes, from scale `place` on. A group has `words` words.
+template <Kind SCALES>
+inline Floats spread_scales(const char* scales, int64_t place, int64_t groups, int64_t words) {
+  const float first = scale_at<SCALES>(scales, place);
+  if (words >= LANES) return splat(first);
+#if defined(__AVX512F__)
+  __m512 v = _mm512_set1_ps(first);
+  for (int64_t n = 1; n < LANES / words && place + n < groups; ++n) {
+    v = _mm512_mask_mov_ps(v, __mmask16(0xffffu << (n * words)), _mm512_set1_ps(scale_at<SCALES>(scales, place + n)));
+  }
+  return (Floats)v;
+#else
+  Floats v = splat(first);
+  for (int lane = int(words); lane < LANES; ++lane) {
+    const int64_t n = place + lane / words;
+    v[lane] = n < groups ? scale_at<SCALES>(scales, n) : 0;
+  }
+  return v;
+#endif
+}
+
+// Products of one row of a matrix with ROWS rows of activations.
+
+template <Kind KIND, int ROWS>
+inline void dense_dots(const Matrix& m, const char* weight, const Row* const* rows, float* out) {
+  Floats total[ROWS];
+  for (auto& t : total) t = splat(0);
+  const int64_t whole = m.inner / LANES * LANES;
+  const auto at = [weight](int64_t n) {
+    if constexpr (KIND == FLOAT32) return load(reinterpret_cast<const float*>(weight) + n);
+    if constexpr (KIND == BFLOAT16) return from_bfloat16(reinterpret_cast<const uint16_t*>(weight) + n);
+    if constexpr (KIND == FLOAT16) return from_float16(reinterpret_cast<const uint16_t*>(weight) + n);
+  };
+  for (int64_t n = 0; n < whole; n += LANES) {
+    const Floats w = at(n);
+    for (int r = 0; r < ROWS; ++r) total[r] = fma(w, load(rows[r]->x + n), total[r]);
+  }
+  if (whole < m.inner) {
+    constexpr int SIZE = KIND == FLOAT32 ? 4 : 2;
+    char part[LANES * SIZE] = {};
+    std::memcpy(part, weight + whole * SIZE, (m.inner - whole) * SIZE);
+    Floats w;
+    if constexpr (KIND == FLOAT32) w = load_as<Floats>(part);
+    if constexpr (KIND == BFLOAT16) w = from_bfloat16(reinterpret_cast<const uint16_t*>(part));
+    if constexpr (KIND == FLOAT16) w = from_float16(reinterpret_cast<const uint16_t*>(part));
+    for (int r = 0; r < ROWS; ++r) total[r] = fma(w, load(rows[r]->x + whole), total[r]);
+  }
+  for (int r = 0; r < ROWS; ++r) out[r] = sum(total[r]);
+}
+
+// Up to LANES scales from `place` on, then zeros.
+template <Kind SCALES>
+inline Floats scales_at(const char* scales, int64_t place, int64_t count) {
+  if constexpr (SCALES == FLOAT32) return load_part(reinterpret_cast<const float*>(scales) + place, count);
+  const auto* halves = reinterpret_cast<const uint16_t*>(scales) + place;
+  uint16_t part[LANES] = {};
+  if (count < LANES) {
+    std::memcpy(part, halves, count * sizeof(uint16_t));
+    halves = part;
+  }
+  return SCALES == BFLOAT16 ? from_bfloat16(halves) : from_float16(halves);
+}
+
+// What the biases of a row of the matrix add. `middle` is what was taken from each quantized number.
+template <Kind SCALES, int ROWS>
+inline void add_biases(
+    const Matrix& m, const char* scales, const char* biases, float middle, const Row* const* rows, float* out) {
+  Floats total[ROWS];
+  for (auto& t : total) t = splat(0);
+  for (int64_t g = 0, groups = m.groups(); g < groups; g += LANES) {
+    const Floats scale = scales_at<SCALES>(scales, g, groups - g), bias = scales_at<SCALES>(biases, g, groups - g);
+    const Floats low = fma(scale, splat(middle), bias);
+    for (int r = 0; r < ROWS; ++r) total[r] = fma(low, load(rows[r]->sums + g), total[r]);
+  }
+  for (int r = 0; r < ROWS; ++r) out[r] += sum(total[r]);
+}
+
+// Bytes of weights between what is multiplied and what is fetched from memory meanwhile.
+constexpr int64_t AHEAD = 3072;
+
+// Has the scales and biases that belong to the weights `AHEAD` fetched.
+inline void fetch_scales(const Matrix& m, const char* scales, const char* biases) {
+  const int64_t size = m.groups() * m.scale_bytes(), ahead = size * AHEAD / m.row_bytes();
+  for (int64_t n = 0; n < size; n += 64) {
+    __builtin_prefetch(scales + ahead + n);
+    if (biases) __builtin_prefetch(biases + ahead + n);
+  }
+}
+
+template <Kind SCALES, int ROWS>
+inline void byte_dots(
+    const Matrix& m, const char* weight, const char* scales, const char* biases, const Row* const* rows, float* out) {
+  Floats total[ROWS];
+  for (auto& t : total) t = splat(0);
+  const auto* bytes = reinterpret_cast<const uint8_t*>(weight);
+  fetch_scales(m, scales, biases);
+  for (int64_t g = 0, n = 0, groups = m.groups(); g < groups; ++g) {
+    __builtin_prefetch(bytes + n + AHEAD);
+    Floats inside[ROWS];
+    for (auto& t : inside) t = splat(0);
+    for (const int64_t last = n + m.group; n < last; n += LANES) {
+      const Floats w = from_bytes(bytes + n);
+      for (int r = 0; r < ROWS; ++r) inside[r] = fma(w, load(rows[r]->x + n), inside[r]);
+    }
+    const Floats scale = splat(scale_at<SCALES>(scales, g));
+    for (int r = 0; r < ROWS; ++r) total[r] = fma(inside[r], scale, total[r]);
+  }
+  for (int r = 0; r < ROWS; ++r) out[r] = sum(total[r]);
+  add_biases<SCALES, ROWS>(m, scales, biases, 128, rows, out);
+}
+
+template <Kind KIND, Kind SCALES, int ROWS>
+inline void nibble_dots(
+    const Matrix& m, const char* weight, const char* scales, const char* biases, const Row* const* rows, float* out) {
+  Floats total[ROWS];
+  for (auto& t : total) t = splat(0);
+  const int64_t all = m.inner / WORD, words = m.group / WORD, groups = m.groups();
+  const auto add = [&](Ints w, int64_t word, Floats scale) {
+    Floats inside[ROWS];
+    for (auto& t : inside) t = splat(0);
+    for (int n = 0; n < WORD; ++n) {
+      const Floats v = nibbles<KIND>(w, n);
+      for (int r = 0; r < ROWS; ++r) inside[r] = fma(v, load(rows[r]->x + (word * WORD + n * LANES)), inside[r]);
+    }
+    for (int r = 0; r < ROWS; ++r) total[r] = fma(inside[r], scale, total[r]);
+  };
+  int64_t word = 0;
+  fetch_scales(m, scales, biases);
+  for (; word + LANES <= all; word += LANES) {
+    __builtin_prefetch(weight + word * 4 + AHEAD);
+    add(load_as<Ints>(weight + word * 4), word, spread_scales<SCALES>(scales, word / words, groups, words));
+  }
+  if (word < all) {
+    char part[LANES * 4] = {};
+    std::memcpy(part, weight + word * 4, (all - word) * 4);
+    add(load_as<Ints>(part), word, spread_scales<SCALES>(scales, word / words, groups, words));
+  }
+  for (int r = 0; r < ROWS; ++r) out[r] = sum(total[r]);
+  if constexpr (KIND == AFFINE4) add_biases<SCALES, ROWS>(m, scales, biases, 8, rows, out);
+}
+
+template <int ROWS>
+inline void dots_of(const Matrix& m, int64_t row, const Row* const* rows, float* out) {
+  const char* weight = m.weight + row * m.row_bytes();
+  if (m.kind == FLOAT32) return dense_dots<FLOAT32, ROWS>(m, weight, rows, out);
+  if (m.kind == BFLOAT16) return dense_dots<BFLOAT16, ROWS>(m, weight, rows, out);
+  if (m.kind == FLOAT16) return dense_dots<FLOAT16, ROWS>(m, weight, rows, out);
+  const int64_t start = row * m.groups() * m.scale_bytes();
+  const char *scales = m.scales + start, *biases = m.biases + start;
+  if (m.kind == MXFP4) return nibble_dots<MXFP4, MXFP4, ROWS>(m, weight, scales, nullptr, rows, out);
+  if (m.kind == AFFINE8) {
+    if (m.scale_kind == FLOAT32) return byte_dots<FLOAT32, ROWS>(m, weight, scales, biases, rows, out);
+    if (m.scale_kind == BFLOAT16) return byte_dots<BFLOAT16, ROWS>(m, weight, scales, biases, rows, out);
+    return byte_dots<FLOAT16, ROWS>(m, weight, scales, biases, rows, out);
+  }
+  if (m.scale_kind == FLOAT32) return nibble_dots<AFFINE4, FLOAT32, ROWS>(m, weight, scales, biases, rows, out);
+  if (m.scale_kind == BFLOAT16) return nibble_dots<AFFINE4, BFLOAT16, ROWS>(m, weight, scales, biases, rows, out);
+  return nibble_dots<AFFINE4, FLOAT16, ROWS>(m, weight, scales, biases, rows, out);
+}
+
+}  // namespace
+
+Row arrange(const Matrix& m, const float* x, float* to, float* sums) {
+  const int64_t size = arranged_size(m);
+  if (in_words(m.kind)) {
+    for (int64_t block = 0; block < size; block += BLOCK) {
+      for (int n = 0; n < WORD; ++n) {
+        for (int lane = 0; lane < LANES; ++lane) {
+          const int64_t place = block + lane * WORD + n;
+          to[block + n * LANES + lane] = place < m.inner ? x[place] : 0;
+        }
+      }
+    }
+  } else {
+    std::memcpy(to, x, m.inner * sizeof(float));
+    for (int64_t n = m.inner; n < size; ++n) to[n] = 0;
+  }
+  if (m.biases) {
+    const int64_t groups = m.groups();
+    for (int64_t g = groups; g % LANES; ++g) sums[g] = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      Floats total = splat(0);
+      for (int64_t n = 0; n < m.group; n += LANES) total += load(x + g * m.group + n);
+      sums[g] = sum(total);
+    }
+  }
+  return {to, sums};
+}
+
+void dots(const Matrix& m, int64_t row, const Row* const* rows, int64_t count, float* out) {
+  int64_t n = 0;
+  for (; n + 4 <= count; n += 4) dots_of<4>(m, row, rows + n, out + n);
+  for (; n + 2 <= count; n += 2) dots_of<2>(m, row, rows + n, out + n);
+  for (; n < count; ++n) dots_of<1>(m, row, rows + n, out + n);
+}
+
+void as_floats(const Matrix& m, int64_t row, float* to) {
+  const char* weight = m.weight + row * m.row_bytes();
+  const auto* halves = reinterpret_cast<const uint16_t*>(weight);
+  const auto* bytes = reinterpret_cast<const uint8_t*>(weight);
+  const auto scale = [&m, row](const char* from, int64_t n) {
+    const int64_t place = row * m.groups() + n / m.group;
+    if (m.kind == MXFP4) return scale_at<MXFP4>(from, place);
+    if (m.scale_kind == FLOAT32) return scale_at<FLOAT32>(from, place);
+    return m.scale_kind == BFLOAT16 ? scale_at<BFLOAT16>(from, place) : scale_at<FLOAT16>(from, place);
+  };
+  if (m.kind == FLOAT32) std::memcpy(to, weight, m.inner * sizeof(float));
+  for (int64_t n = 0; m.kind != FLOAT32 && n < m.inner; ++n) {
+    const int four = m.kind >= AFFINE4 ? bytes[n / 2] >> (4 * (n & 1)) & 15 : 0;
+    if (m.kind == BFLOAT16) to[n] = bfloat16_as_float(halves[n]);
+    if (m.kind == FLOAT16) to[n] = float16_as_float(halves[n]);
+    if (m.kind == AFFINE8) to[n] = std::fma(float(bytes[n]), scale(m.scales, n), scale(m.biases, n));
+    if (m.kind == AFFINE4) to[n] = std::fma(float(four), scale(m.scales, n), scale(m.biases, n));
+    if (m.kind == MXFP4) to[n] = E2M1[four] * scale(m.scales, n);
+  }
+}
+
+}  // namespace dbrx
