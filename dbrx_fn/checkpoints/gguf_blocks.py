@@ -41,10 +41,10 @@ def floats_of_blocks(blocks: Bytes, kind: BlockType) -> NDArray[np.float32]:
     # Imported here, since it is an extra.
     from gguf import GGMLQuantizationType, quants
 
-    # A damaged file's scales may be NaN or infinite.
+    # One row of all blocks, since the package computes few rows at a time. A damaged file's scales may be NaN.
     with np.errstate(all="ignore"):
-        floats: NDArray[np.float32] = quants.dequantize(blocks, GGMLQuantizationType[kind.name])
-        return floats
+        floats: NDArray[np.float32] = quants.dequantize(blocks.reshape(1, -1), GGMLQuantizationType[kind.name])
+    return floats.reshape(len(blocks), -1)
 
 
 def _packed(entries: NDArray[Any], bits: int) -> NDArray[np.uint32]:

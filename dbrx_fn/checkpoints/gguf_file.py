@@ -32,8 +32,8 @@ from dbrx_fn.model.config import AttnConfig, Config, Dtype, FFNConfig
 from dbrx_fn.model.params import listed
 
 _LAYER_NORM_EPSILON = 1e-5
-# At most 16 MiB of floats at once.
-_BLOCKS_AT_ONCE = 2**14
+# Their floats, 2 MiB at most, stay in a core's caches (docs/checkpoints.md).
+_BLOCKS_AT_ONCE = 2**11
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
