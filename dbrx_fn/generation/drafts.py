@@ -8,15 +8,17 @@ import statistics
 from collections import deque
 from collections.abc import Iterable, Sequence
 
+from dbrx_fn.runtime.device import backend
+
 _SIZES = (16, 4)
 """How many of the last tokens must occur again. The larger number is tried first."""
 WIDTHS = (8, 16, 32)
 """Numbers of tokens in a verifying pass: the last token and its draft."""
-_GUESSES = (3.2, 3.8, 4.5)
-"""Their times until these are measured, in passes of one token."""
-_MARGIN = 1.05
+_GUESSES_ON_CPU, _GUESSES = (6.0, 9.0, 13.0), (3.2, 3.8, 4.5)
+"""Their times until these are measured, in passes of one token. A CPU has a kernel for single tokens only."""
+_MARGIN = 1.1
 """A verifying pass must promise this many times the tokens per second of single ones, since it can't overlap them."""
-_FADING = 0.9
+_FADING = 0.95
 """What each drafted token leaves of the weight of those before it."""
 _REMEMBERED = 9
 """Passes whose median is the time."""
@@ -66,6 +68,7 @@ class Pace:
         # One miss at first: the first few drafts prove little.
         self._right, self._compared = 0.0, 1.0
         self._times = {width: deque[float](maxlen=_REMEMBERED) for width in (1, *widths)}
+        self._guesses = dict(zip(WIDTHS, _GUESSES_ON_CPU if backend() == "cpu" else _GUESSES, strict=True))
 
     def compare(self, right: bool) -> None:
         """Notes whether a drafted token was the one that came."""
@@ -82,14 +85,13 @@ class Pace:
         Args:
             left: how many tokens the generation may still make.
         """
-        single = self._time(1)
-        if single is None:
+        if len(self._times[1]) < 2:
             return 1
+        single = statistics.median(self._times[1])
         best, rate = 1, _MARGIN / single
         for width in self._widths:
-            time = self._time(width)
-            if time is None:
-                time = single * next(guess for most, guess in zip(WIDTHS, _GUESSES, strict=True) if width <= most)
+            times = self._times[width]
+            time = statistics.median(times) if times else single * self._guess(width)
             found = self._expected(min(width, left)) / time
             if found > rate:
                 best, rate = width, found
@@ -100,10 +102,8 @@ class Pace:
         right = self._right / self._compared
         return sum(right**drafted for drafted in range(most))
 
-    def _time(self, width: int) -> float | None:
-        # A first pass may wait for a compiler.
-        times = self._times[width]
-        return statistics.median(times) if len(times) > 1 else None
+    def _guess(self, width: int) -> float:
+        return next(guess for most, guess in self._guesses.items() if width <= most)
 
 
 class Drafter:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbrx_fn.generation.drafts import Drafter, Ngrams, Pace
+from dbrx_fn.runtime.device import as_if
 
 TEXTS = st.lists(st.integers(0, 2), max_size=90)
 
@@ -63,11 +64,11 @@ ALWAYS = [True] * 60
         (pace([True, False] * 30, of_1=1), 1),
         (pace(ALWAYS, of_1=1), 32),
         (pace(ALWAYS, of_1=1, of_32=40), 16),
-        (pace(ALWAYS, of_1=1, of_32=40, of_16=20), 8),
+        (pace(ALWAYS, of_1=1, of_32=40, of_16=20, of_8=3), 8),
         (pace(ALWAYS, of_1=1, of_32=40, of_16=20, of_8=9), 1),
         (pace([*ALWAYS, False, False], of_1=1, of_8=1.5, of_16=3, of_32=5), 8),
         (pace([*ALWAYS, *[False] * 12], of_1=1), 1),
-        (pace([*[False] * 60, *[True] * 30], of_1=1), 32),
+        (pace([*[False] * 60, *[True] * 80], of_1=1), 32),
     ],
     ids=[
         "nothing is timed",
@@ -92,17 +93,18 @@ def test_no_wide_pass_is_taken_for_few_tokens() -> None:
     assert [made.width(left) for left in (1, 2, 3, 4, 9, 14, 40)] == [1, 1, 1, 8, 8, 16, 32]
 
 
-def test_one_slow_pass_decides_nothing() -> None:
-    """The first one may have waited for a compiler."""
-    made = pace(ALWAYS, of_1=1)
-    made.note_time(32, 100)
-    assert made.width(1000) == 32
+def test_a_machine_that_reads_wide_passes_fast_tries_them_sooner() -> None:
+    widths = []
+    for machine in ("cpu", "cuda"):
+        with as_if(backend=machine):  # type: ignore[arg-type]
+            widths.append(pace([True] * 8, of_1=1).width(1000))
+    assert widths[0] == 1 < widths[1]
 
 
 def test_drafts_are_compared_before_any_is_verified() -> None:
     drafter = Drafter((8,), [])
-    for _ in range(2):
-        drafter.pace.note_time(1, 1)
+    for width, seconds in ((1, 1), (1, 1), (8, 3)):
+        drafter.pace.note_time(width, seconds)
     widths = []
     for place in range(60):
         drafter.push(place % 10)
