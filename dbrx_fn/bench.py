@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,6 +38,8 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import DBRX, Config, Dtype
 from dbrx_fn.model.costs import weight_bytes
 from dbrx_fn.model.params import param_count
+from dbrx_fn.model.shard import own_shard
+from dbrx_fn.runtime.group import group
 from dbrx_fn.runtime.memory import wired
 from dbrx_fn.serving.access import KEY_VARIABLE
 
@@ -57,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments,
         smaller="take a smaller --shape or --batch-size, or a larger machine",
         takes_sigterm=True,
+        together=True,
     )
 
 
@@ -235,6 +238,9 @@ def _inference(chosen: argparse.Namespace) -> None:
         tuple(chosen.together),
     )
     check_cases(planned, cases, beside=bool(chosen.peer))
+    planned = replace(planned, config=replace(planned.config, shard=own_shard()))
+    if chosen.peer:
+        group().refuse_others("--peer")
     if MLX_LM in chosen.peer:
         check_mlx_lm(planned.config)
     if LLAMA_CPP in chosen.peer:
@@ -263,6 +269,7 @@ def _inference(chosen: argparse.Namespace) -> None:
 
 
 def _training(chosen: argparse.Namespace) -> None:
+    group().refuse_others("bench training")
     speeds = [
         measure_training(
             shape,
@@ -280,6 +287,7 @@ def _training(chosen: argparse.Namespace) -> None:
 
 
 def _serving(chosen: argparse.Namespace) -> None:
+    group().refuse_others("bench serving")
     if chosen.url is not None and (chosen.exact or chosen.decode_concurrency or chosen.capacity):
         raise InputError(
             "--exact, --decode-concurrency and --capacity are for the server that is started: leave them out with"
@@ -322,11 +330,12 @@ def _config(shape: str) -> Config:
 def _described(planned: Planned, limits: MachineLimits, figures: Sequence[Figure]) -> dict[str, Any]:
     config, formats = planned.config, planned.formats
     return {
+        "processes": group().size,
         "model": {
             "name": planned.name,
             "random": planned.checkpoint is None,
-            "parameters": param_count(config),
-            "active_parameters": param_count(config, active=True),
+            "parameters": param_count(planned.stored),
+            "active_parameters": param_count(planned.stored, active=True),
             "weight_bytes": weight_bytes(config, formats),
             "formats": {path: f"{form.mode} {form.bits}:{form.group_size}" for path, form in formats.items()},
             "config": config_to_dict(config),
@@ -362,9 +371,11 @@ def _inference_text(planned: Planned, limits: MachineLimits, figures: Sequence[F
     missing = [figure for figure in figures if figure.missing is not None]
     return "\n".join(
         [
-            f"{planned.name}: {config.n_layers} layers, {param_count(config) / 1e6:,.1f}M parameters,"
-            f" {param_count(config, active=True) / 1e6:,.1f}M active, {8 * size / param_count(config):.2f} bits a"
-            f" weight, {config.dtype}, {size_text(size)}{' of random weights' if planned.checkpoint is None else ''}",
+            f"{planned.name}: {config.n_layers} layers, {param_count(planned.stored) / 1e6:,.1f}M parameters,"
+            f" {param_count(planned.stored, active=True) / 1e6:,.1f}M active,"
+            f" {8 * size / param_count(config):.2f} bits a weight, {config.dtype},"
+            f" {size_text(size)}{' of random weights' if planned.checkpoint is None else ''}"
+            + (f" in each of {group().size} processes" if group().size > 1 else ""),
             f"{limits.backend}, {limits.device}, {size_text(limits.memory)}, MLX {limits.mlx}{blas}: reads"
             f" {limits.memory_rates[-1][1] / 1e9:,.1f} GB/s from memory and at most {fastest / 1e9:,.1f} from caches,"
             f" multiplies {limits.matmul_rate / 1e12:,.3f} TFLOP/s in {limits.dtype}",

@@ -23,7 +23,7 @@ from dbrx_fn.cli.generation_options import (
     chosen_speculation,
     chosen_stop_tokens,
 )
-from dbrx_fn.cli.message_reader import MessageReader
+from dbrx_fn.cli.message_reader import Message, MessageReader
 from dbrx_fn.cli.stop_signals import deferred_stop
 from dbrx_fn.cli.terminal import byte_progress, dimmed, plain, print_message, show_waiting, visible
 from dbrx_fn.errors import DbrxError
@@ -32,7 +32,9 @@ from dbrx_fn.generation.generation_config import read_generation_config
 from dbrx_fn.generation.sampling import Sampling, random_key
 from dbrx_fn.generation.speculation import Speculation
 from dbrx_fn.generation.stream import warm_up
+from dbrx_fn.model.shard import own_shard
 from dbrx_fn.runtime.device import backend
+from dbrx_fn.runtime.group import group
 from dbrx_fn.serving.fingerprint import weights_fingerprint
 
 _MOST_TOKENS = 1000
@@ -62,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments,
         smaller="take a shorter conversation, a smaller --prefill-step-size, or quantize the model (python -m"
         " dbrx_fn.convert)",
+        together=True,
     )
 
 
@@ -89,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     check_generation_options(options)
-    key = random_key(secrets.randbits(32) if options.seed is None else options.seed)
+    key = random_key(group().share(secrets.randbits(32) if options.seed is None else options.seed))
     path = checkpoint_path(options.model)
     with tokenizer_files(path) as files:
         defaults, tokenizer = read_generation_config(files.folder), files.read()
@@ -102,7 +105,8 @@ def _run(options: argparse.Namespace) -> None:
         chosen_speculation(options),
     )
     with byte_progress("loading") as progress:
-        params, config = load(path, dtype=options.dtype or computing_dtype(path), progress=progress)
+        dtype = group().share(options.dtype or computing_dtype(path))
+        params, config = load(path, dtype=dtype, progress=progress, shard=own_shard())
     if backend() != "cpu":
         with show_waiting("compiling, which takes longest the first time"):
             warm_up(
@@ -115,6 +119,7 @@ def _run(options: argparse.Namespace) -> None:
                 speculation=settings.speculation,
             )
     reader = MessageReader()
+    reader.on_terminal = group().share(reader.on_terminal)
     if reader.on_terminal:
         _tell(f"{options.model}: /help lists the commands, Ctrl-D ends.")
     with _ctrl_c_raises(reader.on_terminal):
@@ -129,10 +134,12 @@ def _talk(session: ChatSession, settings: Settings, key: mx.array, reader: Messa
 
     while True:
         try:
-            message = reader.read()
+            message = _next_message(reader)
             if message is None or (message.is_command and message.text.strip() in QUIT):
                 return
             if message.is_command:
+                if message.text.startswith(("/save", "/load")):
+                    group().refuse_others(message.text.split()[0])
                 _tell(obey(message.text.strip(), session, weights))
             elif message.text.strip():
                 key, own = mx.random.split(key)
@@ -149,6 +156,12 @@ def _talk(session: ChatSession, settings: Settings, key: mx.array, reader: Messa
             print("\n(Ctrl-D or /quit ends)", file=sys.stderr, flush=True)
 
 
+def _next_message(reader: MessageReader) -> Message | None:
+    """The user's next message, in every process."""
+    message = group().share(reader.read() if group().leads else None)
+    return None if message is None else Message(*message)
+
+
 def _answer(session: ChatSession, text: str, settings: Settings, key: mx.array, *, stops_only: bool) -> None:
     """Prints an answer as it is generated.
 
@@ -163,7 +176,7 @@ def _answer(session: ChatSession, text: str, settings: Settings, key: mx.array, 
             times.append(time.perf_counter())
             print(visible(piece.text) if terminal else piece.text, end="", flush=True)
             reason = "stopped" if piece.finish_reason is None else _cut(piece.finish_reason, len(times), settings)
-            if stop.requested:
+            if group().share(stop.requested):
                 break
     print(flush=True)
     rate = f" at {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""

@@ -35,8 +35,10 @@ from dbrx_fn.evaluation.picture import QuantizedModel, draw_quantizations, short
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.params import param_count
 from dbrx_fn.model.quantization import dequantize
+from dbrx_fn.model.shard import own_shard
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import backend, memory_size
+from dbrx_fn.runtime.group import group
 
 _SECONDS_BETWEEN_LINES = 30
 
@@ -49,7 +51,7 @@ class Subject:
     `parameters`: the model's number of parameters, independent of how they are stored.
     `stored_bytes`: size of all its tensors, including scales and biases of quantized matrices.
     `file_bytes`: size of the files that hold the tensors.
-    `loaded_bytes`: size of the parameters in memory.
+    `loaded_bytes`: size of the parameters in this process's memory.
     `quantized_router`: whether any layer's router is quantized.
     """
 
@@ -83,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser(),
         arguments,
         smaller="take a smaller --batch-size or --sequence-length",
+        together=True,
     )
 
 
@@ -177,7 +180,7 @@ def _subjects(names: Sequence[str], dtype: Dtype | None) -> list[Subject]:
                 parameters=param_count(config),
                 stored_bytes=_stored_bytes(checkpoint),
                 file_bytes=sum(file.stat().st_size for file in {tensor.file for tensor in checkpoint.tensors.values()}),
-                loaded_bytes=_bytes(_as_computed(params, config)),
+                loaded_bytes=_bytes(_as_computed(params, config)) // group().size,
                 quantized_router=any(".router." in path for path in checkpoint.formats),
             )
         )
@@ -216,9 +219,9 @@ def _rows(
     rows: list[Row] = []
     try:
         loaded = _load(first, dtype)
-        for number, group in enumerate(groups, start=1):
+        for number, members in enumerate(groups, start=1):
             name = f"measuring, part {number} of {len(groups)}" if len(groups) > 1 else "measuring"
-            models = [_load(subject, dtype) for subject in group]
+            models = [_load(subject, dtype) for subject in members]
             with _progress(name) as passed:
                 evaluation, comparisons = compare(
                     loaded, models, text, batch_size=batch_size, sequence_length=sequence_length, progress=passed
@@ -227,7 +230,7 @@ def _rows(
             del models
             if not rows:
                 rows.append(Row(first, evaluation, None))
-            rows += [Row(subject, found.evaluation, found) for subject, found in zip(group, comparisons, strict=True)]
+            rows += [Row(subject, found.evaluation, found) for subject, found in zip(members, comparisons, strict=True)]
     except (RuntimeError, MemoryError) as error:
         raise InputError(
             f"The computation failed ({shorten(str(error), 200, placeholder='…')}), most likely for lack of memory:"
@@ -248,15 +251,16 @@ def _groups(first: Subject, others: Sequence[Subject]) -> list[list[Subject]]:
     The first model runs over the text once for each group, so large groups save time.
     """
     largest = max((other.loaded_bytes for other in others), default=0)
-    if first.loaded_bytes + largest > memory_size():
+    memory = group().share(memory_size())
+    if first.loaded_bytes + largest > memory:
         raise InputError(
             f"{first.name} and the largest of the others need {size_text(first.loaded_bytes + largest)}, and this"
-            f" machine has {size_text(memory_size())}: take a larger machine."
+            f" machine has {size_text(memory)}: take a larger machine."
         )
     groups: list[list[Subject]] = [[]]
     for other in others:
         together = first.loaded_bytes + other.loaded_bytes + sum(subject.loaded_bytes for subject in groups[-1])
-        if groups[-1] and 2 * together > memory_size():
+        if groups[-1] and 2 * together > memory:
             groups.append([])
         groups[-1].append(other)
     return groups
@@ -264,7 +268,7 @@ def _groups(first: Subject, others: Sequence[Subject]) -> list[list[Subject]]:
 
 def _load(subject: Subject, dtype: Dtype | None) -> Model:
     with byte_progress(f"reading {subject.name}") as progress:
-        params, config = load(subject.path, dtype=dtype, progress=progress)
+        params, config = load(subject.path, dtype=dtype, progress=progress, shard=own_shard())
     params = _as_computed(params, config)
     mx.eval(params)
     return Model(params, config)
@@ -320,6 +324,7 @@ def _as_json(rows: Sequence[Row], text_bytes: int, sequence_length: int) -> dict
         "text_bytes": text_bytes,
         "tokens": rows[0].evaluation.tokens,
         "sequence_length": sequence_length,
+        "processes": group().size,
         "models": [_fields(row) for row in rows],
     }
 

@@ -35,13 +35,16 @@ from dbrx_fn.generation.sampling import random_key
 from dbrx_fn.generation.stream import Piece, Stream, stream_text, token_budget, warm_up
 from dbrx_fn.generation.structured import Structure
 from dbrx_fn.model.config import Config, Dtype
+from dbrx_fn.model.shard import own_shard
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import backend
+from dbrx_fn.runtime.group import group
 from dbrx_fn.serving.batch_lines import read_batch_input
 from dbrx_fn.serving.batch_output import batch_output
 from dbrx_fn.serving.batch_run import MOST_CHOICES, MOST_TEXTS, BatchRun
 from dbrx_fn.serving.engine import Engine
 from dbrx_fn.serving.fingerprint import weights_fingerprint
+from dbrx_fn.serving.following import shared_limits
 from dbrx_fn.serving.limits import default_limits
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.served_model import ServedModel
@@ -70,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments,
         smaller="take a shorter prompt, smaller --max-tokens or --prefill-step-size, or quantize the model (python -m"
         " dbrx_fn.convert)",
+        together=True,
     )
 
 
@@ -130,7 +134,8 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _run_one(options: argparse.Namespace) -> None:
-    report = Report(options.model, secrets.randbits(32) if options.seed is None else options.seed)
+    seed = group().share(secrets.randbits(32) if options.seed is None else options.seed)
+    report = Report(options.model, seed, processes=group().size)
     check_generation_options(options)
     key = random_key(report.seed)
     structure, speculation = _structure(options), chosen_speculation(options)
@@ -210,6 +215,9 @@ def _run_batch(options: argparse.Namespace) -> None:
         stop_strings=tuple(options.stop) or defaults.stop_strings,
     )
     name = model_name(options.model, path)
+    if not group().leads:
+        _engine(*_load(path, options.dtype), tokenizer).follow()
+        return
     lines = read_batch_input(options.batch)
     chosen = json.dumps([asdict(defaults), options.seed, name, tokenizer.fingerprint()])
     chosen_sum = hashlib.sha256(chosen.encode()).hexdigest()
@@ -219,20 +227,18 @@ def _run_batch(options: argparse.Namespace) -> None:
             return
         params, config = _load(path, options.dtype)
         output.begin(weights_fingerprint(params, config))
-        limits = default_limits(params, config, reserved=_PREFIXES)
+        engine = _engine(params, config, tokenizer)
         model = ServedModel(
             name=name,
             created=int(time.time()),
             config=config,
             tokenizer=tokenizer,
-            capacity=min(limits.capacity, limits.positions),
+            capacity=min(engine.limits.capacity, engine.limits.positions),
             defaults=defaults,
             max_tokens=defaults.max_tokens or MOST_TOKENS,
             most_choices=MOST_CHOICES,
         )
-        trie = trie_if_any(tokenizer, config.vocab_size)
-        prefixes = PrefixStore(config, "", chunk=limits.chunk, memory=_PREFIXES)
-        with Engine(params, config, limits, trie=trie, prefixes=prefixes, queue=MOST_TEXTS + MOST_CHOICES) as engine:
+        with engine:
             with nullcontext() if backend() == "cpu" else show_waiting(_COMPILING):
                 engine.wait_until_ready()
             with batch_progress(lines.count, output.count) as progress:
@@ -247,6 +253,13 @@ def _run_batch(options: argparse.Namespace) -> None:
                     raise
         failed = f", {batch.failed} of them with an error" if batch.failed else ""
         print_message(f"{options.out} has the answers to {output.count} lines{failed}.")
+
+
+def _engine(params: Params, config: Config, tokenizer: Tokenizer) -> Engine:
+    limits = shared_limits(lambda: default_limits(params, config, reserved=_PREFIXES))
+    trie = trie_if_any(tokenizer, config.vocab_size)
+    prefixes = PrefixStore(config, "", chunk=limits.chunk, memory=_PREFIXES)
+    return Engine(params, config, limits, trie=trie, prefixes=prefixes, queue=MOST_TEXTS + MOST_CHOICES)
 
 
 def _check_batch(options: argparse.Namespace) -> None:
@@ -305,6 +318,7 @@ def _prompt(option: str) -> str:
     try:
         if option == "-":
             source = "standard input"
+            group().refuse_others("--prompt -")
             if sys.stdin is None:
                 raise InputError("The prompt can't be read, since standard input is closed.")
             read = sys.stdin.buffer.read(_LARGEST_PROMPT + 1)
@@ -345,7 +359,8 @@ def _structure(options: argparse.Namespace) -> Structure | None:
 
 def _load(path: Path, dtype: Dtype | None) -> tuple[Params, Config]:
     with byte_progress("loading") as progress:
-        return load(path, dtype=dtype or computing_dtype(path), progress=progress)
+        dtype = group().share(dtype or computing_dtype(path))
+        return load(path, dtype=dtype, progress=progress, shard=own_shard())
 
 
 def _encode(tokenizer: Tokenizer, text: str, options: argparse.Namespace, most: int) -> list[int]:

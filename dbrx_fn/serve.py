@@ -25,9 +25,12 @@ from dbrx_fn.files.json_file import shown
 from dbrx_fn.generation.generation_config import GenerationConfig, read_generation_config
 from dbrx_fn.generation.sampling import Sampling
 from dbrx_fn.model.costs import cache_bytes
+from dbrx_fn.model.shard import own_shard
+from dbrx_fn.runtime.group import group
 from dbrx_fn.serving.access import KEY_VARIABLE, Access, read_keys
 from dbrx_fn.serving.engine import Engine
 from dbrx_fn.serving.fingerprint import fingerprint
+from dbrx_fn.serving.following import shared_limits
 from dbrx_fn.serving.limits import Limits, default_limits
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.served_model import ServedModel
@@ -54,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments,
         smaller="serve fewer --decode-concurrency or a smaller --capacity, or quantize the model (python -m"
         " dbrx_fn.convert)",
+        together=True,
     )
 
 
@@ -161,6 +165,10 @@ def _add_defaults(options: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     server_module = _server_module()
     _check(options)
+    if not group().leads:
+        _, engine = _loaded(options)
+        engine.follow()
+        return
     keys = read_keys(options.api_key_file, os.environ.get(KEY_VARIABLE))
     access = Access(keys, frozenset(options.allowed_origins), frozenset(options.allowed_hosts))
     # Before the weights, which can take minutes.
@@ -195,6 +203,8 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError(f"--drain is {options.drain:g} where it must be from 0 to {_LONGEST_DRAIN} seconds.")
     if options.prompt_cache_disk is not None and options.prompt_cache_folder is None:
         raise InputError("--prompt-cache-disk is the room in a folder: name it with --prompt-cache-folder.")
+    if options.prompt_cache_folder is not None:
+        group().refuse_others("--prompt-cache-folder")
     _with_options(options, GenerationConfig(Sampling(), None, ()))
 
 
@@ -208,14 +218,17 @@ def _loaded(options: argparse.Namespace) -> tuple[ServedModel, Engine]:
     spelled = "".join(tokenizer.control_tokens)
     tokenizer.encode(spelled, literal=[(0, len(spelled))])
     with byte_progress("loading") as progress:
-        params, config = load(path, dtype=options.dtype or computing_dtype(path), progress=progress)
-    limits = default_limits(
-        params,
-        config,
-        rows=options.decode_concurrency,
-        capacity=options.capacity,
-        exact=options.exact,
-        reserved=options.prompt_cache_bytes,
+        dtype = group().share(options.dtype or computing_dtype(path))
+        params, config = load(path, dtype=dtype, progress=progress, shard=own_shard())
+    limits = shared_limits(
+        lambda: default_limits(
+            params,
+            config,
+            rows=options.decode_concurrency,
+            capacity=options.capacity,
+            exact=options.exact,
+            reserved=options.prompt_cache_bytes,
+        )
     )
     prefixes = PrefixStore(
         config,

@@ -30,11 +30,13 @@ from dbrx_fn.runs.folder import RunFolder
 from dbrx_fn.runs.loop import train
 from dbrx_fn.runs.plan import Plan
 from dbrx_fn.runs.start import model_sums
+from dbrx_fn.runs.together import Parallel, own_plan
+from dbrx_fn.runtime.group import group
 from dbrx_fn.text.bpe import save_tokenizer, train_bpe
 from dbrx_fn.text.chat import ChatFormat
 from dbrx_fn.text.chatml_template import chatml_template
 from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
-from dbrx_fn.training.step import Recipe, Schedule, check_memory
+from dbrx_fn.training.step import Recipe, Schedule
 
 _DEFAULTS: dict[str, Any] = {
     **{field.name: field.default for field in fields(Recipe) if field.default is not MISSING},
@@ -43,6 +45,8 @@ _DEFAULTS: dict[str, Any] = {
     "held_out_share": 0.05,
     "control_tokens": False,
     "resume": False,
+    "parallel": "data",
+    "micro_batches": None,
     "model": None,
     "config": None,
     "tokenizer": None,
@@ -74,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept=lambda options: RunFolder(options.out).how_to_go_on(),
         smaller="take a smaller --batch-size, more --micro-batches, or --recompute",
         takes_sigterm=True,
+        together=True,
     )
 
 
@@ -89,7 +94,14 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, help="new folder of the run: checkpoints, metrics, pictures, the model"
     )
     options.add_argument(
-        "--resume", action="store_true", help="continue the run in --out; the only other option allowed is --steps"
+        "--resume",
+        action="store_true",
+        help="continue the run in --out; the only other options allowed are --steps and --parallel",
+    )
+    options.add_argument(
+        "--parallel",
+        choices=get_args(Parallel),
+        help="what processes under mlx.launch divide: the micro-batches (data), or the model (tensor) (default: data)",
     )
     _add_data(options.add_argument_group("data"))
     _add_model(options.add_argument_group("model"))
@@ -152,7 +164,11 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
     _add_number(group, "--steps", int, "number of updates; with --resume, of the whole run")
     _add_number(group, "--batch-size", int, "sequences per update")
     _add_number(
-        group, "--micro-batches", int, "number of parts of a batch, computed one after the other to save memory"
+        group,
+        "--micro-batches",
+        int,
+        "number of parts of a batch, computed one after the other to save memory (default: 1, or one for each process"
+        " that computes its own)",
     )
     _add_number(group, "--sequence-length", int, "tokens per sequence")
     _add_number(group, "--learning-rate", float, "the highest learning rate")
@@ -188,6 +204,13 @@ def _run(given: dict[str, Any]) -> None:
         _resume(folder, given)
         return
     options = argparse.Namespace(**{**_DEFAULTS, **given})
+    if group().leads:
+        _begin(folder, options)
+    _train(folder, None, options.parallel)
+
+
+def _begin(folder: RunFolder, options: argparse.Namespace) -> None:
+    """Sets up a new run."""
     if folder.started:
         raise InputError(f"{folder.path} holds a run already: continue it with --resume, or name another --out.")
     if not options.data:
@@ -195,21 +218,26 @@ def _run(given: dict[str, Any]) -> None:
     plan = _plan(options)
     with folder.set_up() as hidden:
         _set_up(hidden, plan, options)
-    with folder.locked():
-        train(folder, plan)
+
+
+def _train(folder: RunFolder, steps: int | None, parallel: Parallel) -> None:
+    """Trains in a folder that is set up. Of several processes only the leader has set it up, and locks it."""
+    with folder.locked() if group().leads else contextlib.nullcontext():
+        # The others wait here.
+        group().share(None)
+        plan = folder.read_plan()
+        own_plan(plan, parallel)
+        if group().leads:
+            folder.clean()
+        train(folder, plan, steps, parallel)
 
 
 def _resume(folder: RunFolder, given: Mapping[str, Any]) -> None:
-    others = sorted(given.keys() - {"out", "resume", "steps"})
+    others = sorted(given.keys() - {"out", "resume", "steps", "parallel"})
     if others:
         option = f"--{others[0].replace('_', '-')}"
         raise InputError(f"{option} can't be changed in a run: give --resume with --out, and --steps at most.")
-    with folder.locked():
-        plan = folder.read_plan()
-        if not plan.trains_part:
-            check_memory(plan.config)
-        folder.clean()
-        train(folder, plan, given.get("steps"))
+    _train(folder, given.get("steps"), given.get("parallel", "data"))
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -225,6 +253,8 @@ def _plan(options: argparse.Namespace) -> Plan:
     if options.moe_jitter_eps is not None:
         ffn = replace(ffn, moe_jitter_eps=options.moe_jitter_eps)
     chosen = {field.name: getattr(options, field.name) for field in fields(Recipe)}
+    if chosen["micro_batches"] is None:
+        chosen["micro_batches"] = group().size if options.parallel == "data" else Recipe.micro_batches
     plan = Plan(
         config=replace(config, ffn=ffn, dtype="float32"),
         recipe=Recipe(**chosen),
@@ -239,9 +269,9 @@ def _plan(options: argparse.Namespace) -> Plan:
         adapters=_adapters(options),
         train_only=None if options.train_only is None else _named("--train-only", options.train_only, PARTS),
     )
+    own_plan(plan, options.parallel)
     if plan.trains_part:
         return plan
-    check_memory(plan.config)
     if start is not None and tree_formats(load(start, dtype="float32", lazy=True)[0], config):
         print_message(
             f"{options.model} is quantized: its weights are dequantized, and trained as floats (--lora keeps them)"

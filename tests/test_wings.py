@@ -21,10 +21,10 @@ BELOW = {
     "drawing": "errors files",
     "generation": "errors files model runtime text",
     "serving": "checkpoints errors files generation model runtime text",
-    "training": "checkpoints data errors files model runtime",
+    "training": "checkpoints data errors files model ops runtime",
     "evaluation": "checkpoints data drawing errors files model runtime training",
     "benchmarks": "checkpoints data drawing errors files generation model ops runtime training",
-    "cli": "errors files generation model ops text",
+    "cli": "errors files generation model ops runtime text",
     "checking": "benchmarks checkpoints errors files generation model ops runtime training",
     "runs": "checkpoints cli data drawing errors evaluation files generation model runtime training",
 }

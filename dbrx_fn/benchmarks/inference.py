@@ -26,6 +26,7 @@ from dbrx_fn.model.costs import Work, decode_work, prefill_work, weight_bytes
 from dbrx_fn.model.shapes import capacity_bucket
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.group import group
 
 What = Literal["load", "draw", "prefill", "first token", "decode"]
 Step = Callable[[mx.array], mx.array]
@@ -258,7 +259,7 @@ def _measured(empty: Figure, program: Program, cases: Cases, work: Work, made: i
 def _times(program: Program, what: What, tokens: mx.array, repeats: int) -> tuple[float, list[float]]:
     prompt = [int(token) for token in tokens[0]]
     times: list[float] = []
-    while len(times) <= repeats and not (len(times) > 1 and sum(times) > _PATIENCE):
+    while group().share(len(times) <= repeats and not (len(times) > 1 and sum(times) > _PATIENCE)):
         start = time.perf_counter()
         if what == "prefill":
             program.prefill(tokens)
@@ -295,7 +296,7 @@ def decoding_times(step: Step, token: mx.array, cases: Cases) -> tuple[float, li
     handed_over.clear()
     begun = time.perf_counter()
     times: list[float] = []
-    while len(times) < cases.repeats and not (times and time.perf_counter() - begun > _PATIENCE):
+    while group().share(len(times) < cases.repeats and not (times and time.perf_counter() - begun > _PATIENCE)):
         times.append(decode(cases.tokens))
     mx.synchronize()
     return first, times, statistics.median(handed_over)

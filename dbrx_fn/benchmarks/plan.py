@@ -143,8 +143,8 @@ def loaded_weights(path: Path, planned: Planned) -> Params:
     """
     wanted = planned.config
     if planned.quantization is None and open_checkpoint(path).config.n_layers == wanted.n_layers:
-        return load(path, dtype=wanted.dtype)[0]
-    params, _ = load(path, dtype=wanted.dtype, lazy=True)
+        return load(path, dtype=wanted.dtype, shard=wanted.shard)[0]
+    params, _ = load(path, dtype=wanted.dtype, lazy=True, shard=wanted.shard)
     transformer = params["transformer"]
     params = {**params, "transformer": {**transformer, "blocks": transformer["blocks"][: wanted.n_layers]}}
     if planned.quantization is not None:

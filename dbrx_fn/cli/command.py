@@ -19,13 +19,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from textwrap import shorten
 from typing import Any, NoReturn, TextIO, cast
 
 from dbrx_fn.cli.interrupts import BY_SCRIPT, SCRIPT
 from dbrx_fn.cli.terminal import plain, print_message, printed_warnings
-from dbrx_fn.errors import DbrxError, lacks_memory
+from dbrx_fn.errors import DbrxError, InputError, lacks_memory
+from dbrx_fn.runtime.group import Group, group, joined
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -62,6 +63,7 @@ def run(
     kept: Callable[[argparse.Namespace], str] | None = None,
     smaller: str = "take a smaller model or a larger machine",
     takes_sigterm: bool = False,
+    together: bool = False,
 ) -> int:
     """Runs a command and returns its exit status.
 
@@ -75,50 +77,94 @@ def run(
         smaller: what to do when memory runs out, as a clause without a full stop.
         takes_sigterm: whether SIGTERM does the same as Ctrl-C, for commands that then save or remove something. If not,
             it ends the process at once, even during a wait for the device, when Python sees no signal.
+        together: whether several processes can run the command together (`dbrx_fn.runtime.group`). If not, it refuses
+            to be started by mlx.launch.
 
     Raises:
         SystemExit: by the parser, for `--help` and for unknown options.
     """
     options = argparse.Namespace()
+
+    def left() -> str | None:
+        return kept(options) if kept is not None and vars(options) else None
+
+    def started() -> int:
+        processes = group()
+        processes.how_to_go_on = lambda: left() or "start all of them again"
+        parser.parse_args(arguments, options)
+        if not together:
+            processes.refuse_others("This command")
+        return command(options) or 0
+
     with _standard_streams():
         try:
-            with _signals_raise([signal.SIGINT, *([signal.SIGTERM] if takes_sigterm else [])]), printed_warnings():
-                return _run(command, parser, arguments, options)
-        except DbrxError as error:
+            with joined() as processes, _follows(processes):
+                # Only the leader handles signals. The others end when it does.
+                taken = [signal.SIGINT, *([signal.SIGTERM] if takes_sigterm else [])] if processes.leads else []
+                status = _ended(started, taken, left, smaller)
+                processes.finish()
+                return status
+        except InputError as error:
             print_message(f"error: {error}")
-        except KeyboardInterrupt as stop:
-            if kept is not None and vars(options):
-                print_message(f"interrupted: {kept(options)}.")
-            return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
-        except BrokenPipeError:
-            return 0
-        except OSError as error:
-            what = "written" if error.filename == _OUTPUT else "read or written"
-            print_message(f"error: {error.filename or 'a file'} can't be {what} ({error.strerror or error}).")
-        except (RuntimeError, MemoryError) as error:
-            if not lacks_memory(error):
-                raise
-            said = shorten(str(error), 200, placeholder="…") or "out of memory"
-            print_message(f"error: this doesn't fit in memory ({said}): {smaller}.")
-        return 2
+            return 2
 
 
-def _run(
-    command: Callable[[argparse.Namespace], int | None],
-    parser: argparse.ArgumentParser,
-    arguments: Sequence[str] | None,
-    options: argparse.Namespace,
+def _ended(
+    command: Callable[[], int], signals: Sequence[signal.Signals], left: Callable[[], str | None], smaller: str
 ) -> int:
+    """Runs a command to its end, with errors as one sentence. Returns the exit status."""
     try:
-        parser.parse_args(arguments, options)
-        status = command(options)
+        with _signals_raise(signals), printed_warnings():
+            return _run(command)
+    except DbrxError as error:
+        _tell(str(error))
+    except KeyboardInterrupt as stop:
+        if (said := left()) is not None:
+            print_message(f"interrupted: {said}.")
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        what = "written" if error.filename == _OUTPUT else "read or written"
+        _tell(f"{error.filename or 'a file'} can't be {what} ({error.strerror or error}).")
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            group().wait_for_its_end()
+            raise
+        said = shorten(str(error), 200, placeholder="…") or "out of memory"
+        _tell(f"this doesn't fit in memory ({said}): {smaller}.")
+    return 2
+
+
+def _tell(sentence: str) -> None:
+    """Prints an error. That of a process that doesn't lead is told by the leader."""
+    print_message(f"error: {sentence}")
+    group().fail(sentence)
+
+
+@contextmanager
+def _follows(processes: Group) -> Iterator[None]:
+    """Makes a process silent, and deaf to Ctrl-C, unless it leads."""
+    if processes.leads:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        yield
+
+
+def _run(command: Callable[[], int]) -> int:
+    try:
+        status = command()
     except SystemExit:
         # --help ends here.
         sys.stdout.flush()
+        group().finish()
         raise
     with suppress(BrokenPipeError):
         sys.stdout.flush()
-    return status or 0
+    return status
 
 
 @contextmanager

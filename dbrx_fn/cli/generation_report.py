@@ -25,6 +25,7 @@ class Report:
     prompt_rate: float | None = None
     generation_rate: float | None = None
     peak_memory: int = 0
+    processes: int = 1
 
     def note(self, piece: Piece, elapsed: float) -> None:
         """Counts a piece that came `elapsed` seconds after the start."""

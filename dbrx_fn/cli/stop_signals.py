@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from dbrx_fn.cli.command import SAME_PRESS, Terminated
+from dbrx_fn.runtime.group import group
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -46,12 +47,12 @@ class Stop:
 
 @contextmanager
 def deferred_stop(tell: Callable[[], None]) -> Iterator[Stop]:
-    """Defers Ctrl-C and SIGTERM within the block, unless they are ignored.
+    """Defers Ctrl-C and SIGTERM within the block, unless they are ignored. Of several processes only one gets them.
 
     Args:
         tell: called at the first signal, from another thread, since the main thread may be busy for long.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or not group().leads:
         yield Stop()
         return
     stop = Stop()

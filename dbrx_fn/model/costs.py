@@ -1,7 +1,8 @@
 """The least work that a model's steps need, counted from its config: operations, and bytes read from memory.
 
 Divided by a machine's rates, these give lower bounds on a step's time for any implementation (`docs/bench.md`). They
-leave out what an implementation could avoid: activations, padding, a cache's free positions, sorting, dequantizing.
+leave out what an implementation could avoid: activations, padding, a cache's free positions, sorting, dequantizing. If
+several processes share a model, they count one process's part.
 """
 
 from collections.abc import Mapping
@@ -86,7 +87,7 @@ def prefill_work(config: Config, formats: Formats, tokens: int) -> Work:
     times d_model. Bytes: the weights once, and the keys and values that are written.
     """
     seen = tokens * (tokens + 1) // 2
-    head = config.vocab_size * config.d_model
+    head = _head_weights(config)
     operations = 2 * (tokens * _inner_weights(config) + head) + _attention_operations(config, seen)
     return Work(operations, read_weight_bytes(config, formats, tokens) + cache_bytes(config, tokens))
 
@@ -100,7 +101,7 @@ def decode_work(config: Config, formats: Formats, context: float, batch_size: in
     tokens = batch_size * together
     # The new tokens see those before the step, themselves, and the new ones before them.
     seen = tokens * (context + (together + 1) / 2)
-    weights = _inner_weights(config) + config.vocab_size * config.d_model
+    weights = _inner_weights(config) + _head_weights(config)
     operations = 2 * tokens * weights + _attention_operations(config, seen)
     cache = batch_size * (context + together) * cache_bytes(config, 1)
     return Work(round(operations), round(read_weight_bytes(config, formats, tokens) + cache))
@@ -113,16 +114,21 @@ def training_operations(config: Config, sequence_length: int) -> int:
     multiplies each query with the keys before it (half of `sequence_length` on average) and sums as many values: 4
     operations per key and entry of d_model.
     """
-    matrices = param_count(config, active=True) - config.vocab_size * config.d_model
-    attention = config.n_layers * 4 * config.d_model * sequence_length // 2
+    matrices = param_count(config, active=True) - _head_weights(config)
+    attention = config.n_layers * 4 * config.layer.sizes["heads"] * sequence_length // 2
     return 3 * (2 * matrices + attention)
 
 
 def _inner_weights(config: Config) -> int:
     """Number of weights in the layers that one token passes through, without the embedding and the head."""
-    return param_count(config, active=True) - 2 * config.vocab_size * config.d_model
+    return param_count(config, active=True) - 2 * _head_weights(config)
+
+
+def _head_weights(config: Config) -> int:
+    """Number of the head's weights, which is that of the embedding's too."""
+    return config.layer.sizes["vocab"] * config.d_model
 
 
 def _attention_operations(config: Config, seen: float) -> int:
     """Operations of all layers' attention scores and weighted sums of values, for `seen` pairs of a query and a key."""
-    return round(config.n_layers * 4 * config.d_model * seen)
+    return round(config.n_layers * 4 * config.layer.sizes["heads"] * seen)

@@ -12,6 +12,7 @@ biases (`dbrx_fn.ops.formats`). Each matrix may have an adapter beside it (`dbrx
 """
 
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -184,6 +185,14 @@ def own_part(whole: mx.array, cut: Cut | None, shard: Shard) -> mx.array:
         return whole
     parts = [whole[part] for part in cut.slices(whole.shape[cut.axis], shard)]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=cut.axis)
+
+
+def of_own_parts(parts: Sequence[mx.array], cut: Cut) -> mx.array:
+    """The array that all processes' parts, in the order of their ranks, make up: the inverse of `own_part`."""
+    unit = parts[0].shape[cut.axis] // sum(cut.sections)
+    ends = list(itertools.accumulate(section * unit for section in cut.sections))
+    sections = zip(*(mx.split(part, ends[:-1], axis=cut.axis) for part in parts), strict=True)
+    return mx.concatenate([piece for section in sections for piece in section], axis=cut.axis)
 
 
 def nest(arrays: Mapping[str, mx.array], config: Config) -> Params:

@@ -12,6 +12,7 @@ from math import gcd
 
 from dbrx_fn.errors import ConfigError
 from dbrx_fn.runtime.arguments import check_fields
+from dbrx_fn.runtime.group import group
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ WHOLE = Shard()
 """The only process of a model that isn't shared."""
 
 
+def own_shard() -> Shard:
+    """This process's place among the processes of a command."""
+    return Shard(group().rank, group().size)
+
+
 @dataclass(frozen=True)
 class Cut:
     """How an array is cut.
@@ -60,6 +66,10 @@ class Cut:
             found.append((*[slice(None)] * self.axis, slice(first, first + part)))
             start += section * unit
         return found
+
+    def whole_shape(self, shape: Sequence[int], shard: Shard) -> tuple[int, ...]:
+        """The shape of an array whose part has this one."""
+        return tuple(size * shard.size if axis == self.axis else size for axis, size in enumerate(shape))
 
 
 def cut_of(axes: Sequence[str], heads: tuple[int, int]) -> Cut | None:

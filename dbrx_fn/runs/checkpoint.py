@@ -27,8 +27,10 @@ from dbrx_fn.errors import CheckpointError, DbrxError, InputError, lacks_memory
 from dbrx_fn.files.checksums import SEAL, disagreement, file_sum, folder_sums, read_note, sealed
 from dbrx_fn.files.json_file import LARGEST_VOCABULARY, shown
 from dbrx_fn.model.config import Config
+from dbrx_fn.model.params import own_part
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runs.plan import difference
+from dbrx_fn.training.shared_state import state_cut
 from dbrx_fn.training.step import State
 
 _TENSORS, _NOTE = "training/state.safetensors", "training/state.json"
@@ -101,7 +103,7 @@ def read_run_checkpoint(
         folder: the checkpoint's.
         step: the step in its name.
         fresh: a state of the same structure.
-        config: the model's.
+        config: the model's. If processes share it, the state is this one's part.
         run: the settings that determine the run's results.
         is_part: whether the state has only a part of the model.
 
@@ -123,10 +125,10 @@ def read_run_checkpoint(
         _compare(folder, texts)
         # Sizes come from the headers, since those in the note may be false.
         params = None if is_part else _read_params(folder, config)
-        rest = _outlined(folder, _resumable(fresh, is_part), note["tensors"])
+        rest = _outlined(folder, _resumable(fresh, is_part), config, note["tensors"])
         _compare(folder, {name: noted.files[name] for name in noted.files.keys() - texts.keys()})
         arrays = cast(dict[str, mx.array], mx.load(str(folder / _TENSORS)))
-        found_rest = [arrays[f"{n:06d}"] for n in range(len(rest))]
+        found_rest = [_own(arrays.pop(f"{n:06d}"), path, config) for n, path in enumerate(rest)]
         mx.eval(params, found_rest)
     except InputError:
         raise
@@ -154,22 +156,37 @@ def leaves(tree: State | Params) -> list[tuple[str, mx.array]]:
 
 def _read_params(folder: Path, config: Config) -> Params:
     """The lazy parameters of the plain checkpoint."""
-    params, found = load(folder, dtype="float32", lazy=True)
+    params, found = load(folder, dtype="float32", lazy=True, shard=config.shard)
     if replace(found, dtype=config.dtype) != config:
         raise _other_run(folder, "its config.json is of another model")
     return params
 
 
-def _outlined(folder: Path, fresh: State, names: object) -> list[str]:
+def _outlined(folder: Path, fresh: State, config: Config, names: object) -> list[str]:
     """The paths of the state's arrays, after a check of their shapes and dtypes against `fresh`."""
     expected = leaves(fresh)
     if names != [path for path, _ in expected]:
         raise _other_run(folder, "its optimizer has other tensors")
     header = read_header(folder / _TENSORS)
-    outline = {f"{n:06d}": (array.shape, _STORED[array.dtype]) for n, (_, array) in enumerate(expected)}
+    outline = {f"{n:06d}": (_whole_shape(*one, config), _STORED[one[1].dtype]) for n, one in enumerate(expected)}
     if {name: (tensor.shape, tensor.dtype) for name, tensor in header.items()} != outline:
         raise ValueError(f"{_TENSORS} doesn't hold the tensors that its note names")
     return [path for path, _ in expected]
+
+
+def _whole_shape(path: str, array: mx.array, config: Config) -> tuple[int, ...]:
+    cut = state_cut(path, config)
+    return array.shape if cut is None else cut.whole_shape(array.shape, config.shard)
+
+
+def _own(stored: mx.array, path: str, config: Config) -> mx.array:
+    """This process's part of a leaf. The whole one is read first, and freed."""
+    cut = state_cut(path, config)
+    if cut is None or config.shard.is_whole:
+        return stored
+    own = mx.contiguous(own_part(stored, cut, config.shard))
+    mx.eval(own)
+    return own
 
 
 def _compare(folder: Path, files: Mapping[str, Any]) -> None:

@@ -40,6 +40,7 @@ from dbrx_fn.model.config import Config
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runs.checkpoint import leaves, not_finite_leaf, read_run_checkpoint, write_run_checkpoint
 from dbrx_fn.runs.plan import Plan, difference
+from dbrx_fn.runtime.group import group
 from dbrx_fn.training.step import State
 
 _MADE_OF = "made_of"
@@ -281,7 +282,7 @@ class RunFolder:
             except CheckpointError as error:
                 damaged.append((folder, str(error)))
                 continue
-            for other, reason in damaged:
+            for other, reason in damaged if group().leads else ():
                 self._put_aside(other, reason, step)
             if not noted.files:
                 said = f"{folder} has no checksums, as an earlier version wrote it: damage isn't seen."

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from textwrap import shorten
 from typing import Any, TextIO
 
@@ -23,6 +24,7 @@ from dbrx_fn.evaluation.perplexity import Evaluation, evaluate
 from dbrx_fn.generation.sampling import random_key
 from dbrx_fn.model.params import param_count
 from dbrx_fn.model.partition import joined
+from dbrx_fn.model.shard import Shard
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runs.checkpoint import leaves
 from dbrx_fn.runs.folder import RunFolder
@@ -30,17 +32,21 @@ from dbrx_fn.runs.metrics_file import cut_metrics, evaluation_line, number, read
 from dbrx_fn.runs.pictures import draw_expert_load, draw_losses
 from dbrx_fn.runs.plan import Plan
 from dbrx_fn.runs.start import model_sums, start_parts
+from dbrx_fn.runs.together import Parallel, own_plan, whole_plan
+from dbrx_fn.runtime.group import group
 from dbrx_fn.runtime.memory import wired
+from dbrx_fn.training.shared_state import whole_state
 from dbrx_fn.training.step import Measured, State, init_state, learning_rate, train_step
 
 
-def train(folder: RunFolder, plan: Plan, steps: int | None = None) -> None:
+def train(folder: RunFolder, plan: Plan, steps: int | None = None, parallel: Parallel = "data") -> None:
     """Trains to the end and writes the model. The caller holds the folder's lock.
 
     Args:
         folder: a run that has been set up.
         plan: its settings.
         steps: the total number of steps, instead of the plan's. It must be more than are done.
+        parallel: what several processes divide. All of them read the folder, and only the leader writes.
 
     Raises:
         InputError: if the folder's files don't belong together, if `steps` are done already, or if a step needs too
@@ -51,9 +57,12 @@ def train(folder: RunFolder, plan: Plan, steps: int | None = None) -> None:
     """
     if steps is not None:
         plan = plan.with_steps(steps)
+    plan, replica = own_plan(plan, parallel)
     data = _open_data(folder, plan)
     folder.check_made_of(data.fingerprints, model_sums(plan))
     state, frozen, start, planned = _load_state(folder, plan, data)
+    if group().share(start) != start:
+        raise InputError(f"The processes read different checkpoints of {folder.path}: give all the same folder.")
     done = plan.recipe.steps
     if done < start or steps == start:
         raise InputError(
@@ -62,15 +71,18 @@ def train(folder: RunFolder, plan: Plan, steps: int | None = None) -> None:
         )
     if start < done:
         folder.check_model()
-    cut_metrics(folder.metrics_file, start, plan.config)
-    if steps is not None:
-        folder.change_steps(steps)
-    _tell(plan, data, start, planned, trained=sum(array.size for _, array in leaves(state["params"])))
+    if group().leads:
+        cut_metrics(folder.metrics_file, start, plan.config)
+        if steps is not None:
+            folder.change_steps(steps)
+    _tell(whole_plan(plan), data, start, planned, trained=sum(array.size for _, array in leaves(state["params"])))
     # Only the loop may hold the first state. Another reference would keep its memory until the last step.
     first = [state]
     del state
-    state = _go_on(folder, plan, data, first.pop, frozen, start)
-    _finish(folder, plan, state, frozen)
+    state = _go_on(folder, plan, data, first.pop, frozen, start, replica)
+    state = whole_state(state, plan.config)
+    if group().leads:
+        _finish(folder, whole_plan(plan), state, frozen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,14 +201,20 @@ class _Journal:
 @contextmanager
 def _journal(folder: RunFolder, plan: Plan, batches: Batches, start: int) -> Iterator[_Journal]:
     with (
-        folder.metrics_file.open("a") as metrics,
+        (folder.metrics_file if group().leads else Path(os.devnull)).open("a") as metrics,
         tqdm(total=plan.recipe.steps, initial=start, unit="step", disable=None, smoothing=0.05) as bar,
     ):
         yield _Journal(plan, batches, metrics, bar, start)
 
 
 def _go_on(
-    folder: RunFolder, plan: Plan, data: _Data, first: Callable[[], State], frozen: Params | None, start: int
+    folder: RunFolder,
+    plan: Plan,
+    data: _Data,
+    first: Callable[[], State],
+    frozen: Params | None,
+    start: int,
+    replica: Shard,
 ) -> State:
     """Runs the steps after `start`. `first` returns the first state."""
     state = first()
@@ -207,12 +225,12 @@ def _go_on(
         _journal(folder, plan, data.batches, start) as journal,
     ):
         for step in range(start + 1, plan.recipe.steps + 1):
-            state, measured = _step(state, frozen, data.batches, step, plan, first=step == start + 1)
+            state, measured = _step(state, frozen, data.batches, step, plan, replica, first=step == start + 1)
             # The previous step's results are read while this one runs.
             if previous is not None:
                 _check_finite(previous, step - 1, folder)
             previous = measured
-            last, stopping = step == plan.recipe.steps, stop.requested
+            last, stopping = step == plan.recipe.steps, group().share(stop.requested)
             evaluates = data.held_out is not None and (last or step % plan.eval_every == 0)
             saves = last or stopping or step % plan.save_every == 0
             if journal.is_due(step) or evaluates or saves:
@@ -223,9 +241,12 @@ def _go_on(
                 if evaluates and data.held_out is not None:
                     journal.evaluated(_evaluate(state, frozen, plan, data.held_out, step, folder), measured, step)
                 if saves:
-                    # The lines before a checkpoint must be on the disk before the checkpoint is.
-                    journal.flush()
-                    folder.save(state, step, plan, data.fingerprints)
+                    whole = whole_state(state, plan.config)
+                    if group().leads:
+                        # The lines before a checkpoint must be on the disk before the checkpoint is.
+                        journal.flush()
+                        folder.save(whole, step, whole_plan(plan), data.fingerprints)
+                    del whole
             if stopping:
                 raise stop.error()
     return state
@@ -236,13 +257,19 @@ def _tell_stop() -> None:
 
 
 def _step(
-    state: State, frozen: Params | None, batches: Batches, step: int, plan: Plan, *, first: bool
+    state: State, frozen: Params | None, batches: Batches, step: int, plan: Plan, replica: Shard, *, first: bool
 ) -> tuple[State, Measured]:
     """Starts a step. The first step is waited for, since it shows whether memory is enough."""
     try:
         tokens, mask = batches[step - 1]
         state, measured = train_step(
-            state, mx.array(tokens), mx.array(mask), config=plan.config, recipe=plan.recipe, frozen=frozen
+            state,
+            mx.array(tokens),
+            mx.array(mask),
+            config=plan.config,
+            recipe=plan.recipe,
+            frozen=frozen,
+            replica=replica,
         )
         mx.async_eval(state, measured)
         if first:

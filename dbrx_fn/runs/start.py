@@ -13,6 +13,7 @@ from dbrx_fn.model.config import Dtype
 from dbrx_fn.model.params import KINDS, init_params
 from dbrx_fn.model.partition import Part, part_of, partition
 from dbrx_fn.model.quantization import dequantize
+from dbrx_fn.model.shard import WHOLE, Shard
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runs.plan import Plan
 
@@ -33,12 +34,12 @@ def start_parts(plan: Plan, key: mx.array, *, outline: bool) -> tuple[Params, Pa
         return _adapters(model, plan.adapters, plan.recipe.dtype, key)
     if plan.train_only is not None:
         return _parts(model, plan.train_only, plan.recipe.dtype)
-    return start_params(model), None
+    return start_params(model, plan.config.shard), None
 
 
-def start_params(model: Path) -> Params:
+def start_params(model: Path, shard: Shard = WHOLE) -> Params:
     """A checkpoint's parameters for training: float32, with quantized matrices dequantized."""
-    params, config = load(model, dtype="float32")
+    params, config = load(model, dtype="float32", shard=shard)
     return dequantize(params, config)
 
 

@@ -2,6 +2,7 @@
 
 from dbrx_fn.errors import InputError
 from dbrx_fn.generation.stream import token_budget
+from dbrx_fn.generation.structured import Matcher, TokenTrie
 from dbrx_fn.model.config import Config
 from dbrx_fn.serving.limits import Limits
 from dbrx_fn.serving.request import Request
@@ -24,3 +25,16 @@ def budget_of(request: Request, config: Config, limits: Limits) -> int:
             f" {min(limits.capacity, limits.positions)} tokens: shorten the prompt or lower max_tokens."
         )
     return budget
+
+
+def matcher_of(request: Request, trie: TokenTrie | None) -> Matcher | None:
+    """What follows the request's structure; `None` if it has none.
+
+    Raises:
+        InputError: if there is no trie for it.
+    """
+    if request.structure is None:
+        return None
+    if trie is None:
+        raise InputError("The request has a structure and the engine no TokenTrie: give it one (trie=).")
+    return trie.matcher(request.structure)

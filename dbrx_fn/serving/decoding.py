@@ -1,13 +1,16 @@
 """The batches that decode, and how requests move between them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from dbrx_fn.generation.row_sampling import Choice
 from dbrx_fn.model.config import Config
 from dbrx_fn.serving.batch import Batch, arranged, one_row
+from dbrx_fn.serving.reading import experts_of, in_words
+from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Experts, TokenLogprobs
 from dbrx_fn.serving.schedule import Group
 from dbrx_fn.serving.served import Served
 
@@ -36,6 +39,14 @@ class Launched:
     choice: Choice
     rows: tuple[Served | None, ...]
     experts: mx.array | None
+
+    def tokens(self) -> Iterator[tuple[Served | None, int, TokenLogprobs | None, Experts | None]]:
+        """Each row's request, token, log-probabilities and experts. This waits for the device."""
+        choice = self.choice
+        tokens = np.array(choice.tokens).tolist()
+        logprobs = [None] * len(tokens) if choice.logprobs is None else in_words(choice.logprobs, MOST_TOP_LOGPROBS)
+        experts = [None] * len(tokens) if self.experts is None else experts_of(self.experts)
+        return zip(self.rows, tokens, logprobs, experts, strict=True)
 
 
 def rearranged(

@@ -14,24 +14,25 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 
-from dbrx_fn.errors import BusyError, EngineError, GenerationError, InputError, lacks_memory
-from dbrx_fn.generation.structured import Matcher, TokenTrie
+from dbrx_fn.errors import BusyError, EngineError, lacks_memory
+from dbrx_fn.generation.structured import TokenTrie
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import compiles
+from dbrx_fn.runtime.group import group
 from dbrx_fn.runtime.memory import wired
-from dbrx_fn.serving.admission import budget_of
+from dbrx_fn.serving.admission import budget_of, matcher_of
 from dbrx_fn.serving.batch import Batch, chosen, decoded
 from dbrx_fn.serving.beginnings import Beginnings
 from dbrx_fn.serving.decoding import Decoding, Launched, rearranged
+from dbrx_fn.serving.following import shared_messages, shielded
 from dbrx_fn.serving.limits import FREE_CHUNKS, Limits, check_exact, default_limits
 from dbrx_fn.serving.prefix_store import PrefixStore
-from dbrx_fn.serving.reading import Reading, experts_of, in_words
-from dbrx_fn.serving.request import MOST_TOP_LOGPROBS, Event, Failed, Receive, Request, TokenMade
+from dbrx_fn.serving.reading import Reading
+from dbrx_fn.serving.request import Event, Failed, Receive, Request, TokenMade
 from dbrx_fn.serving.schedule import Group, State, plan, row_capacity
-from dbrx_fn.serving.served import Served
+from dbrx_fn.serving.served import Served, unusable
 from dbrx_fn.serving.statistics import Statistics
 from dbrx_fn.serving.warm_up import warm_up
 
@@ -86,6 +87,7 @@ class Engine:
         self._cancelled: set[int] = set()
         self._closing = False
         self._failure: EngineError | None = None
+        self._fault: EngineError | None = None
         # Only the thread uses these. Each request that hasn't ended is in `_alive`, and in one of the next four.
         self._alive: dict[int, Served] = {}
         self._waiting: dict[int, Served] = {}
@@ -120,8 +122,7 @@ class Engine:
             BusyError: if the queue is full.
             EngineError: if the engine was closed or has failed.
         """
-        budget = budget_of(request, self._config, self.limits)
-        matcher = self._matcher(request)
+        served = self._served(request, shielded(receive, lambda: self.cancel(served.number)))
         with self._lock:
             if self._failure is not None:
                 raise self._failure
@@ -129,7 +130,7 @@ class Engine:
                 raise EngineError("The engine is closing and takes no more requests: ask another server.")
             if len(self._arrived) + len(self._waiting) >= self._most_waiting:
                 raise BusyError(f"{self._most_waiting} requests wait already, and the queue is full: try again later.")
-            served = Served(next(self._numbers), request, receive, budget, self._ended, matcher)
+            served.number = next(self._numbers)
             self._arrived.append(served)
             self._lock.notify_all()
         return served.number
@@ -200,12 +201,19 @@ class Engine:
             self._lock.notify_all()
         self._thread.join()
 
-    def _matcher(self, request: Request) -> Matcher | None:
-        if request.structure is None:
-            return None
-        if self._trie is None:
-            raise InputError("The request has a structure and the engine no TokenTrie: give it one (trie=).")
-        return self._trie.matcher(request.structure)
+    def follow(self) -> None:
+        """Waits until the engine ends with that of the leader (`dbrx_fn.serving.following`).
+
+        Raises:
+            EngineError: if it ends by an internal error.
+        """
+        self._thread.join()
+        if self._fault is not None:
+            raise self._fault
+
+    def _served(self, request: Request, receive: Receive, number: int = -1) -> Served:
+        budget = budget_of(request, self._config, self.limits)
+        return Served(number, request, receive, budget, self._ended, matcher_of(request, self._trie))
 
     # Everything below runs on the engine's thread.
 
@@ -219,9 +227,12 @@ class Engine:
                     try:
                         self._turn()
                     except RuntimeError as error:
+                        if group().size > 1:
+                            raise
                         self._lose_device_state(error)
         except Exception as error:
-            self._failure = EngineError(f"The engine ended by an internal error ({type(error).__name__}: {error}).")
+            self._fault = EngineError(f"The engine ended by an internal error ({type(error).__name__}: {error}).")
+            self._failure = self._fault
         with self._lock:
             self._failure = self._failure or EngineError("The engine was closed: start another one.")
             left, self._arrived = [*self._alive.values(), *self._arrived], []
@@ -237,15 +248,16 @@ class Engine:
         while not (self._alive or self._arrived) and self._beginnings.write_some():
             pass
         with self._lock:
-            while not (self._arrived or self._alive or self._closing or self._failure):
+            while group().leads and not (self._arrived or self._alive or self._closing or self._failure):
                 self._lock.wait()
-            for served in self._arrived:
-                self._alive[served.number] = self._waiting[served.number] = served
-            self._arrived = []
+            arrived, self._arrived = self._arrived, []
             cancelled, self._cancelled = self._cancelled, set()
+        arrived, cancelled = shared_messages(arrived, cancelled, self._served)
+        for served in arrived:
+            self._alive[served.number] = self._waiting[served.number] = served
         for number in cancelled & self._alive.keys():
             self._alive[number].finish("cancelled")
-        return self._failure is None and not (self._closing and not self._alive)
+        return bool(group().share(self._failure is None and not (self._closing and not self._alive)))
 
     def _ended(self, served: Served) -> None:
         self._counts[str(served.end)] += 1
@@ -366,18 +378,14 @@ class Engine:
         self._launched.append(Launched(choice, decoding.rows, rows.experts))
 
     def _hand_out(self, launched: Launched) -> None:
-        choice = launched.choice
-        tokens = np.array(choice.tokens).tolist()
-        logprobs = [None] * len(tokens) if choice.logprobs is None else in_words(choice.logprobs, MOST_TOP_LOGPROBS)
-        experts = [None] * len(tokens) if launched.experts is None else experts_of(launched.experts)
-        for served, token, of_token, chosen_experts in zip(launched.rows, tokens, logprobs, experts, strict=True):
+        for served, token, logprobs, experts in launched.tokens():
             if served is None or served.end is not None:
                 continue
             if token == self._config.vocab_size:
-                served.fail(_unusable(served))
+                served.fail(unusable(served))
                 continue
             self._counts["made tokens"] += 1
-            served.hand_out(token, of_token, chosen_experts)
+            served.hand_out(token, logprobs, experts)
 
     def _lose_device_state(self, error: RuntimeError) -> None:
         """Handles an error of the device, usually too little memory. The requests being computed fail; others go on."""
@@ -390,10 +398,3 @@ class Engine:
     def _forget_device_state(self) -> None:
         self._reading, self._joining, self._decoding, self._launched = {}, [], [], []
         mx.clear_cache()
-
-
-def _unusable(served: Served) -> GenerationError:
-    return GenerationError(
-        f"After {len(served.tokens)} tokens the model's numbers are no longer finite, or the request allows no token:"
-        " try dtype float32 (--dtype float32)."
-    )

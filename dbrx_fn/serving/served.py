@@ -18,6 +18,14 @@ _T = TypeVar("_T")
 End = Literal["stop", "length", "cancelled", "failed"]
 
 
+def unusable(served: "Served") -> GenerationError:
+    """The error of a request whose logits allow no token."""
+    return GenerationError(
+        f"After {len(served.tokens)} tokens the model's numbers are no longer finite, or the request allows no token:"
+        " try dtype float32 (--dtype float32)."
+    )
+
+
 @dataclass(eq=False)
 class Served:
     """A request from its arrival to its end.

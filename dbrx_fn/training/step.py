@@ -30,8 +30,10 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.files.json_file import shown
 from dbrx_fn.model.argument_checks import check_key, check_tree
 from dbrx_fn.model.config import Config, Dtype
-from dbrx_fn.model.params import nest, param_count
+from dbrx_fn.model.params import nest, param_count, param_spec
+from dbrx_fn.model.shard import WHOLE, Shard
 from dbrx_fn.model.tree import Params
+from dbrx_fn.ops.collectives import all_sum, all_sum_many
 from dbrx_fn.runtime.arguments import check_fields, checked
 from dbrx_fn.runtime.compile import compiled
 from dbrx_fn.runtime.device import memory_size
@@ -179,6 +181,7 @@ def train_step(
     config: Config,
     recipe: Recipe,
     frozen: Params | None = None,
+    replica: Shard = WHOLE,
 ) -> tuple[State, Measured]:
     """One update. Nothing waits for the device.
 
@@ -189,6 +192,8 @@ def train_step(
         config: the model's, with `moe_loss_weight` and `moe_jitter_eps`. Its `dtype` is ignored for the recipe's.
         recipe: how to train.
         frozen: the tree's other leaves, if the state has only a part. Its floats are of the recipe's dtype.
+        replica: this process's place, if several train the same model and each computes its part of the micro-batches.
+            All give the same batch, and get the same state.
 
     Returns:
         The next state, and this step's measurements.
@@ -203,22 +208,42 @@ def train_step(
     count = recipe.micro_batches
     if tokens.shape[0] % count:
         raise InputError(f"The batch has {tokens.shape[0]} rows, which {count} micro-batches don't divide evenly.")
+    check_replicas(recipe, replica.size)
     config = replace(config, dtype=recipe.dtype)
     next_key, *keys = mx.random.split(state["key"], count + 1)
     # Each micro-batch is weighted by its number of targets, so cutting a batch doesn't change its gradient.
     targets = None if mask is None else mx.maximum(mask[:, 1:].sum(), 1)
     total: Gradients | None = None
-    for part, key, part_mask in zip(
-        mx.split(tokens, count), keys, [None] * count if mask is None else mx.split(mask, count), strict=True
-    ):
+    parts = zip(mx.split(tokens, count), keys, [None] * count if mask is None else mx.split(mask, count), strict=True)
+    own = count // replica.size
+    for part, key, part_mask in list(parts)[replica.rank * own : (replica.rank + 1) * own]:
         share = mx.array(1 / count) if part_mask is None or targets is None else part_mask[:, 1:].sum() / targets
         made = gradients(state["params"], part, part_mask, share, key, frozen, config=config, recipe=recipe)
         total = made if total is None else add(total, made)
     assert total is not None
+    total = _summed(total, replica.size)
     params, optimizer, norm, rate = update(
         state["params"], state["optimizer"], total.tree, config=config, recipe=recipe
     )
     return {"params": params, "optimizer": optimizer, "key": next_key}, Measured(total.loss, total.parts, norm, rate)
+
+
+def check_replicas(recipe: Recipe, processes: int) -> None:
+    """Raises `InputError` if so many processes can't share the micro-batches evenly."""
+    if recipe.micro_batches % processes:
+        more = -(-recipe.micro_batches // processes) * processes
+        raise InputError(
+            f"micro_batches is {recipe.micro_batches} and {processes} processes share them, each its own: take a"
+            f" multiple of {processes}, such as --micro-batches {more}."
+        )
+
+
+def _summed(own: Gradients, processes: int) -> Gradients:
+    """The sum of all processes' gradients, losses and parts."""
+    leaves: dict[str, mx.array] = dict(tree_flatten(own))
+    sums = iter(all_sum_many(list(leaves.values()), processes))
+    total: Gradients = tree_map(lambda _: next(sums), own)
+    return total
 
 
 @compiled
@@ -273,7 +298,12 @@ def update(
 ) -> tuple[Params, State, Float32[mx.array, ""], Float32[mx.array, ""]]:
     """Clips the gradients and applies AdamW. Returns the next parameters and optimizer state, the norm, the rate."""
     limit = float("inf") if recipe.clip_norm is None else recipe.clip_norm
-    grads, norm = optimizers.clip_grad_norm(grads, limit)
+    if config.shard.is_whole:
+        grads, norm = optimizers.clip_grad_norm(grads, limit)
+    else:
+        norm = _norm_of_parts(grads, config)
+        factor = mx.minimum(limit / (norm + 1e-6), 1.0)
+        grads = tree_map(lambda grad: grad * factor, grads)
     leaves: dict[str, mx.array] = {}
     after: State = {}
     split_params, split_grads = _by_decay(params), _by_decay(grads)
@@ -285,6 +315,19 @@ def update(
         after[name] = adamw.state
     rate: mx.array = after["matrices"]["learning_rate"]
     return nest(leaves, config), after, norm, rate
+
+
+def _norm_of_parts(grads: Params, config: Config) -> Float32[mx.array, ""]:
+    """The norm of all processes' gradients. What every process holds counts once."""
+    spec, leaves = param_spec(config), dict[str, mx.array](tree_flatten(grads))
+    own, common = mx.array(0.0), mx.array(0.0)
+    for path, leaf in leaves.items():
+        squares = leaf.square().sum()
+        if spec[path].cut is None:
+            common = common + squares
+        else:
+            own = own + squares
+    return mx.sqrt(all_sum(own, config.shard.size) + common)
 
 
 def learning_rate(recipe: Recipe, done: int) -> float:

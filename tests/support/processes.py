@@ -40,13 +40,15 @@ def started(
 ) -> Iterator[list["subprocess.Popen[str]"]]:
     """`python ARGUMENTS` as so many processes of one group. Whatever still runs after the block is killed."""
     with TemporaryDirectory() as folder:
+        # A single process has no group.
         hosts = Path(folder) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
         processes = [
             subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=ROOT,
-                env={**os.environ, **(env or {}), "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+                env={**os.environ, **(env or {})}
+                | ({"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} if count > 1 else {}),
                 stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -68,7 +70,7 @@ def started(
                             stream.close()
 
 
-def finished(processes: Sequence["subprocess.Popen[str]"], timeout: float = 100.0) -> list[Finished]:
+def finished(processes: Sequence["subprocess.Popen[str]"], timeout: float = 200.0) -> list[Finished]:
     """Waits for all processes. They are killed if that takes longer than `timeout` seconds."""
     end = time.monotonic() + timeout
     results = []
@@ -85,7 +87,7 @@ def finished(processes: Sequence["subprocess.Popen[str]"], timeout: float = 100.
 
 
 def run_processes(
-    arguments: Sequence[str], count: int = 2, *, env: Mapping[str, str] | None = None, timeout: float = 100.0
+    arguments: Sequence[str], count: int = 2, *, env: Mapping[str, str] | None = None, timeout: float = 200.0
 ) -> list[Finished]:
     """Runs processes of one group to their ends."""
     with started(arguments, count, env=env) as processes:

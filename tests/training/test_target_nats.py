@@ -8,9 +8,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from dbrx_fn.model.adapters import is_adapter
+from dbrx_fn.model.layers.ends import head
 from dbrx_fn.model.partition import partition
 from dbrx_fn.model.quantization import Quantization, quantize
-from dbrx_fn.model.transformer import head
 from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import Format
 from dbrx_fn.training.target_nats import chunk_tokens, target_nats, token_nats

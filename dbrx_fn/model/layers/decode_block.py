@@ -38,7 +38,7 @@ def fits(
         not jitters
         and not any(map(is_adapted, (attn["Wqkv"], attn["out_proj"], ffn["router"]["layer"])))
         and linears.fits(attn["Wqkv"], x)
-        and linears.fits(attn["out_proj"], x)
+        and linears.fits(attn["out_proj"], x[..., : config.sizes["heads"]])
         and experts.fits(ffn["experts"]["mlp"], x.dtype, activation=config.ffn.ffn_act_fn, top_k=top_k, tokens=batch)
         and "scales" not in ffn["router"]["layer"]
         and project_qkv.fits(head_dim=config.head_dim, dtype=x.dtype)
