@@ -11,17 +11,22 @@ Rotary positions are in `rotary.py`. With grouped queries (https://arxiv.org/abs
 query heads share one key and value head, and the cache is smaller by that factor.
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 from jaxtyping import Float
 
 from dbrx_fn.model.cache import LayerCache, write
 from dbrx_fn.model.config import LayerConfig
 from dbrx_fn.model.layers.rotary import turn
-from dbrx_fn.model.positions import Positions
+from dbrx_fn.model.positions import Positions, Slots
 from dbrx_fn.model.tree import AttnParams
 from dbrx_fn.ops.attention import attention
 from dbrx_fn.ops.collectives import all_sum, sum_gradients
+from dbrx_fn.ops.kernels.cpu import attend as kernel
+from dbrx_fn.ops.kernels.cpu.library import Twin
 from dbrx_fn.ops.linear import linear
+from dbrx_fn.ops.twin import with_kernel
 from dbrx_fn.runtime.compile import compiled
 
 
@@ -46,11 +51,43 @@ def attn(
     Returns:
         The attention's output, and the cache with the new tokens' keys and values.
     """
-    batch, time, _ = x.shape
-    qkv = linear(params["Wqkv"], sum_gradients(x, config.shard.size))
+    projected = linear(params["Wqkv"], sum_gradients(x, config.shard.size))
+    mixed, cache = attend(projected, cache, positions, config=config)
+    return all_sum(linear(params["out_proj"], mixed), config.shard.size), cache
+
+
+def _kernel(
+    projected: mx.array, cache: LayerCache | None, positions: Positions, *, config: LayerConfig
+) -> tuple[mx.array, LayerCache | None]:
+    slots = positions["slots"]
+    assert cache is not None
+    assert slots is not None
+    arrays = positions["cosines"], positions["sines"], slots["index"]
+    clip, twin = config.attn.clip_qkv, Twin(_stock, (config,))
+    mixed, keys, values = kernel.attend(projected, *arrays, *cache, clip=clip, twin=twin)
+    return mixed, (keys, values)
+
+
+def _has_kernel(projected: mx.array, cache: LayerCache | None, positions: Positions, *, config: LayerConfig) -> bool:
+    slots = positions["slots"]
+    if cache is None or slots is None or slots["kept"] is not None:
+        return False
+    return kernel.fits(projected, cache[0])
+
+
+@with_kernel(_kernel, fits=_has_kernel, gradients=False)
+def attend(
+    projected: Float[mx.array, "batch time projections"],
+    cache: LayerCache | None,
+    positions: Positions,
+    *,
+    config: LayerConfig,
+) -> tuple[Float[mx.array, "batch time d_model"], LayerCache | None]:
+    """Clips, splits and rotates the projections, writes keys and values into the cache, and attends."""
+    batch, time, _ = projected.shape
     if config.attn.clip_qkv is not None:
-        qkv = mx.clip(qkv, -config.attn.clip_qkv, config.attn.clip_qkv)
-    heads = qkv.reshape(batch, time, -1, config.head_dim).swapaxes(1, 2)
+        projected = mx.clip(projected, -config.attn.clip_qkv, config.attn.clip_qkv)
+    heads = projected.reshape(batch, time, -1, config.head_dim).swapaxes(1, 2)
     turning = config.local_heads + config.local_kv_heads
     turned = turn(heads[:, :turning], positions["cosines"], positions["sines"])
     q, k, v = turned[:, : config.local_heads], turned[:, config.local_heads :], heads[:, turning:]
@@ -63,5 +100,16 @@ def attn(
         cache = keys, values
         seen = slots["mask"].shape[-1]
         mixed = attention(q, keys[:, :, :seen], values[:, :, :seen], slots["mask"], wraps=slots["kept"] is not None)
-    projected = linear(params["out_proj"], mixed.swapaxes(1, 2).reshape(batch, time, -1))
-    return all_sum(projected, config.shard.size), cache
+    return mixed.swapaxes(1, 2).reshape(batch, time, -1), cache
+
+
+def _stock(inputs: Sequence[mx.array], config: LayerConfig) -> list[mx.array]:
+    """`attend` by stock operations, which is what a twin runs. The mask spans the entire cache."""
+    projected, cosines, sines, index, keys, values = inputs
+    visible = mx.arange(keys.shape[2], dtype=mx.int32) <= index[:, None, :, None]
+    mask = mx.where(visible, 0.0, mx.finfo(mx.float32).min)
+    slots: Slots = {"index": index, "kept": None, "mask": mask, "starts": index[:, 0]}
+    positions: Positions = {"cosines": cosines, "sines": sines, "slots": slots}
+    mixed, cache = attend(projected, (keys, values), positions, config=config)
+    assert cache is not None
+    return [mixed, *cache]
