@@ -10,10 +10,11 @@ def time_bucket(time: int, capacity: int) -> int:
     """The length that `time` tokens are padded to. Each length is one trace of the block.
 
     With a cache it is 1 or a power of two from 8 on, and at most the capacity. `chunk_widths` cuts prompts to lengths
-    close to these. Without a cache (capacity 0) a text can't be cut, so there are eight lengths per doubling.
+    close to these. On CUDA, 2 to 7 tokens aren't padded either: each token reads more experts. Without a cache
+    (capacity 0) a text can't be cut, so there are eight lengths per doubling.
     """
-    if time == 1:
-        return 1
+    if time == 1 or (capacity and time < 8 and backend() == "cuda"):
+        return time
     bucket = _power_of_two(time)
     if capacity:
         return min(bucket, capacity)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from dbrx_fn.errors import CacheError
-from dbrx_fn.model.cache import Cache, grow_cache, init_cache
+from dbrx_fn.model.cache import Cache, grow_cache, init_cache, write
 from dbrx_fn.model.config import DBRX, AttnConfig, Config, Dtype, FFNConfig
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.shapes import capacity_bucket
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.device import as_if
 from tests.support.trees import as_float64
 
 CONFIG = Config(
@@ -159,3 +160,28 @@ def test_a_row_of_length_0_stays_as_it_is() -> None:
 def test_the_same_calls_make_the_same_cache() -> None:
     caches = [forward(params(), tokens([1, 2, 3]), init_cache(CONFIG, 1, 8))[1] for _ in range(2)]
     assert same(*caches)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("head_dim", [2, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keys_are_written_where_they_belong_by_each_back_end(dtype: Dtype, head_dim: int, kept: bool) -> None:
+    """CUDA writes several entries at once. Each bit must arrive, NaN and infinity too."""
+    float_type = getattr(mx, dtype)
+    held, new = (
+        mx.random.normal((2, 3, length, head_dim), key=mx.random.key(length)).astype(float_type) for length in (16, 5)
+    )
+    new = mx.where(mx.arange(5)[:, None] == 2, mx.array([mx.nan, mx.inf] * (head_dim // 2), float_type), new)
+    places = [[3, 4, 5, 6, 7], [11, 12, 13, 14, 0]]
+    index = mx.array(places, mx.int32)
+    mask = mx.arange(5) >= mx.array([[5], [4]]) if kept else None
+    expected = np.array(as_float64(held))
+    for row, of_row in enumerate(places):
+        for n, place in enumerate(of_row):
+            if mask is None or not mask[row, n].item():
+                expected[row, :, place] = as_float64(new)[row, :, n]
+    for backend in ("cuda", "metal"):
+        with as_if(backend=backend):
+            written = write(held, new, index, mask)
+        assert written.dtype == float_type
+        np.testing.assert_array_equal(as_float64(written), expected)

@@ -1,6 +1,5 @@
 """The small kernels against NumPy in float64, and no worse than what MLX's own operations make of the same operands."""
 
-from inspect import unwrap
 from typing import Any
 
 import mlx.core as mx
@@ -10,17 +9,15 @@ from numpy.typing import NDArray
 
 from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.config import NORM_EPS, AttnConfig, Config, FFNConfig
-from dbrx_fn.model.layers.rotary import inverse_frequencies, turn, turns
 from dbrx_fn.model.params import init_params
 from dbrx_fn.model.quantization import Quantization, quantize
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.ops.formats import Format
-from dbrx_fn.ops.kernels import combine, decode_attention, norm_router, project_qkv
+from dbrx_fn.ops.kernels import combine, norm_router
 from dbrx_fn.ops.kernels import layer_norm as layer_norm_kernel
 from dbrx_fn.ops.kernels.cuda_module import on_gpu
 from dbrx_fn.ops.kernels.read_memory import read_memory, wave
-from dbrx_fn.ops.linear import linear
-from tests.support.kernel_operands import dense, error, matrix, normal
+from tests.support.kernel_operands import normal
 from tests.support.trees import as_float64, relative_error
 
 pytestmark = pytest.mark.skipif(not on_gpu(), reason="needs a GPU that takes the kernels")
@@ -45,110 +42,6 @@ def test_layer_norm(rows: int, width: int) -> None:
     expected = as_float64(x) - as_float64(x).mean(axis=1, keepdims=True)
     expected = expected / np.sqrt((expected**2).mean(axis=1, keepdims=True) + NORM_EPS) * as_float64(weight)
     assert_no_worse(layer_norm_kernel.layer_norm(weight, x, eps=NORM_EPS), stock, expected)
-
-
-@pytest.mark.parametrize("clip", [None, 8.0, 1.0])
-@pytest.mark.parametrize("form", [None, Format(4, 64), Format(4, 128), Format(8, 32), Format(4, 32, "mxfp4")], ids=str)
-@pytest.mark.parametrize(
-    ("batch", "n_heads", "kv_n_heads", "head_dim", "d_model"),
-    [
-        (1, 48, 8, 128, 6144),
-        (1, 5, 5, 128, 640),
-        (1, 4, 1, 32, 2304),
-        (3, 12, 2, 128, 512),
-        (9, 6, 2, 64, 256),
-        (17, 6, 2, 64, 256),
-        (32, 6, 2, 64, 256),
-    ],
-)
-def test_project_qkv(
-    batch: int,
-    n_heads: int,
-    kv_n_heads: int,
-    head_dim: int,
-    d_model: int,
-    form: Format | None,
-    clip: float | None,
-    measured: Any,
-) -> None:
-    theta, all_heads = 5e5, n_heads + 2 * kv_n_heads
-    x, weight = normal(0, batch, 1, d_model, scale=2) + 3, normal(1, d_model, scale=0.2) + 1
-    wqkv = matrix(form, 2, all_heads * head_dim, d_model, scale=3 * d_model**-0.5)
-    # The first row's is the context's last position.
-    offsets = mx.concatenate([mx.array([32_767], mx.int32), integers(3, 32_768, batch - 1)])
-    frequencies = inverse_frequencies(head_dim, theta)
-    q, k, v = project_qkv.project_qkv(
-        weight,
-        wqkv,
-        x,
-        offsets,
-        frequencies,
-        eps=NORM_EPS,
-        kv_n_heads=kv_n_heads,
-        head_dim=head_dim,
-        clip=clip,
-    )
-
-    normed = mx.fast.layer_norm(x, weight, None, NORM_EPS)
-    qkv = unwrap(linear)(wqkv, normed)
-    if clip is not None:
-        qkv = mx.clip(qkv, -clip, clip)
-    stock = qkv.reshape(batch, 1, all_heads, head_dim).swapaxes(1, 2)
-    turned = turn(stock, *turns(offsets[:, None], head_dim=head_dim, theta=theta))
-
-    expected = as_float64(x) - as_float64(x).mean(axis=-1, keepdims=True)
-    expected = expected / np.sqrt((expected**2).mean(axis=-1, keepdims=True) + NORM_EPS) * as_float64(weight)
-    expected = (expected @ dense(wqkv, d_model).T).reshape(batch, all_heads, 1, head_dim)
-    if clip is not None:
-        expected = np.clip(expected, -clip, clip)
-    first, second = np.split(expected, 2, axis=-1)
-    # Angles are float32, rounded, as the model was trained with.
-    angles = (np.array(offsets).astype(np.float32)[:, None, None, None] * np.array(frequencies)).astype(np.float64)
-    cosines, sines = np.cos(angles), np.sin(angles)
-    rotated = np.concatenate([first * cosines - second * sines, first * sines + second * cosines], axis=-1)
-    here = n_heads + kv_n_heads
-    exactly = np.concatenate([rotated[:, :here], expected[:, here:]], axis=1)
-    twin = mx.concatenate([turned[:, :here], stock[:, here:]], axis=1)
-    found = mx.concatenate([q, k, v], axis=1)
-    assert found.shape == exactly.shape
-    ratio = error(found, exactly) / error(twin, exactly)
-    assert measured("kernel's error over stock operations', queries, keys and values", ratio) <= 1.1
-
-
-@pytest.mark.parametrize(
-    ("lengths", "n_heads", "kv_n_heads", "head_dim", "capacity"),
-    [
-        ([1], 48, 8, 128, 256),
-        ([2], 48, 8, 128, 256),
-        ([17], 48, 8, 128, 256),
-        ([600], 48, 8, 128, 1024),
-        ([4000], 48, 8, 128, 4096),
-        ([600, 1, 256], 12, 2, 128, 640),
-        ([1000, 33, 17], 8, 2, 64, 1024),
-        ([300], 20, 1, 128, 300),
-        ([129, 2, 16], 3, 3, 64, 4096),
-    ],
-)
-def test_decode_attention(lengths: list[int], n_heads: int, kv_n_heads: int, head_dim: int, capacity: int) -> None:
-    batch, group = len(lengths), n_heads // kv_n_heads
-    q = normal(0, batch, n_heads, 1, head_dim, scale=2)
-    keys, values = (normal(seed, batch, kv_n_heads, capacity, head_dim) for seed in (1, 2))
-    offsets = mx.array(lengths, mx.int32) - 1
-    # What is behind a row's tokens must not be read.
-    there = (mx.arange(capacity) <= offsets[:, None])[:, None]
-    known_keys, known_values = (mx.where(there[..., None], held, mx.nan) for held in (keys, values))
-    ours = decode_attention.decode_attention(q, known_keys, known_values, offsets)
-
-    mask = mx.where(there[:, None], mx.array(0, mx.bfloat16), mx.array(mx.finfo(mx.bfloat16).min, mx.bfloat16))
-    twin = mx.fast.scaled_dot_product_attention(q, keys, values, scale=head_dim**-0.5, mask=mask)
-    expected = np.zeros((batch, n_heads, head_dim))
-    q64, keys64, values64 = (as_float64(array) for array in (q, keys, values))
-    for row, length in enumerate(lengths):
-        for head in range(n_heads):
-            scores = keys64[row, head // group, :length] @ q64[row, head, 0] * head_dim**-0.5
-            shares = np.exp(scores - scores.max())
-            expected[row, head] = shares @ values64[row, head // group, :length] / shares.sum()
-    assert_no_worse(ours, twin.reshape(batch, 1, -1), expected.reshape(batch, 1, -1))
 
 
 @pytest.mark.parametrize("order", [None, 1.0, 2.0])

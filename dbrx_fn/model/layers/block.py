@@ -5,7 +5,7 @@ from jaxtyping import UInt32
 
 from dbrx_fn.model.cache import LayerCache
 from dbrx_fn.model.config import LayerConfig
-from dbrx_fn.model.layers import decode_block
+from dbrx_fn.model.layers import cached_block
 from dbrx_fn.model.layers.moe import moe
 from dbrx_fn.model.layers.norm_attn_norm import Stream, norm_attn_norm
 from dbrx_fn.model.layers.router import Routing
@@ -16,7 +16,7 @@ from dbrx_fn.ops.twin import with_kernel
 
 
 @compiled_under("transformer.blocks.0")
-@with_kernel(decode_block.decode_block, fits=decode_block.fits, gradients=False)
+@with_kernel(cached_block.cached_block, fits=cached_block.fits, gradients=False)
 def block(
     params: BlockParams,
     x: Stream,

@@ -1,4 +1,4 @@
-// Merges the parts of decode_attention.cu, at most 64 for each head of a row. A part's weight is its share of the
+// Merges the parts of decode_attention.cu, at most 64 for each head of a new token. A part's weight is its share of the
 // exponentials.
 //
 // A thread takes 4 entries of each of its parts. All loads are issued before the first result is needed.
@@ -13,13 +13,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                              int capacity) {
   __shared__ __align__(16) float sums[SIDE_BY_SIDE][HEAD_DIM];
   const int lane = threadIdx.x % 32, side = threadIdx.x / LANES, four = threadIdx.x % LANES;
-  // Heads are numbered across all rows.
-  const u64 head = u64(blockIdx.y) * gridDim.x + blockIdx.x;
+  // The heads of all rows' tokens are numbered together.
+  const int row = blockIdx.z, time = gridDim.y;
+  const u64 head = (u64(row) * time + blockIdx.y) * gridDim.x + blockIdx.x;
   const float2 nothing = make_float2(-__uint_as_float(0x7f800000), 0);
   stats += head * splits;
   parts += head * splits * LANES;
 
-  const int tiles = (min(offsets[blockIdx.y] + 1, capacity) + 15) / 16;
+  const int tiles = (min(offsets[row] + time, capacity) + 15) / 16;
   const int written = min((tiles + WARPS - 1) / WARPS, splits);
   float4 part[ROUNDS];
   float largest[ROUNDS];

@@ -11,56 +11,55 @@
 template <int COLUMNS>
 __device__ __forceinline__ void multiply_accumulate(float *sums, const u32 *a, u64 b);
 
-template <>
-__device__ __forceinline__ void multiply_accumulate<64>(float *sums, const u32 *a, u64 b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"
-      "%30,%31}, "
-      "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
-      : SUMS(sums, 0), SUMS(sums, 16)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
+// The registers of 16 (k + 1) columns' sums, as text and as operands.
+#define NAMES_0 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define OPERANDS_0(s) SUMS4(s, 0), SUMS4(s, 4)
+#define NAMES_1 NAMES_0 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define OPERANDS_1(s) OPERANDS_0(s), SUMS4(s, 8), SUMS4(s, 12)
+#define NAMES_2 NAMES_1 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define OPERANDS_2(s) OPERANDS_1(s), SUMS4(s, 16), SUMS4(s, 20)
+#define NAMES_3 NAMES_2 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define OPERANDS_3(s) OPERANDS_2(s), SUMS4(s, 24), SUMS4(s, 28)
+#define NAMES_4 NAMES_3 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define OPERANDS_4(s) OPERANDS_3(s), SUMS4(s, 32), SUMS4(s, 36)
+#define NAMES_5 NAMES_4 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define OPERANDS_5(s) OPERANDS_4(s), SUMS4(s, 40), SUMS4(s, 44)
+#define NAMES_6 NAMES_5 ",%48,%49,%50,%51,%52,%53,%54,%55"
+#define OPERANDS_6(s) OPERANDS_5(s), SUMS4(s, 48), SUMS4(s, 52)
+#define NAMES_7 NAMES_6 ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define OPERANDS_7(s) OPERANDS_6(s), SUMS4(s, 56), SUMS4(s, 60)
+#define NAMES_8 NAMES_7 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define OPERANDS_8(s) OPERANDS_7(s), SUMS4(s, 64), SUMS4(s, 68)
+#define NAMES_9 NAMES_8 ",%72,%73,%74,%75,%76,%77,%78,%79"
+#define OPERANDS_9(s) OPERANDS_8(s), SUMS4(s, 72), SUMS4(s, 76)
+#define NAMES_10 NAMES_9 ",%80,%81,%82,%83,%84,%85,%86,%87"
+#define OPERANDS_10(s) OPERANDS_9(s), SUMS4(s, 80), SUMS4(s, 84)
+#define NAMES_11 NAMES_10 ",%88,%89,%90,%91,%92,%93,%94,%95"
+#define OPERANDS_11(s) OPERANDS_10(s), SUMS4(s, 88), SUMS4(s, 92)
+#define NAMES_12 NAMES_11 ",%96,%97,%98,%99,%100,%101,%102,%103"
+#define OPERANDS_12(s) OPERANDS_11(s), SUMS4(s, 96), SUMS4(s, 100)
+#define NAMES_13 NAMES_12 ",%104,%105,%106,%107,%108,%109,%110,%111"
+#define OPERANDS_13(s) OPERANDS_12(s), SUMS4(s, 104), SUMS4(s, 108)
+#define NAMES_14 NAMES_13 ",%112,%113,%114,%115,%116,%117,%118,%119"
+#define OPERANDS_14(s) OPERANDS_13(s), SUMS4(s, 112), SUMS4(s, 116)
+#define NAMES_15 NAMES_14 ",%120,%121,%122,%123,%124,%125,%126,%127"
+#define OPERANDS_15(s) OPERANDS_14(s), SUMS4(s, 120), SUMS4(s, 124)
 
-template <>
-__device__ __forceinline__ void multiply_accumulate<128>(float *sums, const u32 *a, u64 b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"
-      "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,"
-      "%57,%58,%59,%60,%61,%62,%63}, "
-      "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
-      : SUMS(sums, 0), SUMS(sums, 16), SUMS(sums, 32), SUMS(sums, 48)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-template <>
-__device__ __forceinline__ void multiply_accumulate<192>(float *sums, const u32 *a, u64 b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"
-      "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,"
-      "%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,"
-      "%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95}, "
-      "{%96, %97, %98, %99}, %100, 1, 1, 1, 0;"
-      : SUMS(sums, 0), SUMS(sums, 16), SUMS(sums, 32), SUMS(sums, 48), SUMS(sums, 64), SUMS(sums, 80)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-template <>
-__device__ __forceinline__ void multiply_accumulate<256>(float *sums, const u32 *a, u64 b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"
-      "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,"
-      "%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,"
-      "%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,"
-      "%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}, "
-      "{%128, %129, %130, %131}, %132, 1, 1, 1, 0;"
-      : SUMS(sums, 0), SUMS(sums, 16), SUMS(sums, 32), SUMS(sums, 48), SUMS(sums, 64), SUMS(sums, 80), SUMS(sums, 96),
-        SUMS(sums, 112)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
+// Defines `multiply_accumulate<COLUMNS>`. REST names the five operands behind the sums.
+#define DEFINE_PRODUCT(COLUMNS, K, REST)                                                                 \
+  template <>                                                                                            \
+  __device__ __forceinline__ void multiply_accumulate<COLUMNS>(float *sums, const u32 *a, u64 b) {       \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" NAMES_##K "}, " REST \
+                 ", 1, 1, 1, 0;"                                                                         \
+                 : OPERANDS_##K(sums)                                                                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                  \
+  }
+DEFINE_PRODUCT(64, 3, "{%32, %33, %34, %35}, %36")
+DEFINE_PRODUCT(96, 5, "{%48, %49, %50, %51}, %52")
+DEFINE_PRODUCT(128, 7, "{%64, %65, %66, %67}, %68")
+DEFINE_PRODUCT(160, 9, "{%80, %81, %82, %83}, %84")
+DEFINE_PRODUCT(208, 12, "{%104, %105, %106, %107}, %108")
+DEFINE_PRODUCT(256, 15, "{%128, %129, %130, %131}, %132")
 
 // Starts a group of products. Operands of earlier products may be changed only after a `wait_for_products`.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

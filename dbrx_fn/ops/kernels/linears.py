@@ -21,10 +21,9 @@ def fits(params: Linear, x: mx.array) -> bool:
 
 
 def linear(params: Linear, x: mx.array, residual: mx.array | None = None) -> mx.array:
-    """`x` `[... inner]` times a matrix `[outer inner]`. Few rows may have a `residual` `[... outer]` to add to."""
+    """`x` `[... inner]` times a matrix `[outer inner]`, plus `residual` `[... outer]` if given."""
     tokens = x.size // x.shape[-1]
     if tokens <= FEW_ROWS:
         return short_dense(x, params, residual)
-    assert residual is None
     rows = pack_rows(x.reshape(tokens, -1), params)
-    return long_segments(rows, params, tokens=tokens).reshape(*x.shape[:-1], -1)
+    return long_segments(rows, params, tokens=tokens, residual=residual).reshape(*x.shape[:-1], -1)

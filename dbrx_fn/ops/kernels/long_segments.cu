@@ -6,7 +6,8 @@
 // ninth warp copies it there from the layout of pack_rows.cu, one block of 128 entries at a time, a few blocks ahead.
 //
 // A block of threads computes 128 rows of the matrix for one segment: each group of four warps computes 64. It computes
-// only as many columns as the segment has rows, in steps of 64.
+// only as many columns as the segment has rows, rounded up to one of a few widths. Fewer columns leave room for more
+// blocks of B in shared memory, which they need: their products take less time, and copies take the same.
 //
 // GATED: each warp takes 8 rows of the gate's matrix and the same 8 rows of up's, so one lane's registers hold all that
 // silu(gate x) * (up x) needs. The result has the layout of pack_rows.cu, for the product with w2.
@@ -14,7 +15,11 @@
 // Macros: those of weights.cuh.
 //   GATED: 1 for silu(gate x) * (up x).
 //   DENSE: 1 for a single matrix. All its segments but the last are full.
-//   STAGES: blocks of B in shared memory.
+//   RESIDUAL: 1 to add a residual to a single matrix's products.
+//   STAGES: blocks of B with 256 columns in shared memory.
+//   AHEAD: blocks of weights that a warp loads ahead. It divides their number.
+//   CLUSTER: blocks of threads, 1 or 2, that share a segment's rows: each copies a half to both. It divides the number
+//     of a segment's blocks.
 #include "hopper.cuh"
 #include "weights.cuh"
 
@@ -22,6 +27,41 @@ constexpr int ROWS = 256;                    // rows of a segment
 constexpr int HALF_BYTES = ROWS * 64 * 2;    // bytes of 64 entries of a segment's rows
 constexpr int BLOCK_BYTES = 2 * HALF_BYTES;  // bytes of 128 entries
 constexpr int NEIGHBOURS = 4;                // segments whose blocks run side by side, to share weights in L2
+
+constexpr int MOST_STAGES = 8;
+
+// The numbers of columns that products are compiled for.
+__host__ __device__ constexpr int wider(int columns) {
+  return columns < 64 ? 64 : columns < 96 ? 96 : columns < 128 ? 128 : columns < 160 ? 160 : columns < 208 ? 208 : ROWS;
+}
+// How many blocks of this number of columns are in shared memory.
+__host__ __device__ constexpr int stages_of(int columns) {
+  return STAGES * ROWS / columns < MOST_STAGES ? STAGES * ROWS / columns : MOST_STAGES;
+}
+
+// Copies to the same place of both blocks of a cluster, and counts the bytes at the barriers of both.
+__device__ __forceinline__ void copy_to_both(u32 to, const void *from, u32 bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(u16(3))
+      : "memory");
+}
+
+// Arrives at a barrier of each block of the cluster.
+__device__ __forceinline__ void arrive_everywhere(u32 barrier) {
+#if CLUSTER == 1
+  arrive(barrier);
+#else
+#pragma unroll
+  for (int rank = 0; rank < CLUSTER; rank++)
+    asm volatile(
+        "{\n.reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank)
+        : "memory");
+#endif
+}
 
 struct Task {
   const u8 *x;  // the segment's packed rows
@@ -32,46 +72,74 @@ struct Task {
 // Multiplies a lane's two rows of weights by the segment's rows.
 template <int COLUMNS>
 __device__ __forceinline__ void multiply(const Task &task, const Row &upper, const Row &lower, float *sums) {
+  constexpr int DEEP = stages_of(COLUMNS);
   const int blocks = task.inner / 128;
   u32 a[2][16];
   // Operands must not be registers that a load in flight writes. Otherwise ptxas serializes the products.
   const u32 zero = FORMAT == BFLOAT16 ? u32(task.inner) >> 31 : 0;
-  Stored above = upper.load(0), below = lower.load(0);
+  Stored above[AHEAD], below[AHEAD];
+#pragma unroll
+  for (int next = 0; next < AHEAD; next++) above[next] = upper.load(next), below[next] = lower.load(next);
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; i++) sums[i] = 0;
 
-  for (int block = 0; block < blocks; block++) {
-    const int stage = block % STAGES;
-    wait(task.full + 8 * stage, block / STAGES & 1);
+  for (int first = 0; first < blocks; first += AHEAD) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      // Now the products that read these registers are finished. Those of the half before still run.
-      wait_for_products<1>();
-      hold<16>(a[half]);
-      if (half && block && task.lane == 0) arrive(task.empty + 8 * ((block - 1) % STAGES));
+    for (int next = 0; next < AHEAD; next++) {
+      const int block = first + next, stage = block % DEEP;
+      wait(task.full + 8 * stage, block / DEEP & 1);
 #pragma unroll
-      for (int step = 0; step < 4; step++) {
-        a[half][4 * step] = weights_of(above, 4 * half + step, 0) | zero;
-        a[half][4 * step + 1] = weights_of(below, 4 * half + step, 0) | zero;
-        a[half][4 * step + 2] = weights_of(above, 4 * half + step, 1) | zero;
-        a[half][4 * step + 3] = weights_of(below, 4 * half + step, 1) | zero;
+      for (int half = 0; half < 2; half++) {
+        // Now the products that read these registers are finished. Those of the half before still run.
+        wait_for_products<1>();
+        hold<16>(a[half]);
+        if (half && block && task.lane == 0) arrive_everywhere(task.empty + 8 * ((block - 1) % DEEP));
+#pragma unroll
+        for (int step = 0; step < 4; step++) {
+          a[half][4 * step] = weights_of(above[next], 4 * half + step, 0) | zero;
+          a[half][4 * step + 1] = weights_of(below[next], 4 * half + step, 0) | zero;
+          a[half][4 * step + 2] = weights_of(above[next], 4 * half + step, 1) | zero;
+          a[half][4 * step + 3] = weights_of(below[next], 4 * half + step, 1) | zero;
+        }
+        hold<16>(a[half]);
+        if (half) {
+          const int later = min(block + AHEAD, blocks - 1);
+          above[next] = upper.load(later), below[next] = lower.load(later);
+        }
+        hold<COLUMNS / 2>(sums);
+        begin_products();
+        const u64 b = swizzled_matrix(task.buffers + (2 * stage + half) * COLUMNS * 128);
+#pragma unroll
+        for (int step = 0; step < 4; step++) multiply_accumulate<COLUMNS>(sums, a[half] + 4 * step, b + 2 * step);
+        end_products();
+        hold<COLUMNS / 2>(sums);
       }
-      hold<16>(a[half]);
-      if (half) above = upper.load(min(block + 1, blocks - 1)), below = lower.load(min(block + 1, blocks - 1));
-      hold<COLUMNS / 2>(sums);
-      begin_products();
-      const u64 b = swizzled_matrix(task.buffers + stage * BLOCK_BYTES + half * HALF_BYTES);
-#pragma unroll
-      for (int step = 0; step < 4; step++) multiply_accumulate<COLUMNS>(sums, a[half] + 4 * step, b + 2 * step);
-      end_products();
-      hold<COLUMNS / 2>(sums);
     }
   }
   wait_for_products<0>();
   hold<COLUMNS / 2>(sums);
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) long_segments(
+// Multiplies by the first `columns` rows of the segment, at least COLUMNS.
+template <int COLUMNS>
+__device__ __forceinline__ void multiply_columns(const Task &task, const Row &upper, const Row &lower, float *sums,
+                                                 int columns) {
+  if constexpr (COLUMNS < ROWS) {
+    if (columns > COLUMNS) return multiply_columns<wider(COLUMNS)>(task, upper, lower, sums, columns);
+  }
+  multiply<COLUMNS>(task, upper, lower, sums);
+}
+
+// Two bfloat16 sums. The products are rounded before, as stock operations round them.
+__device__ __forceinline__ u32 add_pairs(u32 a, u32 b) {
+  return pack_bf16(low_to_float(a) + low_to_float(b), high_to_float(a) + high_to_float(b));
+}
+
+extern "C" __global__ void
+#if CLUSTER > 1
+__cluster_dims__(CLUSTER, 1, 1)
+#endif
+__launch_bounds__(384, 1) long_segments(
     const u8 *x,
 #if GATED
     MATRIX(gate), MATRIX(up),
@@ -81,15 +149,19 @@ extern "C" __global__ void __launch_bounds__(384, 1) long_segments(
 #if !DENSE
     const int *slot_pairs, const int *segment_experts,
 #endif
+#if RESIDUAL
+    const u16 *residual,
+#endif
     u16 *y, int count, int segments, int inner, int outer) {
   extern __shared__ __align__(1024) u8 shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quarter = lane % 4;
 
-  const int tiles = outer / (GATED ? 64 : 128);
-  const int neighbours = blockIdx.x / (NEIGHBOURS * tiles) * NEIGHBOURS;
+  const int cluster = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
+  const int tiles = outer / (GATED ? 64 : 128) / CLUSTER;
+  const int neighbours = cluster / (NEIGHBOURS * tiles) * NEIGHBOURS;
   const int side_by_side = min(NEIGHBOURS, segments - neighbours);
-  const int within = blockIdx.x - neighbours * tiles;
-  const int segment = neighbours + within % side_by_side, tile = within / side_by_side;
+  const int within = cluster - neighbours * tiles;
+  const int segment = neighbours + within % side_by_side, tile = within / side_by_side * CLUSTER + rank;
 
 #if DENSE
   const int real = min(ROWS, count - segment * ROWS);
@@ -100,31 +172,41 @@ extern "C" __global__ void __launch_bounds__(384, 1) long_segments(
   if (real == 0) return;
   const u64 first = u64(segment_experts[segment]) * outer;
 #endif
-  const int columns = (real + 63) / 64 * 64;
+  const int columns = wider(real - 1);
 
-  const u32 buffers = shared_address(shared), outgoing = buffers + STAGES * BLOCK_BYTES;
-  const u32 full = outgoing + (GATED ? HALF_BYTES : 0), empty = full + 8 * STAGES;
+  const u32 buffers = shared_address(shared), full = buffers + STAGES * BLOCK_BYTES, empty = full + 8 * MOST_STAGES;
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < STAGES; stage++) {
+    for (int stage = 0; stage < MOST_STAGES; stage++) {
       init_barrier(full + 8 * stage, 1);
-      init_barrier(empty + 8 * stage, 8);
+      init_barrier(empty + 8 * stage, 8 * CLUSTER);
     }
     publish_to_copies();
   }
+#if CLUSTER == 1
   __syncthreads();
+#else
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+#endif
 
   const u64 block_count = inner / 128;
   const Task task = {x + segment * block_count * BLOCK_BYTES, full, empty, buffers, inner, warp, lane};
   if (warp >= 8) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (warp == 8 && lane == 0) {
-      for (int block = 0; block < int(block_count); block++) {
-        const int stage = block % STAGES;
-        if (block >= STAGES) wait(empty + 8 * stage, (block / STAGES - 1) & 1);
+      const int stages = stages_of(columns);
+      for (int block = 0, stage = 0, phase = 1; block < int(block_count); block++) {
+        // The first time a stage is free, and this wait returns.
+        wait(empty + 8 * stage, phase);
         arrive_expecting(full + 8 * stage, 2 * columns * 128);
+#if CLUSTER == 1
         for (int half = 0; half < 2; half++)
-          copy_to_shared(buffers + stage * BLOCK_BYTES + half * HALF_BYTES,
+          copy_to_shared(buffers + (2 * stage + half) * columns * 128,
                          task.x + u64(block) * BLOCK_BYTES + half * HALF_BYTES, columns * 128, full + 8 * stage);
+#else
+        copy_to_both(buffers + (2 * stage + rank) * columns * 128,
+                     task.x + u64(block) * BLOCK_BYTES + rank * HALF_BYTES, columns * 128, full + 8 * stage);
+#endif
+        if (++stage == stages) stage = 0, phase ^= 1;
       }
     }
     return;
@@ -144,10 +226,14 @@ extern "C" __global__ void __launch_bounds__(384, 1) long_segments(
 #endif
 
   float sums[ROWS / 2];
-  if (columns == 256) multiply<256>(task, upper, lower, sums);
-  else if (columns == 192) multiply<192>(task, upper, lower, sums);
-  else if (columns == 128) multiply<128>(task, upper, lower, sums);
-  else multiply<64>(task, upper, lower, sums);
+  multiply_columns<64>(task, upper, lower, sums, columns);
+#if CLUSTER > 1
+  asm volatile("barrier.cluster.arrive;" ::: "memory");
+#endif
+#if GATED
+  // The results take the place of the first blocks of B, once all warps have used them.
+  asm volatile("bar.sync 1, 256;" ::: "memory");
+#endif
 
 #pragma unroll
   for (int i = 0; i < ROWS / 8; i++) {
@@ -162,13 +248,18 @@ extern "C" __global__ void __launch_bounds__(384, 1) long_segments(
     }
     const u32 pair = transposed(pack_bf16(values[0], values[1]));
     const int chunk = (4 * part + quarter) ^ (slot % 8);
-    const u32 to = outgoing + slot * 128 + chunk * 16 + of_quarter * 4;
+    const u32 to = buffers + slot * 128 + chunk * 16 + of_quarter * 4;
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(pair) : "memory");
 #else
-    const u32 pair = transposed(pack_bf16(sums[4 * i], sums[4 * i + 1]));
-    const u32 below = transposed(pack_bf16(sums[4 * i + 2], sums[4 * i + 3]));
-    u16 *out = y + (u64(segment) * ROWS + slot) * outer + tile * 128 + 16 * warp + 2 * quarter;
+    u32 pair = transposed(pack_bf16(sums[4 * i], sums[4 * i + 1]));
+    u32 below = transposed(pack_bf16(sums[4 * i + 2], sums[4 * i + 3]));
+    const u64 at = (u64(segment) * ROWS + slot) * outer + tile * 128 + 16 * warp + 2 * quarter;
+    u16 *out = y + at;
     if (slot < real) {
+#if RESIDUAL
+      pair = add_pairs(pair, *reinterpret_cast<const u32 *>(residual + at));
+      below = add_pairs(below, *reinterpret_cast<const u32 *>(residual + at + 8));
+#endif
       *reinterpret_cast<u32 *>(out) = pair;
       *reinterpret_cast<u32 *>(out + 8) = below;
     }
@@ -180,7 +271,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) long_segments(
   if (threadIdx.x == 0) {
     const u64 blocks_out = outer / 128;
     u8 *to = reinterpret_cast<u8 *>(y) + (segment * blocks_out + block) * BLOCK_BYTES + half * HALF_BYTES;
-    copy_to_global(to, outgoing, columns * 128);
+    copy_to_global(to, buffers, columns * 128);
   }
+#endif
+#if CLUSTER > 1
+  // The other block arrives at this one's barriers until then.
+  asm volatile("barrier.cluster.wait;" ::: "memory");
 #endif
 }

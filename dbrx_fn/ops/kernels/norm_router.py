@@ -51,8 +51,9 @@ def norm_router(
     d_model = x.shape[-1]
     tokens = x.size // d_model
     experts = router.shape[0]
-    # Two tokens share one read of the router, if there are more tokens than multiprocessors.
-    together = 1 if tokens <= multiprocessors() else 2
+    # Three tokens share one read of the router, if there are more tokens than multiprocessors. Four would need more
+    # shared memory than a block may have without asking.
+    together = 1 if tokens <= multiprocessors() else 3
     defines: dict[str, int | str] = {
         "WIDTH": d_model,
         "EXPERTS": experts,

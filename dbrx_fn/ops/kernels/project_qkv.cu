@@ -1,4 +1,4 @@
-// Queries, keys and values of one token of each of a few sequences: norm, projection, clamp, RoPE, split into heads.
+// Queries, keys and values of a few new tokens of a few sequences: norm, projection, clamp, RoPE, split into heads.
 //
 // A block computes 8 pairs of a head's entries i and i + HEAD_DIM / 2, which RoPE rotates together. The first are
 // the upper rows of a product, the second the lower ones. A single token is normalized by each block again.
@@ -7,9 +7,11 @@
 //   BLOCKS: blocks per multiprocessor.
 //   HEAD_DIM: entries per head.
 //   NORM_WIDTH: d_model if x is a single row, which is normalized first; else 0.
+//   SINGLE: 1 if each row has one new token. Constants then save divisions.
 #define TALL 1
 #define DEPTH 1
 #include "products.cuh"
+#include "rotary.cuh"
 
 constexpr int HALF = HEAD_DIM / 2, PARTS = HALF / 8;
 
@@ -77,25 +79,19 @@ __device__ __forceinline__ void normalize(const u16 *x, const u16 *weight, u16 *
 }
 #endif
 
-// Keeps NaN, which fminf and fmaxf would replace by a number.
-__device__ __forceinline__ float clamp(float x, float clip) { return x > clip ? clip : x < -clip ? -clip : x; }
-
-// The angle modulo 2 pi, with 2 pi in three parts. From -pi to pi the fast sine and cosine are exact to 5e-7. sincosf
-// handles every angle, but is four times as long and has branches. Up to angles of 1e5 this remainder is exact to 2e-7.
-__device__ __forceinline__ float within_turn(float angle) {
-  const float turns = rintf(angle * 0.15915494f);
-  angle = fmaf(turns, -6.2831850051879884f, angle);
-  angle = fmaf(turns, -3.0199157663446386e-7f, angle);
-  return fmaf(turns, -2.1561211813896954e-14f, angle);
-}
-
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) project_qkv(
     const u16 *x,
 #if NORM_WIDTH
     const u16 *norm,
 #endif
-    MATRIX(matrix), const int *offsets, const float *inverse_frequencies, u16 *q, u16 *k, u16 *v, int tokens, int inner,
-    int n_heads, int kv_n_heads, float clip, float eps) {
+    MATRIX(matrix), const int *offsets, const float *inverse_frequencies, u16 *q, u16 *k, u16 *v, int tokens,
+#if !SINGLE
+    int time,
+#endif
+    int inner, int n_heads, int kv_n_heads, float clip, float eps) {
+#if SINGLE
+  constexpr int time = 1;
+#endif
   __shared__ Partial partial;
   __shared__ float positions[8 * TILES], frequencies[8];
   const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
@@ -103,7 +99,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) project_qkv(
   PairedRows rows{ROW(matrix, head * HEAD_DIM + pair + group, inner, quarter), inner};
   rows.advance(warp);
 
-  if (threadIdx.x < 8 * TILES) positions[threadIdx.x] = offsets[min(first_token + int(threadIdx.x), tokens - 1)];
+  if (threadIdx.x < 8 * TILES) {
+    const int token = min(first_token + int(threadIdx.x), tokens - 1);
+    positions[threadIdx.x] = offsets[token / time] + token % time;
+  }
   // Another warp loads these at the same time.
   if (warp == 1 && threadIdx.x % 32 < 8) frequencies[threadIdx.x % 32] = inverse_frequencies[pair + threadIdx.x % 32];
 #if NORM_WIDTH
@@ -130,15 +129,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) project_qkv(
     float second = clamp(partial.total(tile, 0, entry + 2, of), clip);
     const bool turned = head < n_heads + kv_n_heads;
     if (turned) {
-      // Rounded to float32, as in layers/rotary.py. At position 30,000 the rounding changes the angle by up to 1e-3.
-      const float angle = within_turn(__fmul_rn(positions[token - first_token], frequencies[of / 4]));
-      const float cosine = __cosf(angle), sine = __sinf(angle), before = first;
-      first = before * cosine - second * sine, second = before * sine + second * cosine;
+      const float2 turn = turn_of(positions[token - first_token], frequencies[of / 4]);
+      const float before = first;
+      first = before * turn.x - second * turn.y, second = before * turn.y + second * turn.x;
     }
+#if SINGLE
     u16 *target = head < n_heads ? q : turned ? k : v;
     const int heads = head < n_heads ? n_heads : kv_n_heads;
     const int within = head < n_heads ? head : turned ? head - n_heads : head - n_heads - kv_n_heads;
     target += (token * heads + within) * HEAD_DIM + i;
     target[0] = float_to_bf16(first), target[HALF] = float_to_bf16(second);
+#else
+    // Queries lie by token, keys and values by head, as the cache has them.
+    u16 *target = q + (token * n_heads + head) * HEAD_DIM;
+    if (head >= n_heads) {
+      const int within = (head - n_heads) % kv_n_heads;
+      target = (turned ? k : v) + ((token / time * kv_n_heads + within) * time + token % time) * HEAD_DIM;
+    }
+    target[i] = float_to_bf16(first), target[i + HALF] = float_to_bf16(second);
+#endif
   }
 }

@@ -26,8 +26,8 @@ _DENSE = 0
 _QUANTIZED: dict[tuple[Mode, int], int] = {("affine", 4): 1, ("affine", 8): 2, ("mxfp4", 4): 3}
 # Warps per block; blocks per multiprocessor; matrix rows in all segments from which blocks are twice as tall.
 _SHORT_WARPS, _SHORT_BLOCKS, _TALL_FROM = 8, 3, 16384
-# Shared memory: a pipeline of blocks of rows, and a buffer for the gated products of half a block.
-_STAGES, _STAGE_BYTES, _OUTGOING_BYTES = 3, LONG_ROWS * 256, LONG_ROWS * 128
+# Shared memory: a pipeline of blocks of rows, and its barriers.
+_STAGES, _STAGE_BYTES, _BARRIER_BYTES = 3, LONG_ROWS * 256, 128
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,11 @@ def pack_rows(x: mx.array, matrix: Linear, segments: Segments | None = None) -> 
 
 
 def long_segments(
-    packed: mx.array, *matrices: Linear, segments: Segments | None = None, tokens: int | None = None
+    packed: mx.array,
+    *matrices: Linear,
+    segments: Segments | None = None,
+    tokens: int | None = None,
+    residual: mx.array | None = None,
 ) -> mx.array:
     """Packed rows times their matrices, as bfloat16 `[slots outer]`. A gated result is packed for another product.
 
@@ -229,23 +233,29 @@ def long_segments(
         matrices: one matrix; or gate and up, for `silu(gate x) * (up x)`.
         segments: each row's expert; `None` for a single matrix.
         tokens: for a single matrix, the number of real rows. The result has only these.
+        residual: for a single matrix, `[tokens outer]` to add to the result.
     """
     slots, inner = packed.shape
     outer, gated = matrices[0]["weight"].shape[-2], len(matrices) == 2
+    tiles = outer // (64 if gated else 128)
     defines = format_defines(matrices[0], inner) | {
         "GATED": int(gated),
         "DENSE": int(segments is None),
+        "RESIDUAL": int(residual is not None),
         "STAGES": _STAGES,
     }
-    barriers = 16 * _STAGES
+    # Wider entries leave no registers for a second block ahead. Two blocks of threads that share rows need it
+    # (docs/performance.md, section 4).
+    ahead = 2 if defines["FORMAT"] != _DENSE and inner // INNER % 2 == 0 else 1
+    defines |= {"AHEAD": ahead, "CLUSTER": 2 if ahead == 2 and tiles % 2 == 0 else 1}
     return launch(
         Kernel("long_segments", tuple(defines.items())),
-        [packed, *leaves(*matrices), *(segments.arrays if segments else ())],
+        [packed, *leaves(*matrices), *(segments.arrays if segments else ()), *_given(residual)],
         [((slots if tokens is None else tokens, outer), mx.bfloat16)],
-        blocks=(slots // LONG_ROWS * (outer // (64 if gated else 128)), 1, 1),
+        blocks=(slots // LONG_ROWS * tiles, 1, 1),
         threads=384,
         scalars=(segments.pairs if segments else tokens or slots, slots // LONG_ROWS, inner, outer),
-        shared_memory=_STAGES * _STAGE_BYTES + (_OUTGOING_BYTES if gated else 0) + barriers,
+        shared_memory=_STAGES * _STAGE_BYTES + _BARRIER_BYTES,
     )[0]
 
 
