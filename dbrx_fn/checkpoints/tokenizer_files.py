@@ -57,8 +57,14 @@ def tokenizer_files(path: Path) -> Iterator[TokenizerFiles]:
         yield TokenizerFiles(path.parent, path)
         return
     with tempfile.TemporaryDirectory() as name:
-        for file, content in contents.items():
-            Path(name, file).write_bytes(content)
+        try:
+            for file, content in contents.items():
+                Path(name, file).write_bytes(content)
+        except OSError as error:
+            raise TokenizerError(
+                f"{path}'s tokenizer can't be written to {name} ({error.strerror or error}): make room there, or choose"
+                " another folder with TMPDIR."
+            ) from None
         try:
             yield TokenizerFiles(Path(name), path)
         except DbrxError as error:

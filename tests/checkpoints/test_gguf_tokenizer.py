@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dbrx_fn.checkpoints.gguf_vocabulary import vocabulary_metadata
@@ -16,7 +17,7 @@ from dbrx_fn.generation.generation_config import read_generation_config
 from dbrx_fn.text.chat import render_chat
 from dbrx_fn.text.tokenizer import Tokenizer
 from tests.support.checkpoints import QUANTIZABLE
-from tests.support.gguf_tokenizers import CONTROL, UNUSED, USER_DEFINED, small_metadata, write_tokenizer
+from tests.support.gguf_tokenizers import CONTROL, UNUSED, USER_DEFINED, small_metadata, tiny_metadata, write_tokenizer
 
 CONFIG = QUANTIZABLE | {"vocab_size": 4096}
 SMALL_TOKENIZER = load_tokenizer(SMALL)
@@ -161,6 +162,25 @@ def test_an_absurd_vocabulary_costs_little(tmp_path: Path, tokens: list[str], wo
         load_tokenizer(file)
     assert time.process_time() - start < 20
     assert str(caught.value).startswith(str(file))
+
+
+@pytest.mark.filterwarnings("ignore:.* doesn't say how its tokenizer cuts words")
+def test_flipped_bytes_end_in_an_error_or_in_a_tokenizer(tmp_path: Path) -> None:
+    file = write_tokenizer(tmp_path / "dbrx.gguf", QUANTIZABLE | {"vocab_size": 263}, tiny_metadata())
+    assert load_tokenizer(file).encode("the then") == [260, 259, 258, 68, 77]
+    content, rng = file.read_bytes(), np.random.default_rng(0)
+    places = rng.integers(24, content.index(b"token_embd.weight"), 600)
+    said: list[str] = []
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= int(rng.integers(1, 256))
+        file.write_bytes(damaged)
+        try:
+            load_tokenizer(file).encode("the <think> then 12345 \n\n")
+        except (TokenizerError, CheckpointError) as error:
+            said.append(str(error))
+    assert len(places) / 2 < len(said) < len(places)
+    assert all(str(file) in text and "\x1b" not in text for text in said)
 
 
 def test_tiktoken_s_vocabulary_comes_back(tmp_path: Path) -> None:

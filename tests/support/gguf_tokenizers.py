@@ -9,6 +9,7 @@ import numpy as np
 from gguf import GGUFValueType, GGUFWriter
 
 from dbrx_fn.checkpoints.hub import SMALL
+from dbrx_fn.text.vocabulary import BYTES
 from tests.support.layouts_written import add_metadata
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
@@ -29,6 +30,23 @@ def small_metadata() -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": 4092,
         "tokenizer.ggml.eos_token_id": 4092,
         "tokenizer.ggml.padding_token_id": 4093,
+    }
+
+
+def tiny_metadata() -> dict[str, Any]:
+    """A tokenizer of bytes and four merges, with a bit of everything."""
+    tokens = [*sorted(BYTES), "th", "Ġt", "Ġth", "the", "<|endoftext|>", "<|im_end|>", "<think>"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "dbrx",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 260 + [CONTROL, CONTROL, USER_DEFINED],
+        "tokenizer.ggml.merges": ["t h", "Ġ t", "Ġ th", "th e"],
+        "tokenizer.ggml.bos_token_id": 260,
+        "tokenizer.ggml.eos_token_id": 260,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": "{{ messages[0].content }}",
+        "general.sampling.temp": 0.7,
     }
 
 
