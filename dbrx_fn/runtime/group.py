@@ -29,6 +29,8 @@ from dbrx_fn.errors import InputError
 
 _GRACE = 4.0
 """Seconds for other processes to end, or to fail for the same reason, before the leader ends."""
+_LEEWAY = 1.0
+"""Seconds for a process to finish what the leader has finished."""
 _GREETING = 60.0
 """Seconds for a process to connect to the leader."""
 _SECRET = 16
@@ -52,7 +54,7 @@ class Group:
         self._values: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._sending = threading.Lock()
         self._failure: str | None = None
-        self._ending = threading.Event()
+        self._ending, self._finished = threading.Event(), threading.Event()
         self._watchers = [
             threading.Thread(target=self._watch, args=(rank, peer), daemon=True) for rank, peer in self._peers.items()
         ]
@@ -101,6 +103,7 @@ class Group:
             for watcher in self._watchers:
                 watcher.join(max(0.0, end - time.monotonic()))
         else:
+            self._finished.set()
             threading.Event().wait()
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -124,6 +127,8 @@ class Group:
                         return
                     self._end(f"error: in the process of rank {rank}: {message['failed']}")
                 elif "end" in message:
+                    # It may be about to remove its temporary files.
+                    self._finished.wait(_LEEWAY)
                     os._exit(0)
         if not self._ending.is_set():
             # MLX's ring says on standard error that it lost a connection. The last line should be this one.
