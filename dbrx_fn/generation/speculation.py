@@ -23,7 +23,6 @@ from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import check_fields
 from dbrx_fn.runtime.device import backend
-from dbrx_fn.runtime.group import group
 from dbrx_fn.runtime.memory import wired
 
 MOST_DRAFTED = max(WIDTHS) - 1
@@ -161,8 +160,7 @@ def speculated(
                 run.step()
             token = read_token(current, len(prompt) + max_tokens - left, config)
             if single and timed:
-                # Of several processes, all take the leader's time, so that they go on alike.
-                drafter.pace.note_time(1, group().share(time.perf_counter() - start))
+                drafter.pace.note_time(1, time.perf_counter() - start)
             drafter.push(token)
             left, timed = left - 1, single
             if token in stop_tokens or not left:
@@ -205,7 +203,7 @@ def _verified(
     start = time.perf_counter()
     # Waits for the device.
     tokens: list[int] = chosen.tokens.tolist()  # type: ignore[assignment]
-    drafter.pace.note_time(width, group().share(seconds + time.perf_counter() - start))
+    drafter.pace.note_time(width, seconds + time.perf_counter() - start)
     right = 0
     while right < min(len(draft), left - 1) and tokens[right] == draft[right]:
         run.show_one_more()
