@@ -37,14 +37,15 @@ _OF_BITS: dict[int, GgufType] = {8: "q8_0", 4: "q4_0"}
 
 def check_llama_cpp(planned: Planned) -> None:
     """Raises `InputError` if llama-cpp-python isn't installed, or llama.cpp has no such model or format."""
-    check_llama_cpp_model(planned.config)
-    _request(planned)
+    if _own_file(planned) is None:
+        check_llama_cpp_model(planned.config)
+        _request(planned)
     _library()
 
 
 @contextmanager
 def llama_cpp_program(params: Params, planned: Planned) -> Iterator[Program]:
-    """Yields llama.cpp as a program. The GGUF file is removed afterwards.
+    """Yields llama.cpp as a program. It runs the plan's GGUF file, or one that is written for it and then removed.
 
     Args:
         params: the tree.
@@ -54,17 +55,30 @@ def llama_cpp_program(params: Params, planned: Planned) -> Iterator[Program]:
         InputError: as in `check_llama_cpp`, or if llama.cpp can't run the file on this machine.
     """
     with tempfile.TemporaryDirectory() as name:
-        file = Path(name, "model.gguf")
-        save(Path(name, "checkpoint"), params, planned.config, layout="stacked")
-        with warnings.catch_warnings():
-            # Ids are measured, which need no tokenizer.
-            warnings.filterwarnings("ignore", "The new file has no tokenizer")
-            write_gguf(plan_gguf(open_checkpoint(Path(name, "checkpoint")), _request(planned)), file)
+        file = _own_file(planned) or _written(params, planned, Path(name))
         model = Model(file, repacked=_runs_repacked(file))
         try:
             yield _program(model, planned.stored)
         finally:
             model.close()
+
+
+def _own_file(planned: Planned) -> Path | None:
+    """The GGUF file that is measured, if it is measured unchanged."""
+    file = planned.checkpoint
+    if file is None or not file.is_file() or planned.quantization is not None:
+        return None
+    return file if open_checkpoint(file).config.n_layers == planned.config.n_layers else None
+
+
+def _written(params: Params, planned: Planned, folder: Path) -> Path:
+    save(folder / "checkpoint", params, planned.config, layout="stacked")
+    file = folder / "model.gguf"
+    with warnings.catch_warnings():
+        # Ids are measured, which need no tokenizer.
+        warnings.filterwarnings("ignore", "The new file has no tokenizer")
+        write_gguf(plan_gguf(open_checkpoint(folder / "checkpoint"), _request(planned)), file)
+    return file
 
 
 class Model:

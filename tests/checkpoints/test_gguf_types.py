@@ -17,7 +17,7 @@ from dbrx_fn.checkpoints.conversion import Request, convert, plan_conversion
 from dbrx_fn.checkpoints.gguf_blocks import floats_of_blocks, leaf_of_blocks
 from dbrx_fn.checkpoints.gguf_file import gguf_config, gguf_headers, open_gguf
 from dbrx_fn.checkpoints.gguf_types import TYPES, BlockType
-from dbrx_fn.checkpoints.loader import load
+from dbrx_fn.checkpoints.loader import computing_dtype, load
 from dbrx_fn.checkpoints.raw import of_raw
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.model.quantization import dequantize
@@ -126,6 +126,12 @@ def test_floats_are_rounded_once_to_the_dtype_that_is_asked_for(tmp_path: Path) 
         head = params["lm_head"]["weight"]
         expected = mx.array(values["output.weight"]).astype(getattr(mx, dtype))
         assert mx.array_equal(head, expected, equal_nan=True)
+
+
+@pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="GPUs compute in what is stored")
+def test_a_cpu_computes_in_float32_although_norms_have_another_dtype(tmp_path: Path) -> None:
+    written(tmp_path, GGMLQuantizationType.Q4_0)
+    assert computing_dtype(tmp_path / "model.gguf") == "float32"
 
 
 @pytest.mark.parametrize("name", ["Q6_K", "Q4_K", "IQ2_XS"])

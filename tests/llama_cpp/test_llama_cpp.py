@@ -133,9 +133,15 @@ def test_its_tokenizer_gives_tiktoken_s_ids_on_a_thousand_texts(tmp_path: Path) 
     assert all(again.encode(text) == tokenizer.encode(text) for text in texts(1000))
 
 
-def test_the_bench_measures_both(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_the_bench_measures_both(form: str, floats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder's weights are written for llama.cpp. A GGUF file is taken as it is, with types that aren't written."""
+    model = SMALL
+    if form == "file":
+        model = tmp_path / "new.gguf"
+        quantize(floats, model, FILE_TYPES["Q4_K_M"])
     options = ["--prompt", "5", "--context", "7", "--batch-size", "1", "2", "--tokens", "2", "--repeats", "1", "--json"]
-    assert bench(["inference", "--peer", "llama.cpp", *options]) == 0
+    assert bench(["inference", "--model", str(model), "--peer", "llama.cpp", *options]) == 0
     figures = json.loads(capsys.readouterr().out)["figures"][1:]
     assert [figure["program"].split()[0] for figure in figures] == ["dbrx_fn", "llama.cpp"] * 4
     assert all(figure["missing"] is None and figure["seconds"] > 0 for figure in figures)
