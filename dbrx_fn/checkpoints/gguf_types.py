@@ -73,7 +73,10 @@ TYPES = {
 }
 """The types that are read, by their numbers in a file."""
 
-REFUSED = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"}
-"""The other known types. llama.cpp's quantizer writes none of them."""
+REFUSED = {
+    9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+    31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
+}  # fmt: skip
+"""The other known types. llama.cpp's quantizer writes none of them, and no longer the last three."""
 
 NAMES = ", ".join(kind.name for kind in TYPES.values())

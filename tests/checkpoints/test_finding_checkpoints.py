@@ -173,6 +173,20 @@ def test_a_gguf_file_takes_the_tokenizer_beside_it(gguf: Path, fused: Path, caps
     assert load_tokenizer(gguf.parent / "new").encode("To be") == load_tokenizer(SMALL).encode("To be")
 
 
+def test_a_gguf_file_alone_makes_the_text_of_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "small.gguf"
+    assert convert([str(SMALL), str(file), "--layout", "gguf", "--type", "f32"]) == 0
+    capsys.readouterr()
+    said = {}
+    for model in (SMALL, file):
+        options = ["--chat", "-p", "Who goes there?", "--max-tokens", "12", "--temp", "0", "--json"]
+        assert generate(["--model", str(model), *options]) == 0
+        said[model] = json.loads(capsys.readouterr().out)["tokens"]
+    assert said[file] == said[SMALL]
+    assert inspect([str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokenizer"] == "its own, with words as in dbrx"
+
+
 def test_a_gguf_file_without_a_tokenizer_says_what_is_missing_and_how_to_get_it(
     gguf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
