@@ -18,6 +18,7 @@ for name in [name for name in os.environ if name.startswith(_BLAS_SETTINGS)]:
 
 # Before the tests import MLX, so that they run with the BLAS that users get.
 import dbrx_fn.runtime.blas  # noqa: E402, F401
+from dbrx_fn.ops.kernels.cpu.library import kernels  # noqa: E402
 from dbrx_fn.runtime.device import compiles, on_cpu  # noqa: E402
 
 # Its tests are of compiled layers alone.
@@ -29,6 +30,10 @@ if compiles() and on_cpu() and "PYTEST_XDIST_WORKER" in os.environ:
     own = Path(tempfile.gettempdir(), f"dbrx_fn-{os.environ['PYTEST_XDIST_WORKER']}")
     own.mkdir(exist_ok=True)
     os.environ["TMPDIR"] = str(own)
+
+# Compiled before the tests, which read what commands say on standard error.
+if on_cpu():
+    kernels()
 
 # A shell has what it starts in the background ignore Ctrl-C, and so would the commands that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -166,7 +166,9 @@ def test_the_cases_have_the_segments_that_other_machines_choose() -> None:
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "quantized"])
 @pytest.mark.parametrize("dtype", get_args(Dtype))
 def test_logits_are_as_near_to_the_oracle(dtype: Dtype, quantized: bool, measured: Measured) -> None:
-    own = errors(backend(), dtype, quantized=quantized)
+    # The CPU's kernels are more exact than stock operations, which the other machines' choices arrange.
+    with as_if(kernels=False):
+        own = errors(backend(), dtype, quantized=quantized)
     for machine in (backend(), *MACHINES):
         found = errors(machine, dtype, quantized=quantized)
         name = f"{dtype} {'quantized' if quantized else 'dense'} to the oracle as on {machine}"

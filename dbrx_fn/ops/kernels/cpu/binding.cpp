@@ -2,8 +2,10 @@
 //
 // Only this file includes MLX's headers. Python gives arrays as addresses of their C++ values (`library.py`).
 
+#include <algorithm>
 #include <cstring>
 #include <exception>
+#include <future>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -91,9 +93,9 @@ class Launch : public mx::Primitive {
     for (auto& output : outputs) {
       if (!traced && &output.inputs() != &inputs) output.inputs().clear();
     }
+    wait_for_readers(inputs);
     std::vector<Copy> copies;
     std::vector<void*> results;
-    std::vector<bool> donated(inputs.size(), false);
     for (size_t n = 0; n < outputs.size(); ++n) {
       auto& output = outputs[n];
       if (taken_[n] < 0) {
@@ -103,7 +105,6 @@ class Launch : public mx::Primitive {
         const bool contiguous = input.flags().row_contiguous;
         if (contiguous && input.is_donatable()) {
           output.copy_shared_buffer(input);
-          donated[taken_[n]] = true;
         } else {
           output.set_data(mx::allocator::malloc(output.nbytes()));
           copies.push_back({Operand(input), output.data<char>(), contiguous});
@@ -166,6 +167,17 @@ class Launch : public mx::Primitive {
   std::vector<mx::Dtype> dtypes;
 
  private:
+  // MLX holds the data of a scheduled operation's arrays until it has run. Data that are to be written to are waited
+  // for, since copying them would take longer.
+  void wait_for_readers(const Arrays& inputs) {
+    const auto is_held = [&](int place) { return place >= 0 && inputs[place].data_shared_ptr().use_count() > 1; };
+    if (std::none_of(taken_.begin(), taken_.end(), is_held)) return;
+    auto done = std::make_shared<std::promise<void>>();
+    auto waited = done->get_future();
+    mx::cpu::get_command_encoder(stream()).dispatch([done] { done->set_value(); });
+    waited.wait();
+  }
+
   Arrays twin(Arrays inputs) const {
     Arrays outputs(shapes.size(), mx::array(0.0f));
     if (call_twin(twin_, inputs.data(), inputs.size(), outputs.data(), outputs.size())) {

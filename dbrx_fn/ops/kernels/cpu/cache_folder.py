@@ -4,6 +4,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -14,9 +15,12 @@ def cache_folder() -> tuple[Path | None, str]:
         # The specification has relative paths ignored.
         folder = Path(base if os.path.isabs(base) else Path.home() / ".cache") / "dbrx_fn"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
+        # Who may write to the folder above could put another in this one's place, unless it is sticky, as /tmp is.
+        above, found = folder.parent.stat(), folder.lstat()
     except (OSError, RuntimeError) as error:
         return None, f"there is no cache folder ({error})"
+    if above.st_uid not in (0, os.geteuid()) or (above.st_mode & 0o022 and not above.st_mode & stat.S_ISVTX):
+        return None, f"{folder.parent} can be written by others"
     problem = _problem(found, stat.S_ISDIR)
     return (None, f"{folder} {problem}") if problem else (folder, "")
 
@@ -51,9 +55,9 @@ def keep(made: Path, folder: Path, name: str) -> tuple[Path | None, str]:
         return None, f"{folder} can't be written ({error.strerror})"
 
 
-def _problem(found: os.stat_result, is_kind: object) -> str:
+def _problem(found: os.stat_result, is_kind: Callable[[int], bool]) -> str:
     """What makes a file or folder unsafe, as a phrase that follows its name; empty, if nothing does."""
-    if not callable(is_kind) or not is_kind(found.st_mode):
+    if not is_kind(found.st_mode):
         return "is a link or of another kind"
     if found.st_uid != os.geteuid():
         return "belongs to another user"

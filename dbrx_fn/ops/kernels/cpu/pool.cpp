@@ -1,11 +1,6 @@
 #include "pool.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-#if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
-#endif
 
 namespace dbrx {
 namespace {
@@ -13,16 +8,19 @@ namespace {
 // About 30 us, the time that waking a sleeping thread takes.
 constexpr int SPINS = 600;
 
+// Threads that share a core would only keep each other from working.
+std::atomic<int> spins{SPINS};
+
 inline void pause() {
 #if defined(__x86_64__)
-  _mm_pause();
+  __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("isb");
 #endif
 }
 
 void wait_while(std::atomic<uint32_t>& value, uint32_t old) {
-  for (int n = 0; n < SPINS; ++n) {
+  for (int n = spins.load(std::memory_order_relaxed); n > 0; --n) {
     if (value.load(std::memory_order_acquire) != old) return;
     pause();
   }
@@ -53,6 +51,7 @@ void Pool::resize(int threads) {
   if (threads == count_) return;
   stop();
   count_ = threads;
+  spins = threads <= int(std::thread::hardware_concurrency()) ? SPINS : 0;
   const uint32_t seen = job_.load();
   for (int n = 1; n < threads; ++n) workers_.emplace_back([this, n, seen] { serve(n, seen); });
 }

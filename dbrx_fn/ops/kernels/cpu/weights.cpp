@@ -1,6 +1,11 @@
-// Products and conversions of single rows of a matrix.
+// Products with rows of a matrix, and these rows as floats.
 
 #include "weights.h"
+
+#include <vector>
+
+#include "kernel.h"
+#include "pool.h"
 
 namespace dbrx {
 namespace {
@@ -243,3 +248,31 @@ void as_floats(const Matrix& m, int64_t row, float* to) {
 }
 
 }  // namespace dbrx
+
+// inputs: the matrix's leaves, x float32 `[rows inner]`. numbers: the matrix's, rows. output: float32 `[rows outer]`.
+DBRX_KERNEL(linear) {
+  using namespace dbrx;
+  const int64_t* numbers = given.numbers;
+  const void* const* inputs = given.inputs;
+  const Matrix m = next_matrix(numbers, inputs);
+  const int64_t count = numbers[0], size = arranged_size(m), groups = sums_size(m);
+  const auto* x = static_cast<const float*>(inputs[0]);
+  auto* out = static_cast<float*>(given.outputs[0]);
+  std::vector<float> arranged(count * (size + groups));
+  std::vector<Row> rows(count);
+  std::vector<const Row*> places(count);
+  Pool::get().run([&](Member& me) {
+    me.spread(count, 1, [&](int64_t n, int64_t) {
+      float* to = arranged.data() + n * (size + groups);
+      rows[n] = arrange(m, x + n * m.inner, to, to + size);
+      places[n] = &rows[n];
+    });
+    me.spread(m.outer, 16, [&](int64_t first, int64_t last) {
+      std::vector<float> products(count);
+      for (int64_t row = first; row < last; ++row) {
+        dots(m, row, places.data(), count, products.data());
+        for (int64_t n = 0; n < count; ++n) out[n * m.outer + row] = products[n];
+      }
+    });
+  });
+}
