@@ -4,13 +4,14 @@ import json
 import re
 import shutil
 import sys
-import urllib.request
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import DEVNULL, run
 from typing import cast
 
 import mlx.core as mx
+import openai
 import pytest
 
 from dbrx_fn import generate, train
@@ -72,33 +73,35 @@ def test_a_chat_goes_on_over_turns(model: Path) -> None:
     assert (said.status, len(re.findall("^5 tokens", said.err, re.MULTILINE))) == (0, 2)
 
 
-def test_a_server_answers_and_ends_with_its_other_process(model: Path) -> None:
+def test_a_server_answers_openai_s_client_and_ends_with_its_other_process(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(model), "--prompt", "Once upon", "--max-tokens", "8", "--temp", "0", "--json"]
+    assert generate.main(options) == 0
+    alone = json.loads(capsys.readouterr().out)["text"]
     with started(["-m", "dbrx_fn.serve", "--model", str(model), "--port", "0"]) as processes:
         assert processes[0].stdout is not None
         url = processes[0].stdout.readline().strip()
-        body = json.dumps({"prompt": "Once upon", "max_tokens": 8, "temperature": 0}).encode()
-        request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
-        # The second request finds the first one's prefix, or none, in both processes.
-        texts = [json.load(urllib.request.urlopen(request, timeout=100))["choices"][0]["text"] for _ in (1, 2)]
-        assert texts[0] == texts[1]
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=150, max_retries=0) as client:
+
+            def asked(temperature: float) -> str:
+                return (
+                    client.completions.create(
+                        model="small", prompt="Once upon", max_tokens=8, temperature=temperature, seed=5
+                    )
+                    .choices[0]
+                    .text
+                )
+
+            # A reader that goes away cancels its request, of which the other process learns too.
+            stream = client.completions.create(model="small", prompt="A", max_tokens=500, stream=True)
+            next(iter(stream))
+            stream.close()
+            with ThreadPoolExecutor() as pool:
+                texts = list(pool.map(asked, [0, 0.9, 0, 0.9]))
+            assert texts[0] == texts[2] == alone
+            assert texts[1] == texts[3] != alone
         assert not killed(processes, 1).problems(1)
-    (alone,) = run_processes(
-        [
-            "-m",
-            "dbrx_fn.generate",
-            "--model",
-            str(model),
-            "--prompt",
-            "Once upon",
-            "--max-tokens",
-            "8",
-            "--temp",
-            "0",
-            "--json",
-        ],
-        1,
-    )
-    assert json.loads(alone.out)["text"] == texts[0]
 
 
 @pytest.mark.parametrize("parallel", ["data", "tensor"])
