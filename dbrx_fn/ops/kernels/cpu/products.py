@@ -8,18 +8,12 @@ import mlx.core as mx
 from dbrx_fn.ops.formats import LEAVES, Linear
 from dbrx_fn.ops.kernels.cpu.library import Output, Twin, has_kernels, launch
 from dbrx_fn.ops.kernels.cpu.matrix import leaves, matrix_numbers
-from dbrx_fn.runtime.blas import FAST_BLAS
-
-_FEW_ROWS = 32
 
 
 def fits(matrix: Linear, x: mx.array) -> bool:
     """Whether the kernel takes this product."""
     inner = x.shape[-1]
-    if x.dtype != mx.float32 or not has_kernels() or matrix_numbers(matrix, inner) is None:
-        return False
-    # From here on a fast BLAS is faster for float32.
-    return matrix["weight"].dtype != mx.float32 or x.size // inner <= _FEW_ROWS or FAST_BLAS is None
+    return x.dtype == mx.float32 and has_kernels() and matrix_numbers(matrix, inner) is not None
 
 
 def linear(matrix: Linear, x: mx.array) -> mx.array:
