@@ -129,7 +129,7 @@ def _ended(
         _tell(f"{error.filename or 'a file'} can't be {what} ({error.strerror or error}).")
     except (RuntimeError, MemoryError) as error:
         if not lacks_memory(error):
-            group().wait_for_its_end()
+            group().wait_for_watchers()
             raise
         said = shorten(str(error), 200, placeholder="…") or "out of memory"
         _tell(f"this doesn't fit in memory ({said}): {smaller}.")
@@ -138,6 +138,7 @@ def _ended(
 
 def _tell(sentence: str) -> None:
     """Prints an error. That of a process that doesn't lead is told by the leader."""
+    group().wait_for_watchers()
     print_message(f"error: {sentence}")
     group().fail(sentence)
 

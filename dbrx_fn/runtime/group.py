@@ -30,7 +30,7 @@ from dbrx_fn.errors import InputError
 _GRACE = 4.0
 """Seconds for other processes to end, or to fail for the same reason, before the leader ends."""
 _LEEWAY = 1.0
-"""Seconds for a process to finish what the leader has finished."""
+"""Seconds for a process to finish what the leader has finished, or to notice that another has died."""
 _GREETING = 60.0
 """Seconds for a process to connect to the leader."""
 _SECRET = 16
@@ -84,10 +84,10 @@ class Group:
         if self.size > 1:
             raise InputError(f"{what} is for one process, and {self.size} run here: start it without mlx.launch.")
 
-    def wait_for_its_end(self) -> None:
-        """Waits for the watcher after an error that another process's death may have caused."""
+    def wait_for_watchers(self) -> None:
+        """Waits after an error. If another process's death caused it, that is noticed now, and this process ends."""
         if self.size > 1:
-            time.sleep(_GRACE)
+            time.sleep(_LEEWAY)
 
     def fail(self, sentence: str) -> None:
         """Tells the leader why this process fails. The leader says so, unless it fails itself."""
