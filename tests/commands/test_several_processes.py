@@ -136,7 +136,8 @@ def furthest(one: Path, other: Path) -> float:
 
 @pytest.mark.parametrize(("kind", "victim"), [("generate", 0), ("train", 1)])
 def test_all_end_if_one_is_killed(kind: Kind, victim: int, model: Path, tmp_path: Path) -> None:
-    assert not killed_in(kind, model, tmp_path, 0.7, victim)
+    problems, _ = killed_in(kind, model, tmp_path, 0.7, victim)
+    assert not problems
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,12 @@ def killed(processes: "Sequence[Popen[str]]", victim: int) -> Killed:
     return Killed(time.monotonic() - began, others)
 
 
-def killed_in(kind: Kind, model: Path, folder: Path, moment: float, victim: int) -> list[str]:
-    """Kills a process `moment` seconds after a command's first output. Returns what isn't as it must be."""
+def killed_in(kind: Kind, model: Path, folder: Path, moment: float, victim: int) -> tuple[list[str], float]:
+    """Kills a process `moment` seconds after a command's first output.
+
+    Returns:
+        What isn't as it must be, and the seconds until the others were gone.
+    """
     if kind == "generate":
         arguments = ["-m", "dbrx_fn.generate", "--model", str(model), "--prompt", "a", "--max-tokens", "2000"]
         arguments += ["--temp", "1"]
@@ -105,12 +109,12 @@ def killed_in(kind: Kind, model: Path, folder: Path, moment: float, victim: int)
             threading.Thread(target=_asked, args=(line.strip(),), daemon=True).start()
         time.sleep(moment)
         if any(one.poll() is not None for one in processes):
-            return []
+            return [], 0.0
         result = killed(processes, victim)
     problems = result.problems(victim)
     if kind == "train" and (folder / "run" / "run.json").exists():
         problems += _resumes(folder / "run")
-    return problems
+    return problems, result.seconds
 
 
 def _asked(url: str) -> None:
@@ -139,9 +143,10 @@ def main(count: int, seed: int) -> int:
         for number in range(count):
             kind, victim, moment = KINDS[number % 3], int(rng.integers(2)), float(rng.uniform(0, 2))
             (Path(folder) / str(number)).mkdir()
-            problems = killed_in(kind, model, Path(folder) / str(number), moment, victim)
+            problems, seconds = killed_in(kind, model, Path(folder) / str(number), moment, victim)
             bad += bool(problems)
-            print(f"{number:3d} {kind:8} rank {victim} after {moment:.2f} s: {problems or 'as it must be'}", flush=True)
+            said = problems or f"as it must be, gone after {seconds:.2f} s"
+            print(f"{number:3d} {kind:8} rank {victim} after {moment:.2f} s: {said}", flush=True)
     print(f"{bad} of {count} weren't as they must be")
     return int(bad > 0)
 
