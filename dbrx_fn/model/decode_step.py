@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 import mlx.core as mx
 
 from dbrx_fn.errors import CheckpointError
-from dbrx_fn.model.cache import Cache, extended
+from dbrx_fn.model.cache import Cache, extended, init_cache
 from dbrx_fn.model.config import NORM_EPS, Config
 from dbrx_fn.model.layers.block import block
 from dbrx_fn.model.layers.ends import embed, head
@@ -24,8 +24,8 @@ from dbrx_fn.ops.kernels.cpu.library import Launch, Operands, Output, Twin, has_
 from dbrx_fn.ops.kernels.cpu.matrix import DTYPES, matrix_numbers
 from dbrx_fn.runtime.bounded import within
 
-_MOST_ROWS = 64
-"""`MOST_ROWS` in experts.h."""
+MOST_ROWS = 64
+"""The most rows of a step; `MOST_ROWS` in experts.h."""
 _WIDEST_HEAD = 1024
 """`WIDEST_HEAD` in decode_step.cpp."""
 _FIRST = 3
@@ -54,7 +54,7 @@ class DecodeStep(NamedTuple):
             lengths: 1 for each row that has a token, else 0. The results of the others are zeros.
         """
         batch, time = tokens.shape
-        if time != 1 or not cache.capacity or batch > _MOST_ROWS or not has_kernels():
+        if time != 1 or not cache.capacity or batch > MOST_ROWS or not has_kernels():
             return None
         leaves = _flat(params, cache)
         if leaves is None:
@@ -74,6 +74,12 @@ class DecodeStep(NamedTuple):
         logits, experts, *held = self.launch(self.operands)
         layers = list(zip(held[::2], held[1::2], strict=True))
         return logits, extended(self.cache, lengths, layers), experts
+
+
+def is_one_kernel(params: Params, config: Config) -> bool:
+    """Whether steps of at most `MOST_ROWS` rows are one kernel, so that a row's bits don't depend on the others."""
+    tokens = mx.zeros((1, 1), mx.int32)
+    return DecodeStep.of(params, tokens, init_cache(config, 1, 1), (1,)) is not None
 
 
 def _ids(tokens: mx.array, vocab_size: int) -> mx.array:

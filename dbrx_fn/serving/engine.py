@@ -77,7 +77,7 @@ class Engine:
         """
         self._params, self._config = params, config
         self.limits = default_limits(params, config) if limits is None else limits
-        check_exact(self.limits)
+        check_exact(self.limits, params, config)
         self._trie = trie
         self._most_waiting = queue
         self._numbers = itertools.count()

@@ -8,6 +8,7 @@ from mlx.utils import tree_flatten
 from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.costs import cache_bytes
+from dbrx_fn.model.decode_step import MOST_ROWS, is_one_kernel
 from dbrx_fn.model.shapes import capacity_bucket
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import memory_size, on_cpu
@@ -23,7 +24,7 @@ _USED = 0.905
 """The share of memory for weights and caches. The rest is for activations of a chunk (`docs/serving.md`)."""
 
 
-_MOST_EXACT_CPU_ROWS = 8
+_MOST_STOCK_ROWS = 8
 """With 16 rows, the rounding of OpenBLAS's AVX2 kernels depends on a row's place. With 8 it doesn't."""
 
 
@@ -45,12 +46,18 @@ class Limits:
     chunk: int = 512
 
 
-def check_exact(limits: Limits) -> None:
-    """Raises `InputError` if the exact mode can't keep its promise with so many rows."""
-    if limits.exact and on_cpu() and limits.rows > _MOST_EXACT_CPU_ROWS:
+def check_exact(limits: Limits, params: Params, config: Config) -> None:
+    """Raises `InputError` if the exact mode can't keep its promise with so many rows.
+
+    On a CPU, this package's kernel for single tokens gives a row the same bits beside any others.
+    """
+    if not limits.exact or not on_cpu():
+        return
+    most = MOST_ROWS if is_one_kernel(params, config) else _MOST_STOCK_ROWS
+    if limits.rows > most:
         raise InputError(
-            f"The exact mode makes at most {_MOST_EXACT_CPU_ROWS} texts at once on a CPU and {limits.rows} are asked"
-            " for: lower the number of rows."
+            f"The exact mode makes at most {most} texts at once on this CPU and {limits.rows} are asked for: lower the"
+            " number of rows."
         )
 
 

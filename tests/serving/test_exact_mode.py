@@ -11,6 +11,8 @@ from dbrx_fn import SMALL, load, load_tokenizer
 from dbrx_fn.errors import InputError
 from dbrx_fn.generation.sampling import Sampling
 from dbrx_fn.generation.structured import Structure, TokenTrie
+from dbrx_fn.ops.kernels.cpu.library import has_kernels
+from dbrx_fn.runtime.device import as_if
 from dbrx_fn.serving.engine import Engine
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.request import PromptRead, Request
@@ -111,5 +113,15 @@ def test_a_text_keeps_to_its_structure_beside_others_that_have_none() -> None:
 
 
 def test_more_rows_than_a_cpu_computes_alike_are_refused() -> None:
-    with pytest.raises(InputError, match="at most 8 texts at once on a CPU"):
+    with as_if(kernels=False), pytest.raises(InputError, match="at most 8 texts at once on this CPU"):
         Engine(PARAMS, CONFIG, replace(EXACT, rows=9))
+    with pytest.raises(InputError, match=r"at most (8|64) texts at once on this CPU"):
+        Engine(PARAMS, CONFIG, replace(EXACT, rows=65))
+
+
+@pytest.mark.skipif(not has_kernels(), reason="this machine has no kernels for its CPU")
+def test_the_cpu_s_kernels_compute_many_rows_alike() -> None:
+    limits, asked = replace(EXACT, rows=24), requests(24)
+    alone = [served(limits, [request], [0])[0] for request in asked[:6]]
+    order = np.random.default_rng(0).permutation(len(asked)).tolist()
+    assert served(limits, asked, order)[:6] == alone
