@@ -49,7 +49,7 @@ class Dispatch(NamedTuple):
 def dispatch(top_experts: Integer[mx.array, "tokens top_k"], *, experts: int, rows: int) -> Dispatch:
     """Plans segments of `rows` rows, each for one of `experts` experts."""
     pairs = top_experts.size
-    segments = min(pairs, pairs // rows + experts)
+    segments = segment_count(pairs, experts, rows)
 
     expert_of_pair = top_experts.reshape(-1).astype(mx.int32)
     order = mx.argsort(expert_of_pair).astype(mx.int32)
@@ -73,6 +73,11 @@ def dispatch(top_experts: Integer[mx.array, "tokens top_k"], *, experts: int, ro
     segment_experts = (mx.arange(segments, dtype=mx.int32)[:, None] >= last_segments).sum(axis=1)
     segment_experts = mx.minimum(segment_experts, experts - 1)
     return Dispatch(slot_pairs.reshape(segments, rows), segment_experts, pair_slots.reshape(top_experts.shape))
+
+
+def segment_count(pairs: int, experts: int, rows: int) -> int:
+    """How many segments of `rows` rows are enough for every routing of `pairs` pairs to `experts` experts."""
+    return min(pairs, pairs // rows + experts)
 
 
 def segment_rows(pairs: int, experts: int, dtype: mx.Dtype, form: Format | None = None) -> int:

@@ -46,7 +46,7 @@ def height(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @every_format
-@pytest.mark.parametrize("rows", [1, 3, 8, 9, 32, 33, 64, 256, 257, 700])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 32, 33, 64, 128, 129, 256, 257, 700])
 @pytest.mark.usefixtures("height")
 def test_products_with_a_matrix(form: Format | None, rows: int, measured: Any) -> None:
     params, x = matrix(form, 0, 384, D_MODEL), normal(1, rows, D_MODEL)
@@ -58,8 +58,42 @@ def test_products_with_a_matrix(form: Format | None, rows: int, measured: Any) -
     assert error(linears.linear(params, x, residual), expected + as_float64(residual)) <= 6e-3
 
 
+@pytest.mark.parametrize("rows", [9, 32, 40, 64])
+@pytest.mark.parametrize("inner", [1024, 3072])
+def test_medium_products_whose_inner_axis_is_divided(rows: int, inner: int, measured: Any) -> None:
+    params, x = matrix(Format(4, 64), 0, 384, inner), normal(1, rows, inner)
+    expected = as_float64(x) @ dense(params, inner).T
+    ratio = error(linears.linear(params, x), expected) / error(unwrap(linear)(params, x), expected)
+    assert measured("kernel's error over its twin's, one matrix", ratio) <= LIMIT
+
+
+@pytest.mark.parametrize("inner", [256, 1024])
+@pytest.mark.parametrize("rows", [9, 64, 100])
+def test_a_row_of_a_medium_product_keeps_its_bits(rows: int, inner: int) -> None:
+    params, x = matrix(Format(4, 64), 0, 384, inner), normal(1, rows, inner)
+    others = mx.where(mx.arange(rows)[:, None] == 5, x, normal(2, rows, inner))
+    assert mx.array_equal(linears.linear(params, x)[5], linears.linear(params, others)[5])
+
+
+@pytest.mark.parametrize("tokens", [16, 40, 100, 300])
+def test_a_token_of_mixed_experts_keeps_its_bits(tokens: int) -> None:
+    """Wherever its neighbours go. Its rows then have other slots, and products have other widths."""
+    shapes = {"w1": (6, 384, D_MODEL), "v1": (6, 384, D_MODEL), "w2": (6, D_MODEL, 384)}
+    params: Any = {name: matrix(Format(4, 64), seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    kept = mx.arange(tokens)[:, None] == 11
+    x, weights = normal(7, tokens, D_MODEL), normal(8, tokens, 2)
+    found = []
+    for most in (6, 3, 1):
+        top_experts = mx.random.randint(0, most, (tokens, 2), key=mx.random.key(most)).astype(mx.uint32)
+        top_experts = mx.where(kept, mx.array([0, 4], mx.uint32), top_experts)
+        neighbours = mx.where(kept, x, normal(most, tokens, D_MODEL))
+        found.append(experts.mix_experts(params, neighbours, weights, top_experts)[11])
+    assert mx.array_equal(found[0], found[1])
+    assert mx.array_equal(found[0], found[2])
+
+
 @every_format
-@pytest.mark.parametrize("tokens", [1, 2, 5, 19, 100, 900])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 19, 100, 200, 900])
 @pytest.mark.usefixtures("height")
 def test_mixed_experts(form: Format | None, tokens: int, measured: Any) -> None:
     shapes = {"w1": (6, 384, D_MODEL), "v1": (6, 384, D_MODEL), "w2": (6, D_MODEL, 384)}

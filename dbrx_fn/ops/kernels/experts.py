@@ -1,8 +1,8 @@
 """`dbrx_fn.ops.experts.mix_experts` by CUDA kernels, in few launches for every format of the weights.
 
 One launch computes gate, up and their product, and one computes down. For a single token the latter also sums the
-experts' outputs; several tokens take another launch for that. Long segments take one more, which packs the tokens for
-tensor cores.
+experts' outputs; several tokens take another launch for that, and one for the plan. Medium and long segments take one
+more, which packs the tokens for tensor cores.
 """
 
 from collections.abc import Mapping
@@ -11,30 +11,33 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from dbrx_fn.ops.dispatch import dispatch
 from dbrx_fn.ops.formats import is_adapted
 from dbrx_fn.ops.kernels import combine
 from dbrx_fn.ops.kernels.cuda_module import on_gpu, on_hopper
+from dbrx_fn.ops.kernels.dispatch import plan
 from dbrx_fn.ops.kernels.segments import (
     INNER,
     LONG_ROWS,
+    MEDIUM_ROWS,
     Segments,
     kernel_format,
     long_segments,
+    medium_segments,
     pack_rows,
     short_gated,
     short_mixed,
     short_slots,
+    takes_medium,
 )
 
 
 def fits(params: Mapping[str, Any], dtype: mx.Dtype, *, activation: str, top_k: int, tokens: int) -> bool:
-    """Whether kernels exist for these experts and this number of tokens. Long segments need a Hopper GPU."""
+    """Whether kernels exist for these experts and this number of tokens. Many tokens need a Hopper GPU."""
     if any(map(is_adapted, params.values())):
         return False
-    experts, ffn_hidden, _ = params["w1"]["weight"].shape
+    ffn_hidden = params["w1"]["weight"].shape[1]
     d_model = params["w2"]["weight"].shape[1]
-    few = tokens == 1 or kernel_segment_rows(tokens * top_k, experts) < LONG_ROWS
+    few = tokens == 1 or kernel_segment_rows(params, tokens * top_k) < MEDIUM_ROWS
     if (
         not (on_gpu() if few else on_hopper())
         or activation not in ("silu", "swish")
@@ -49,9 +52,11 @@ def fits(params: Mapping[str, Any], dtype: mx.Dtype, *, activation: str, top_k: 
     return len(formats) == 1 and None not in formats
 
 
-def kernel_segment_rows(pairs: int, experts: int) -> int:
-    """The number of rows per segment, for several tokens."""
-    average = pairs / experts
+def kernel_segment_rows(params: Mapping[str, Any], pairs: int) -> int:
+    """The number of rows per segment, for `pairs` pairs of several tokens. `docs/performance.md` has the times."""
+    average, d_model = pairs / params["w1"]["weight"].shape[0], params["w2"]["weight"].shape[1]
+    if takes_medium(params["w1"], d_model):
+        return 8 if average <= 5 else MEDIUM_ROWS if average <= 64 else LONG_ROWS
     if average <= 3:
         return 8
     return 16 if average <= 12 else LONG_ROWS
@@ -72,16 +77,17 @@ def mix_experts(
         segments = _one_token(top_experts)
         hidden = short_gated(x, gate, up, segments)
         return short_mixed(hidden, down, segments, expert_weights, residual)
-    rows = kernel_segment_rows(pairs, experts)
-    plan = dispatch(top_experts, experts=experts, rows=rows)
-    segments = Segments(plan.slot_pairs.reshape(-1), plan.segment_experts, rows, pairs, top_k)
-    if rows == LONG_ROWS:
-        hidden = long_segments(pack_rows(x, gate, segments), gate, up, segments=segments)
-        said = long_segments(hidden, down, segments=segments)
+    rows = kernel_segment_rows(params, pairs)
+    slot_pairs, segment_experts, pair_slots = plan(top_experts, experts=experts, rows=rows)
+    segments = Segments(slot_pairs.reshape(-1), segment_experts, rows, pairs, top_k)
+    if rows >= MEDIUM_ROWS:
+        multiply = medium_segments if rows == MEDIUM_ROWS else long_segments
+        hidden = multiply(pack_rows(x, gate, segments, rows=rows), gate, up, segments=segments)
+        said = multiply(hidden, down, segments=segments)
     else:
         hidden = short_gated(x, gate, up, segments)
         said = short_slots(hidden, down, segments)
-    return combine.combine(said, plan.pair_slots, expert_weights, residual)
+    return combine.combine(said, pair_slots, expert_weights, residual)
 
 
 def _one_token(top_experts: mx.array) -> Segments:

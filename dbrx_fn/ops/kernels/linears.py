@@ -1,29 +1,53 @@
 """Products with one matrix by CUDA kernels. Quantized matrices are read as stored."""
 
+from typing import Literal
+
 import mlx.core as mx
 
 from dbrx_fn.ops.formats import Linear
 from dbrx_fn.ops.kernels.cuda_module import on_gpu, on_hopper
-from dbrx_fn.ops.kernels.segments import INNER, MATRIX_ROWS, kernel_format, long_segments, pack_rows, short_dense
+from dbrx_fn.ops.kernels.segments import (
+    INNER,
+    LONG_ROWS,
+    MATRIX_ROWS,
+    MEDIUM_ROWS,
+    kernel_format,
+    long_segments,
+    medium_segments,
+    pack_rows,
+    short_dense,
+    takes_medium,
+)
 
 FEW_ROWS = 32
 """Up to this many rows, reading the weights is the bound."""
 
 
+def _length(params: Linear, tokens: int, inner: int) -> Literal["short", "medium", "long"]:
+    """Which of segments.py's kernels multiplies this number of rows."""
+    medium = 8 < tokens <= 2 * MEDIUM_ROWS and takes_medium(params, inner)
+    return "medium" if medium else "short" if tokens <= FEW_ROWS else "long"
+
+
 def fits(params: Linear, x: mx.array) -> bool:
     """Whether a kernel exists for this matrix and number of rows. Many rows need a Hopper GPU."""
     outer, inner = params["weight"].shape[-2], x.shape[-1]
-    few = x.size // inner <= FEW_ROWS
-    if not (on_gpu() if few else on_hopper()) or x.dtype != mx.bfloat16:
+    length = _length(params, x.size // inner, inner)
+    if not (on_gpu() if length == "short" else on_hopper()) or x.dtype != mx.bfloat16:
         return False
-    of = MATRIX_ROWS["short" if few else "long"]
-    return inner % INNER == 0 and outer % of == 0 and kernel_format(params, inner) is not None
+    return inner % INNER == 0 and outer % MATRIX_ROWS[length] == 0 and kernel_format(params, inner) is not None
 
 
 def linear(params: Linear, x: mx.array, residual: mx.array | None = None) -> mx.array:
     """`x` `[... inner]` times a matrix `[outer inner]`, plus `residual` `[... outer]` if given."""
-    tokens = x.size // x.shape[-1]
-    if tokens <= FEW_ROWS:
+    inner = x.shape[-1]
+    tokens = x.size // inner
+    length = _length(params, tokens, inner)
+    if length == "short":
         return short_dense(x, params, residual)
-    rows = pack_rows(x.reshape(tokens, -1), params)
-    return long_segments(rows, params, tokens=tokens, residual=residual).reshape(*x.shape[:-1], -1)
+    shape, rows = (*x.shape[:-1], -1), x.reshape(tokens, inner)
+    if length == "long":
+        packed = pack_rows(rows, params, rows=LONG_ROWS)
+        return long_segments(packed, params, tokens=tokens, residual=residual).reshape(shape)
+    product = medium_segments(pack_rows(rows, params, rows=MEDIUM_ROWS), params, tokens=tokens).reshape(shape)
+    return product if residual is None else residual + product

@@ -1,10 +1,9 @@
-// Packs rows for long_segments.cu. In each segment of 256 rows, each block of 128 entries becomes two halves of 256 x
-// 64 bfloat16 numbers. They are permuted as in weights.cuh, and swizzled as tensor cores read shared memory.
+// Packs rows for medium_segments.cu and long_segments.cu. In each segment, each block of 128 entries becomes two halves
+// of ROWS x 64 bfloat16 numbers. They are permuted as in weights.cuh, and swizzled as tensor cores read shared memory.
 //
-// Macros: those of weights.cuh, for the product's weights; DENSE: 1 if a segment's rows are the next 256 rows of x.
+// Macros: those of weights.cuh, for the product's weights; ROWS of a segment; DENSE: 1 if a segment's rows are the next
+// ROWS rows of x.
 #include "weights.cuh"
-
-constexpr int ROWS = 256;
 
 // A thread takes 8 neighbouring entries of each quarter of a block: four chunks of 16 bytes.
 extern "C" __global__ void __launch_bounds__(256) pack_rows(

@@ -1,8 +1,9 @@
 """Products of segments of rows with their experts' matrices.
 
-There are two kernels: `short_segments`, bound by reading the weights, and `long_segments`, bound by arithmetic and for
-Hopper GPUs only. Both read weights as stored and convert them to bfloat16 in registers, so a dequantized matrix is
-never written to memory. The `.cu` files say how. A single matrix is treated as one expert, with row n in slot n.
+There are three kernels. `short_segments` and `medium_segments` are bound by reading the weights, `long_segments` by
+arithmetic; the last two are for Hopper GPUs only. All read weights as stored and convert them to bfloat16 in registers,
+so a dequantized matrix is never written to memory. The `.cu` files say how. A single matrix is treated as one expert,
+with row n in slot n.
 
 In a segment, real rows come first, then padding. Results of padding are not written, so they are undefined.
 """
@@ -13,11 +14,11 @@ from typing import Literal
 import mlx.core as mx
 
 from dbrx_fn.ops.formats import Linear, Mode, format_of
-from dbrx_fn.ops.kernels.cuda_module import Kernel, launch
+from dbrx_fn.ops.kernels.cuda_module import Kernel, launch, multiprocessors, on_hopper
 
-LONG_ROWS = 256
-"""Rows per long segment. Short segments have 8 or 16."""
-MATRIX_ROWS = {"short": 16, "long": 128}
+MEDIUM_ROWS, LONG_ROWS = 64, 256
+"""Rows per medium and per long segment. Short segments have 8 or 16."""
+MATRIX_ROWS = {"short": 16, "medium": 128, "long": 128}
 """The number of a matrix's rows must be a multiple of this. For gated matrices, half of it is enough."""
 INNER = 128
 """The inner axis must be a multiple of this."""
@@ -26,7 +27,7 @@ _DENSE = 0
 _QUANTIZED: dict[tuple[Mode, int], int] = {("affine", 4): 1, ("affine", 8): 2, ("mxfp4", 4): 3}
 # Warps per block; blocks per multiprocessor; matrix rows in all segments from which blocks are twice as tall.
 _SHORT_WARPS, _SHORT_BLOCKS, _TALL_FROM = 8, 3, 16384
-# Shared memory: a pipeline of blocks of rows, and its barriers.
+# Shared memory of long segments: a pipeline of blocks of rows, and its barriers.
 _STAGES, _STAGE_BYTES, _BARRIER_BYTES = 3, LONG_ROWS * 256, 128
 
 
@@ -198,17 +199,18 @@ def _short_segments(
     )[0]
 
 
-def pack_rows(x: mx.array, matrix: Linear, segments: Segments | None = None) -> mx.array:
-    """Permutes rows into the layout that `long_segments` reads: bfloat16 `[segments * 256 inner]` (pack_rows.cu).
+def pack_rows(x: mx.array, matrix: Linear, segments: Segments | None = None, *, rows: int) -> mx.array:
+    """Permutes rows into the layout of `medium_segments` or `long_segments`, bfloat16 `[slots inner]` (pack_rows.cu).
 
     Args:
         x: bfloat16 `[tokens inner]`.
         matrix: the matrix of the product. Its format determines the order.
         segments: each row's expert; `None` for a single matrix.
+        rows: rows per segment, `MEDIUM_ROWS` or `LONG_ROWS`.
     """
     tokens, inner = x.shape
-    defines = format_defines(matrix, inner) | {"DENSE": int(segments is None)}
-    slots = LONG_ROWS * (segments.count if segments else -(-tokens // LONG_ROWS))
+    defines = format_defines(matrix, inner) | {"DENSE": int(segments is None), "ROWS": rows}
+    slots = rows * (segments.count if segments else -(-tokens // rows))
     return launch(
         Kernel("pack_rows", tuple(defines.items())),
         [x, *([segments.slot_pairs] if segments else ())],
@@ -216,6 +218,45 @@ def pack_rows(x: mx.array, matrix: Linear, segments: Segments | None = None) -> 
         blocks=(slots, 1, 1),
         threads=256,
         scalars=(segments.pairs if segments else tokens, segments.top_k if segments else 1, inner),
+    )[0]
+
+
+def takes_medium(matrix: Linear, inner: int) -> bool:
+    """Whether medium segments suit a matrix: 4 bits, for which they were measured, on a Hopper GPU."""
+    affine4 = _QUANTIZED["affine", 4]
+    fits = matrix["weight"].shape[-2] % MATRIX_ROWS["medium"] == 0
+    return on_hopper() and fits and (kernel_format(matrix, inner) or (None,))[0] == affine4
+
+
+def medium_segments(
+    packed: mx.array, *matrices: Linear, segments: Segments | None = None, tokens: int | None = None
+) -> mx.array:
+    """`long_segments` for segments of `MEDIUM_ROWS` rows, and matrices that `takes_medium` accepts."""
+    slots, inner = packed.shape
+    outer, gated = matrices[0]["weight"].shape[-2], len(matrices) == 2
+    count, blocks = slots // MEDIUM_ROWS, inner // INNER
+    # If all tiles of 64 rows can run at once, each takes a multiprocessor, whose groups divide the inner axis.
+    divided = segments is None and outer // 64 * count <= multiprocessors() and blocks % 8 == 0
+    groups, parts, stages, most_ahead = (4, 4, 3, 2) if divided else (2, 1, 4, 4)
+    height = 64 * groups // parts
+    defines = format_defines(matrices[0], inner) | {
+        "ROWS": MEDIUM_ROWS,
+        "GROUPS": groups,
+        "PARTS": parts,
+        "AHEAD": next(ahead for ahead in range(most_ahead, 0, -1) if blocks % (ahead * parts) == 0),
+        "BLOCKS": 4 // groups,
+        "GATED": int(gated),
+        "DENSE": int(segments is None),
+        "STAGES": stages,
+    }
+    return launch(
+        Kernel("medium_segments", tuple(defines.items())),
+        [packed, *leaves(*matrices), *(segments.arrays if segments else ())],
+        [((slots if tokens is None else tokens, outer), mx.bfloat16)],
+        blocks=(count * outer // (height // 2 if gated else height), 1, 1),
+        threads=128 * groups,
+        scalars=(segments.pairs if segments else tokens or slots, inner, outer),
+        shared_memory=parts * stages * (MEDIUM_ROWS * 256 + 16),
     )[0]
 
 
