@@ -96,7 +96,7 @@ def test_no_wide_pass_is_taken_for_few_tokens() -> None:
 def test_a_machine_that_reads_wide_passes_fast_tries_them_sooner() -> None:
     widths = []
     for machine in ("cpu", "cuda"):
-        with as_if(backend=machine):  # type: ignore[arg-type]
+        with as_if(backend=machine):
             widths.append(pace([True] * 8, of_1=1).width(1000))
     assert widths[0] == 1 < widths[1]
 
