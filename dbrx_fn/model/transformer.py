@@ -8,11 +8,10 @@ describes the whole.
 import contextlib
 import operator
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, cast, overload
 
 import mlx.core as mx
 from jaxtyping import Float, Int32, UInt32
-from mlx.utils import tree_flatten, tree_unflatten
 
 from dbrx_fn.errors import CacheError, CheckpointError, InputError
 from dbrx_fn.model.cache import Cache, LayerCache, extended
@@ -22,10 +21,11 @@ from dbrx_fn.model.layers.block import block
 from dbrx_fn.model.layers.ends import embed, head
 from dbrx_fn.model.layers.norm_attn_norm import Stream
 from dbrx_fn.model.layers.router import Routing
-from dbrx_fn.model.params import check_params, quantized_leaves
-from dbrx_fn.model.positions import Positions, positions_of
+from dbrx_fn.model.params import check_params
+from dbrx_fn.model.positions import positions_of
+from dbrx_fn.model.recompute import recomputed
 from dbrx_fn.model.shapes import CHUNK_SIZE, chunk_widths, time_bucket
-from dbrx_fn.model.tree import BlockParams, Params
+from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import checked
 from dbrx_fn.runtime.compile import compiled
 from dbrx_fn.runtime.memory import check_buffer, release_unused
@@ -186,10 +186,12 @@ def run_sequences(
     *,
     jitter_key: mx.array | None = None,
     recompute: bool = False,
+    frozen: Params | None = None,
 ) -> tuple[mx.array, Routing]:
     """`score` without the head.
 
-    Arguments and errors are those of `score`, whatever the size of the logits.
+    Arguments and errors are those of `score`, whatever the size of the logits. With `recompute`, the tree's leaves that
+    are in `frozen` too get no gradients.
 
     Returns:
         The residual stream after the last block, `[batch time d_model]` with the time axis padded to a bucket, and the
@@ -199,7 +201,7 @@ def run_sequences(
     check_tokens(tokens)
     batch, time = tokens.shape
     x, _, routing = run_layers(
-        params, tokens, (time,) * batch, None, jitter_key, config=config.layer, recompute=recompute
+        params, tokens, (time,) * batch, None, jitter_key, config=config.layer, recompute=recompute, frozen=frozen
     )
     layers = (mx.stack(list(parts)).reshape(len(parts), batch, x.shape[1], -1) for parts in zip(*routing, strict=True))
     return x, Routing(*(layer[:, :, :time] for layer in layers))
@@ -215,6 +217,7 @@ def run_layers(
     config: LayerConfig,
     recompute: bool = False,
     whole_cache: bool = False,
+    frozen: Params | None = None,
 ) -> tuple[Stream, Cache | None, list[Routing]]:
     """Embeds tokens and runs them through every block.
 
@@ -227,6 +230,7 @@ def run_layers(
         config: sizes and constants.
         recompute: gradient checkpointing, as in `score`.
         whole_cache: attend over the whole capacity, as in `forward`.
+        frozen: with `recompute`, the leaves that get no gradients.
 
     Returns:
         The residual stream after the last block, its time axis padded to a bucket; the cache with the new tokens; each
@@ -243,34 +247,16 @@ def run_layers(
     routing: list[Routing] = []
     real = mx.array(lengths, mx.int32) if min(lengths) < given else None
     x = embed(transformer["wte"], tokens, real, config=config)
-    for layer_params, layer_cache, key in zip(blocks, layer_caches, jitter_keys, strict=True):
+    constant = cast(Any, frozen or {}).get("transformer", {}).get("blocks", [{}] * len(blocks))
+    for layer_params, layer_cache, key, of_layer in zip(blocks, layer_caches, jitter_keys, constant, strict=True):
         if recompute:
-            x, said = _recomputed(layer_params, x, positions, key, config)
+            x, said = recomputed(layer_params, x, positions, key, config, of_layer)
         else:
             x, layer_cache, said = block(layer_params, x, layer_cache, positions, key, config=config)
         if layer_cache is not None:
             after.append(layer_cache)
         routing.append(said)
     return x, None if cache is None else extended(cache, lengths, after), routing
-
-
-def _recomputed(
-    params: BlockParams, x: mx.array, positions: Positions, jitter_key: mx.array | None, config: LayerConfig
-) -> tuple[Stream, Routing]:
-    """`block` without a cache, under gradient checkpointing."""
-    whole: dict[str, mx.array] = dict(tree_flatten(params))
-    quantized = quantized_leaves(whole)
-
-    # `mx.checkpoint` differentiates by all arguments, so quantized matrices, `positions` and the key come from the
-    # enclosing scope.
-    def layer(given: dict[str, mx.array], x: mx.array) -> tuple[mx.array, Routing]:
-        params: BlockParams = tree_unflatten([(path, given.get(path, leaf)) for path, leaf in whole.items()])
-        x, _, routing = block(params, x, None, positions, jitter_key, config=config)
-        return x, routing
-
-    given = {path: leaf for path, leaf in whole.items() if path not in quantized}
-    said: tuple[mx.array, Routing] = mx.checkpoint(layer)(given, x)
-    return said
 
 
 @compiled

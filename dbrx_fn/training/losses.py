@@ -104,7 +104,7 @@ def loss(
     if lengths is not None:
         tokens = mx.where(mx.arange(tokens.shape[1], dtype=mx.int32) < lengths[:, None], tokens, 0)
     whole = params if frozen is None else joined(params, frozen, config)
-    x, routing = run_sequences(whole, tokens[:, :-1], config, jitter_key=jitter_key, recompute=recompute)
+    x, routing = run_sequences(whole, tokens[:, :-1], config, jitter_key=jitter_key, recompute=recompute, frozen=frozen)
     nats = target_nats(params, x, tokens[:, 1:], config=config.layer, frozen=frozen)
     parts = loss_parts(nats, routing.logits, routing.top_experts, mask, lengths)
     total = parts.cross_entropy + config.ffn.moe_loss_weight * parts.load_balance + z_loss_weight * parts.router_z
