@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
@@ -33,10 +33,14 @@ from dbrx_fn.runs.pictures import draw_expert_load, draw_losses
 from dbrx_fn.runs.plan import Plan
 from dbrx_fn.runs.start import model_sums, start_parts
 from dbrx_fn.runs.together import Parallel, own_plan, whole_plan
+from dbrx_fn.runtime.device import memory_size
 from dbrx_fn.runtime.group import group
 from dbrx_fn.runtime.memory import wired
+from dbrx_fn.training.memory_plan import plan_memory
 from dbrx_fn.training.shared_state import whole_state
 from dbrx_fn.training.step import Measured, State, init_state, learning_rate, train_step
+
+_SMALLER = "a smaller --batch-size, more --micro-batches, or --recompute"
 
 
 def train(folder: RunFolder, plan: Plan, steps: int | None = None, parallel: Parallel = "data") -> None:
@@ -76,6 +80,9 @@ def train(folder: RunFolder, plan: Plan, steps: int | None = None, parallel: Par
         if steps is not None:
             folder.change_steps(steps)
     _tell(whole_plan(plan), data, start, planned, trained=sum(array.size for _, array in leaves(state["params"])))
+    # Processes that share a run take less, each.
+    if start < done and group().size == 1:
+        _tell_memory(plan, state["params"], frozen)
     # Only the loop may hold the first state. Another reference would keep its memory until the last step.
     first = [state]
     del state
@@ -132,6 +139,42 @@ def _tell(plan: Plan, data: _Data, start: int, planned: int | None, *, trained: 
             f"{steps:,} steps in place of {planned:,}: the learning rate is from here on that of a run of {steps:,}"
             f" steps, {learning_rate(plan.recipe, start):.3g} in step {start + 1:,} after {last:.3g} in step {start:,}"
         )
+
+
+def _tell_memory(plan: Plan, trained: Params, frozen: Params | None) -> None:
+    """Prints what the steps will take."""
+    with _within_memory():
+        needed = plan_memory(
+            trained,
+            frozen,
+            config=plan.config,
+            recipe=plan.recipe,
+            batch_size=plan.batch_size,
+            sequence_length=plan.sequence_length,
+        )
+    weights = "" if frozen is None else f"{_size(needed.frozen)} of weights that stay as they are, "
+    print_message(
+        f"memory: {weights}{_size(needed.state)} of parameters to train with their optimizer, {_size(needed.step)} of"
+        f" activations and gradients: about {_size(needed.peak)} at the peak"
+    )
+    if needed.peak > memory_size():
+        print_message(f"warning: this machine has {_size(memory_size())}: take {_SMALLER}")
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+
+
+@contextmanager
+def _within_memory() -> Iterator[None]:
+    """Says what to do about a step that can't be computed."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise InputError(
+            f"The first step can't be computed ({shorten(str(error), 200, placeholder='…')}), most likely for lack of"
+            f" memory: start again in another --out with {_SMALLER}."
+        ) from None
 
 
 class _Journal:
@@ -260,7 +303,7 @@ def _step(
     state: State, frozen: Params | None, batches: Batches, step: int, plan: Plan, replica: Shard, *, first: bool
 ) -> tuple[State, Measured]:
     """Starts a step. The first step is waited for, since it shows whether memory is enough."""
-    try:
+    with _within_memory() if first else nullcontext():
         tokens, mask = batches[step - 1]
         state, measured = train_step(
             state,
@@ -274,13 +317,6 @@ def _step(
         mx.async_eval(state, measured)
         if first:
             mx.eval(measured)
-    except (RuntimeError, MemoryError) as error:
-        if not first:
-            raise
-        raise InputError(
-            f"The first step can't be computed ({shorten(str(error), 200, placeholder='…')}), most likely for lack of"
-            " memory: start again in another --out with a smaller --batch-size, more --micro-batches, or --recompute."
-        ) from None
     return state, measured
 
 

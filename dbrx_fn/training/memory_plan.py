@@ -2,7 +2,8 @@
 
 Activations depend on the machine: which operations are fused, how experts are cut into segments, what is dequantized
 for a product. Counting all that would repeat it. So the plan measures a step of the same model with two layers and one
-with three. The difference is what each layer adds.
+with three. The difference is what each layer adds. With recomputing that is little, and counted: a block's input, its
+routing and its state. The update may take more than the gradients, since it has the old state and the next one at once.
 """
 
 from dataclasses import replace
@@ -16,6 +17,8 @@ from dbrx_fn.model.config import Config
 from dbrx_fn.model.tree import Params
 from dbrx_fn.training.step import Recipe, init_state, train_step
 
+_IN_FLIGHT = 4
+"""The number of largest gradients that the update has beside two states."""
 _DEPTH = 3
 """The number of layers of the deeper measured model."""
 
@@ -63,12 +66,27 @@ def plan_memory(
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(batch_size, sequence_length + 1))
     batch = mx.array(tokens.astype(np.int32))
     mask = mx.ones(batch.shape, mx.bool_)
-    depths = sorted({min(config.n_layers, _DEPTH - 1), min(config.n_layers, _DEPTH)})
-    peaks = [_peak(trained, frozen, depth, batch, mask, config, recipe) for depth in depths]
-    by_layer = peaks[-1] - peaks[0]
-    peak = peaks[-1] + (config.n_layers - depths[-1]) * by_layer
-    state = 3 * 4 * sum(leaf.size for leaf in _leaves(trained))
+    deep = min(config.n_layers, _DEPTH)
+    peak = _peak(trained, frozen, deep, batch, mask, config, recipe)
+    more = config.n_layers - deep
+    if recipe.recompute:
+        peak += more * _kept_by_layer(trained, config, recipe, batch_size * sequence_length)
+    elif more:
+        peak += more * (peak - _peak(trained, frozen, deep - 1, batch, mask, config, recipe))
+    sizes = [leaf.size for leaf in _leaves(trained)]
+    state = 3 * 4 * sum(sizes)
+    if more:
+        peak = max(peak, 2 * state + _IN_FLIGHT * 4 * max(sizes))
     return MemoryPlan(0 if frozen is None else sum(leaf.nbytes for leaf in _leaves(frozen)), state, peak - state)
+
+
+def _kept_by_layer(trained: Params, config: Config, recipe: Recipe, tokens: int) -> int:
+    """Bytes that another block adds to a step that recomputes activations."""
+    itemsize: int = getattr(mx, recipe.dtype).size
+    routing = 4 * (config.ffn.moe_num_experts + config.ffn.moe_top_k)
+    kept = tokens // recipe.micro_batches * (config.d_model * itemsize + routing)
+    more, fewer = (sum(leaf.size for leaf in _leaves(_first_layers(trained, depth))) for depth in (2, 1))
+    return kept + 3 * 4 * (more - fewer)
 
 
 def _peak(
