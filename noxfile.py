@@ -66,7 +66,7 @@ def peers(session: nox.Session) -> None:
 
 @nox.session
 def blas(session: nox.Session) -> None:
-    """The tests that compute, with each BLAS that users have; files after -- take their place, `tests` for all."""
+    """The tests that compute, by stock operations and each BLAS that users have; files after -- take their place."""
     if sys.platform != "linux":
         session.skip("only MLX's wheels for Linux leave their BLAS open")
     install(session, "tests")
@@ -80,6 +80,8 @@ def blas(session: nox.Session) -> None:
     settings["none installed"] = {"LD_LIBRARY_PATH": str(hidden)}
     for name, setting in settings.items():
         session.log(f"BLAS: {name}")
+        # A CPU's own kernels would take the BLAS's place.
+        setting["DBRX_FN_KERNELS"] = "0"
         environment = {**setting, "TESTS_KEEP": ",".join(setting)}
         # Without a library MLX's own computes, which has had its turn.
         files = (
@@ -96,7 +98,8 @@ def compiled(session: nox.Session) -> None:
     install(session, "tests")
     # A file's tests share kernels, so one worker takes them all.
     with tempfile.TemporaryDirectory() as kernels:
-        environment = {"DBRX_FN_COMPILE": "1", "TMPDIR": kernels}
+        # A CPU's own kernels would take the stock operations' place, which are what a Mac compiles.
+        environment = {"DBRX_FN_COMPILE": "1", "DBRX_FN_KERNELS": "0", "TMPDIR": kernels}
         session.run("pytest", "-n", "auto", "--dist", "loadfile", *(session.posargs or COMPILED), env=environment)
 
 
