@@ -12,6 +12,7 @@ from dbrx_fn.model.quantization import Quantization, quantize
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import Format
+from dbrx_fn.ops.kernels.cpu.library import has_kernels
 
 CAPACITY, ROWS, STEPS = 1024, 8, 6
 CONFIG = Config(
@@ -53,3 +54,17 @@ def test_a_row_is_the_same_bits_whoever_is_beside_it(quantized: bool) -> None:
     assert decoded(params, 0, {1: 30, 2: 50}) == alone
     assert decoded(params, 5, {1: 900, 6: 300, 7: 9}) == alone
     assert decoded(params, 7, dict.fromkeys(range(7), 700)) == alone
+
+
+@pytest.mark.skipif(not has_kernels(), reason="stock operations add in another order for each number of rows")
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_prompt_has_the_same_bits_in_any_chunks(quantized: bool) -> None:
+    params = quantize(PARAMS, CONFIG, Quantization(*[Format(4, 32)] * 4)) if quantized else PARAMS
+    tokens, found = prompt(3, 150), []
+    for widths in ([150], [100, 50], [2, 61, 87]):
+        cache, logits = init_cache(CONFIG, 1, 512), []
+        for start, width in zip(np.cumsum([0, *widths]), widths, strict=False):
+            made, cache = forward(params, tokens[:, start : start + width], cache)
+            logits.append(np.array(made))
+        found.append(np.concatenate(logits, axis=1).tobytes())
+    assert len(set(found)) == 1
