@@ -30,6 +30,8 @@ except ImportError as error:
         raise SystemExit(2) from None
     raise ImportError(needs, name=__name__) from None
 
+from dbrx_fn.checkpoints.adapter_files import save_adapters as save_adapters
+from dbrx_fn.checkpoints.adapter_reader import load_adapters as load_adapters
 from dbrx_fn.checkpoints.hub import SMALL as SMALL
 from dbrx_fn.checkpoints.loader import load as load
 from dbrx_fn.checkpoints.loader import load_tokenizer as load_tokenizer

@@ -14,6 +14,7 @@ import mlx.core as mx
 from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path
 from dbrx_fn.checkpoints.loader import computing_dtype, load
 from dbrx_fn.checkpoints.tokenizer_files import tokenizer_files
+from dbrx_fn.cli.adapter_option import add_adapter_option
 from dbrx_fn.cli.chat_commands import QUIT, obey
 from dbrx_fn.cli.command import Parser, Terminated, program, run
 from dbrx_fn.cli.generation_options import (
@@ -85,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
         help="a checkpoint's folder, a GGUF file, or a Hugging Face repository as"
         " owner/name (default: the small model of this package)",
     )
+    add_adapter_option(options)
     add("--system", "--system-prompt", help="system prompt instead of the model's default")
     add_generation_options(options, _MOST_TOKENS)
     return options
@@ -106,7 +108,9 @@ def _run(options: argparse.Namespace) -> None:
     )
     with byte_progress("loading") as progress:
         dtype = group().share(options.dtype or computing_dtype(path))
-        params, config = load(path, dtype=dtype, progress=progress, shard=own_shard())
+        params, config = load(
+            path, dtype=dtype, progress=progress, shard=own_shard(), adapter_path=options.adapter_path
+        )
     if backend() != "cpu":
         with show_waiting("compiling, which takes longest the first time"):
             warm_up(

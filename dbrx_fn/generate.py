@@ -17,6 +17,7 @@ import mlx.core as mx
 from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, model_name
 from dbrx_fn.checkpoints.loader import computing_dtype, load
 from dbrx_fn.checkpoints.tokenizer_files import tokenizer_files
+from dbrx_fn.cli.adapter_option import add_adapter_option
 from dbrx_fn.cli.command import Parser, program, run
 from dbrx_fn.cli.generation_options import (
     MOST_TOKENS,
@@ -34,7 +35,7 @@ from dbrx_fn.generation.generation_config import read_generation_config
 from dbrx_fn.generation.sampling import random_key
 from dbrx_fn.generation.stream import Piece, Stream, stream_text, token_budget, warm_up
 from dbrx_fn.generation.structured import Structure
-from dbrx_fn.model.config import Config, Dtype
+from dbrx_fn.model.config import Config
 from dbrx_fn.model.shard import own_shard
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import backend
@@ -94,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
         help="a checkpoint's folder, a GGUF file, or a Hugging Face repository as"
         " owner/name (default: the small model of this package)",
     )
+    add_adapter_option(options)
     source = options.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", "-p", help="text to continue; - reads it from standard input")
     source.add_argument("--batch", type=Path, metavar="FILE", help="JSONL file of requests to answer, one per line")
@@ -151,7 +153,7 @@ def _run_one(options: argparse.Namespace) -> None:
     with tokenizer_files(path) as files:
         defaults, tokenizer = read_generation_config(files.folder), files.read()
     sampling = chosen_sampling(options, defaults.sampling)
-    params, config = _load(path, options.dtype)
+    params, config = _load(path, options)
     report.load_time = time.perf_counter() - start
 
     prompt = _encode(tokenizer, text, options, config.max_seq_len)
@@ -216,7 +218,7 @@ def _run_batch(options: argparse.Namespace) -> None:
     )
     name = model_name(options.model, path)
     if not group().leads:
-        _engine(*_load(path, options.dtype), tokenizer).follow()
+        _engine(*_load(path, options), tokenizer).follow()
         return
     lines = read_batch_input(options.batch)
     chosen = json.dumps([asdict(defaults), options.seed, name, tokenizer.fingerprint()])
@@ -225,7 +227,7 @@ def _run_batch(options: argparse.Namespace) -> None:
         if output.count == lines.count:
             print_message(f"{options.out} has the answers to all {lines.count} lines already.")
             return
-        params, config = _load(path, options.dtype)
+        params, config = _load(path, options)
         output.begin(weights_fingerprint(params, config))
         engine = _engine(params, config, tokenizer)
         model = ServedModel(
@@ -357,10 +359,10 @@ def _structure(options: argparse.Namespace) -> Structure | None:
         raise InputError(f"--json-schema {shown_path(file)} can't be read ({error.strerror}).") from None
 
 
-def _load(path: Path, dtype: Dtype | None) -> tuple[Params, Config]:
+def _load(path: Path, options: argparse.Namespace) -> tuple[Params, Config]:
     with byte_progress("loading") as progress:
-        dtype = group().share(dtype or computing_dtype(path))
-        return load(path, dtype=dtype, progress=progress, shard=own_shard())
+        dtype = group().share(options.dtype or computing_dtype(path))
+        return load(path, dtype=dtype, progress=progress, shard=own_shard(), adapter_path=options.adapter_path)
 
 
 def _encode(tokenizer: Tokenizer, text: str, options: argparse.Namespace, most: int) -> list[int]:

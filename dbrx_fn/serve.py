@@ -17,6 +17,7 @@ import dbrx_fn
 from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, model_name
 from dbrx_fn.checkpoints.loader import computing_dtype, load
 from dbrx_fn.checkpoints.tokenizer_files import tokenizer_files
+from dbrx_fn.cli.adapter_option import add_adapter_option
 from dbrx_fn.cli.command import Parser, Terminated, program, run
 from dbrx_fn.cli.stop_signals import deferred_stop
 from dbrx_fn.cli.terminal import byte_progress, print_message, print_result, size_text
@@ -76,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
         help="a checkpoint's folder, a GGUF file, or a Hugging Face repository as"
         " owner/name (default: the small model of this package)",
     )
+    add_adapter_option(options)
     add("--served-model-name", help="the model's name in requests (default: the name of its repository or folder)")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 means all (default: %(default)s)")
     add("--port", type=int, default=8080, help="port to listen at; 0 means any free one (default: %(default)s)")
@@ -219,7 +221,9 @@ def _loaded(options: argparse.Namespace) -> tuple[ServedModel, Engine]:
     tokenizer.encode(spelled, literal=[(0, len(spelled))])
     with byte_progress("loading") as progress:
         dtype = group().share(options.dtype or computing_dtype(path))
-        params, config = load(path, dtype=dtype, progress=progress, shard=own_shard())
+        params, config = load(
+            path, dtype=dtype, progress=progress, shard=own_shard(), adapter_path=options.adapter_path
+        )
     limits = shared_limits(
         lambda: default_limits(
             params,

@@ -1,31 +1,55 @@
-"""Adapters as mlx-lm's adapter folder: `adapters.safetensors` and `adapter_config.json`.
-
-mlx-lm has a linear for each expert, and multiplies from the left, so its matrices are transposed:
-
-    Wqkv             lora_a [inner rank]     lora_b [rank outer]
-    experts.3.w1     the same, for each expert
-    wte              lora_a [vocab rank]     lora_b [rank d_model]
-"""
+"""Writes adapters as mlx-lm's folder, `adapters.safetensors` and `adapter_config.json`, or as PEFT's."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
+from dbrx_fn.checkpoints.adapter_names import SETTINGS, TENSORS, Module, Style, modules
 from dbrx_fn.checkpoints.saver import write_tensors
-from dbrx_fn.model.adapters import Adapters
+from dbrx_fn.errors import InputError
+from dbrx_fn.files.atomic import new_folder
+from dbrx_fn.model.adapters import Adapters, adapted
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.params import Kind, kind_of, param_spec
 from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.arguments import checked
 
-TENSORS, SETTINGS = "adapters.safetensors", "adapter_config.json"
-ADAPTER_FILES = (TENSORS, SETTINGS)
-"""The names of an adapter folder's files."""
+ADAPTER_FILES = (TENSORS["mlx-lm"], SETTINGS)
+"""The names of the files in mlx-lm's folder."""
+
+
+@checked
+def save_adapters(folder: str | Path, params: Params, config: Config, *, style: Style = "mlx-lm") -> None:
+    """Writes a tree's adapters into a new folder, which appears when it is complete, or not at all.
+
+    Args:
+        folder: the new folder. Missing parents are made too.
+        params: the tree with adapters, or the part of it with `lora_a`, `lora_b` and `lora_scale`.
+        config: the model's.
+        style: whose folder it is.
+
+    Raises:
+        InputError: if the folder exists or can't be written, if the tree has no adapters, if they have several ranks or
+            scales, or if PEFT can't have one of them: those of experts.
+    """
+    leaves: dict[str, mx.array] = dict(tree_flatten(params))
+    paths = adapted(params)
+    ranks = {leaves[path.removesuffix("weight") + "lora_a"].shape[-2] for path in paths}
+    scales = {float(np.array(leaves[path.removesuffix("weight") + "lora_scale"])) for path in paths}
+    if len(ranks) != 1 or len(scales) != 1:
+        raise InputError(
+            f"The tree has adapters of {len(ranks)} ranks and {len(scales)} scales where one of each is expected: add"
+            " adapters to it, or save those of one rank and scale."
+        )
+    with new_folder(Path(folder), files=(*TENSORS.values(), SETTINGS)) as beside:
+        _write(beside, leaves, config, ranks.pop(), scales.pop(), style)
 
 
 def write_adapters(folder: Path, trained: Params, config: Config, adapters: Adapters) -> None:
-    """Writes adapters into a folder that nobody reads yet.
+    """Writes adapters into a folder that nobody reads yet, as mlx-lm's.
 
     Args:
         folder: to write into.
@@ -37,45 +61,50 @@ def write_adapters(folder: Path, trained: Params, config: Config, adapters: Adap
         CheckpointError: if they can't be computed.
         OSError: if a file can't be written.
     """
-    leaves: dict[str, mx.array] = dict(tree_flatten(trained))
+    _write(folder, dict(tree_flatten(trained)), config, adapters.rank, adapters.scale, "mlx-lm")
+
+
+def _write(folder: Path, leaves: dict[str, mx.array], config: Config, rank: int, scale: float, style: Style) -> None:
     tensors: dict[str, mx.array] = {}
-    modules: set[str] = set()
-    for path, leaf in param_spec(config).items():
-        base = path.removesuffix(".weight")
-        if f"{base}.lora_a" not in leaves:
-            continue
-        lora_a, lora_b = (leaves[f"{base}.{name}"] for name in ("lora_a", "lora_b"))
-        if leaf.is_expert:
-            before, after = base.split(".mlp.")
-            for expert in range(leaf.shape[0]):
-                module = f"{before}.{expert}.{after}"
-                tensors |= _pair(module, lora_a[expert], lora_b[expert], "experts")
-                modules.add(module)
-        else:
-            tensors |= _pair(base, lora_a, lora_b, kind_of(path))
-            modules.add(base)
-    settings = {
+    written: list[Module] = []
+    for module in modules(config, style):
+        base = module.path.removesuffix("weight")
+        if f"{base}lora_a" in leaves:
+            written.append(module)
+            for part in module.parts:
+                leaf = leaves[base + part.leaf]
+                tensors[part.name] = part.of(leaf if module.expert is None else leaf[module.expert])
+    lost = {path for path in leaves if path.endswith(".lora_a")} - {
+        module.path.removesuffix("weight") + "lora_a" for module in written
+    }
+    if lost:
+        raise InputError(
+            f"{min(lost)} is an expert's adapter, which PEFT can't have since transformers' experts are no linears:"
+            " save it for mlx-lm, or merge it with fuse_adapters."
+        )
+    settings = _mlx_lm_settings if style == "mlx-lm" else _peft_settings
+    write_tensors(folder / TENSORS[style], tensors, {"format": "mlx" if style == "mlx-lm" else "pt"})
+    (folder / SETTINGS).write_text(json.dumps(settings(written, config, rank, scale), indent=2) + "\n")
+
+
+def _mlx_lm_settings(written: list[Module], config: Config, rank: int, scale: float) -> dict[str, Any]:
+    keys = sorted({module.within_layer for module in written})
+    return {
         "fine_tune_type": "lora",
         "num_layers": config.n_layers,
-        "lora_parameters": {
-            "rank": adapters.rank,
-            "scale": adapters.scale,
-            "dropout": 0.0,
-            "keys": sorted({_within_layer(module) for module in modules}),
-        },
+        "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
     }
-    write_tensors(folder / TENSORS, tensors, {"format": "mlx"})
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _pair(module: str, lora_a: mx.array, lora_b: mx.array, kind: Kind | None) -> dict[str, mx.array]:
-    """mlx-lm's two tensors for a module."""
-    if kind == "embedding":
-        return {f"{module}.lora_a": mx.contiguous(lora_b), f"{module}.lora_b": mx.contiguous(lora_a)}
-    return {f"{module}.lora_a": mx.contiguous(lora_a.T), f"{module}.lora_b": mx.contiguous(lora_b.T)}
-
-
-def _within_layer(module: str) -> str:
-    """A module's path within its layer, or its whole path outside of the layers."""
-    parts = module.split(".")
-    return ".".join(parts[3:] if parts[:2] == ["transformer", "blocks"] else parts)
+def _peft_settings(written: list[Module], config: Config, rank: int, scale: float) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({module.within_layer for module in written}),
+    }

@@ -82,6 +82,7 @@ def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) ->
         config, tensors = gguf_config(path), gguf_headers(path)
     else:
         _refuse_gguf_inside(path)
+        _refuse_adapters(path)
         config, tensors = read_config(path), read_headers(path)
     prefix = prefix_of(tensors)
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -191,6 +192,13 @@ def _refuse_gguf_inside(folder: Path) -> None:
     files = sorted(file.name for file in folder.glob("*.gguf") if not is_hidden(file))
     if files and not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds no config.json but {listed(files, most=3)}: name the GGUF file itself.")
+
+
+def _refuse_adapters(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds adapters and no model: give their model, and this folder with --adapter-path."
+        )
 
 
 def _lazy_arrays(checkpoint: Checkpoint) -> Mapping[str, mx.array]:

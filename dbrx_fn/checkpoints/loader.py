@@ -11,6 +11,7 @@ from typing import cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from dbrx_fn.checkpoints.adapter_reader import read_adapters
 from dbrx_fn.checkpoints.checkpoint import Checkpoint, LeafReader, open_checkpoint, require_fit
 from dbrx_fn.checkpoints.hub import checkpoint_path
 from dbrx_fn.checkpoints.tokenizer_files import tokenizer_files
@@ -39,6 +40,7 @@ def load(
     lazy: bool = False,
     progress: Progress | None = None,
     shard: Shard = WHOLE,
+    adapter_path: str | Path | None = None,
 ) -> tuple[Params, Config]:
     """Loads a DBRX checkpoint of any known layout (`layouts`), from one file or from shards with an index.
 
@@ -53,6 +55,7 @@ def load(
         lazy: leave each tensor in its file until it is first used.
         progress: called as parameters are read.
         shard: this process's place, if several share the model. Each reads only its own part, and at once.
+        adapter_path: a folder of adapters, as mlx-lm, PEFT and `train --lora` write them, to stand beside the weights.
 
     Returns:
         params: the tree that `dbrx_fn.model.params.param_spec` describes.
@@ -61,18 +64,21 @@ def load(
     Raises:
         ConfigError: if `config.json` is missing or isn't DBRX's, or if so many processes can't share the model.
         CheckpointError: if files are missing or damaged, if the parameters won't fit in memory, or if tensors are
-            missing, unexpected, duplicate, or of a wrong shape or dtype. It names every such tensor.
+            missing, unexpected, duplicate, or of a wrong shape or dtype. It names every such tensor. Adapters are
+            refused as in `read_adapters`.
+        InputError: if several processes share a model with adapters.
     """
     checkpoint = open_checkpoint(path_or_repo, revision=revision)
     require_fit(checkpoint, one_dtype=dtype is None)
     config = replace(checkpoint.config, dtype=dtype or checkpoint.config.dtype, shard=shard)
     check_groups(checkpoint, shard)
+    adapters = {} if adapter_path is None else read_adapters(Path(adapter_path), config)
     if not lazy:
         _check_memory(checkpoint, config)
 
     with mx.stream(reading_device()):
         leaves = _whole_leaves(checkpoint, config) if shard.is_whole else _own_leaves(checkpoint, config, progress)
-    params = nest(leaves, config)
+    params = nest(leaves | adapters, config)
     del leaves
     if not lazy:
         _read(params, checkpoint.path, progress if shard.is_whole else None)

@@ -76,6 +76,7 @@ def _words(leaf: mx.array) -> mx.array:
 
     The result is `[... words]`, uint32.
     """
+    leaf = leaf.reshape(1) if leaf.ndim == 0 else leaf
     if leaf.itemsize * leaf.shape[-1] % 4 == 0:
         return leaf.view(mx.uint32)
     return leaf.view(mx.uint8 if leaf.itemsize == 1 else mx.uint16).astype(mx.uint32)
