@@ -192,10 +192,7 @@ def test_a_cache_that_is_no_folder_or_is_full_is_not_needed(
     (tmp_path / "dbrx_fn").mkdir(mode=0o700)
     # Such a folder's files can't be made, as on a full disk or a read-only one.
     monkeypatch.setattr(build, "_key", lambda *arguments: "x" * 300)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(BuildError, match="can't be written"):
-        built_library()
-    assert not list((tmp_path / "dbrx_fn").iterdir())
+    refused(tmp_path, monkeypatch, "can't be written (File name too long)", capsys)
 
 
 @pytest.mark.usefixtures("compiled")
@@ -213,3 +210,30 @@ def test_a_planted_library_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Mon
     assert built_library() == (library, False)
     assert library.read_bytes() == right
     assert (tmp_path / "evil").read_bytes() == b"evil"
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("left", [0.0, 0.5, 0.99])
+def test_a_truncated_library_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: float) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library, _ = built_library()
+    right = library.read_bytes()
+    library.write_bytes(right[: int(left * len(right))])
+    assert built_library() == (library, False)
+    assert library.read_bytes() == right
+
+
+@pytest.mark.parametrize("name", ["CXX", "DBRX_FN_CPU_FLAGS"])
+def test_a_variable_whose_quotes_do_not_match_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "g++ '-O1")
+    with pytest.raises(BuildError, match=f"{name}, g\\+\\+ '-O1, can't be split into words"):
+        built_library()
+
+
+def test_a_compiler_that_is_no_program_is_named(
+    tmp_path: Path, script: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", script("no program"))
+    with pytest.raises(BuildError, match="compiler can't be run \\(Exec format error\\)"):
+        built_library()

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import mlx.core as mx
 
@@ -49,10 +50,10 @@ def built_library(limit: float = _LIMIT) -> tuple[Path, bool]:
         BuildError: if there is no compiler, or it fails.
     """
     compiler = _compiler()
-    flags = (*_FLAGS, *shlex.split(os.environ.get("DBRX_FN_CPU_FLAGS", _NATIVE)))
-    name = f"kernels-{_key(compiler, flags)}.so"
+    flags = (*_FLAGS, *_words("DBRX_FN_CPU_FLAGS", os.environ.get("DBRX_FN_CPU_FLAGS", _NATIVE)))
+    key = f"kernels-{_key(compiler, flags)}"
     folder, problem = cache_folder()
-    if folder is not None and (library := kept(folder, name)) is not None:
+    if folder is not None and (library := kept(folder, key)) is not None:
         return library, False
     work = Path(_work_folder())
     _tell("dbrx_fn: compiling kernels for this CPU, once for this machine... ")
@@ -60,12 +61,12 @@ def built_library(limit: float = _LIMIT) -> tuple[Path, bool]:
         start = time.monotonic()
         made = _compiled(compiler, flags, work, start + limit)
         seconds = time.monotonic() - start
-        library, problem = (None, problem) if folder is None else keep(made, folder, name)
+        library, problem = (None, problem) if folder is None else keep(made, folder, key)
         if library is not None:
             _tell(f"{seconds:.1f} s\n")
             return library, False
         _tell(f"{seconds:.1f} s, for this process only: {problem}\n")
-        alone = Path(_work_folder()) / name
+        alone = Path(_work_folder()) / made.name
         shutil.move(made, alone)
         return alone, True
     except BuildError:
@@ -95,11 +96,19 @@ def _work_folder() -> str:
 def _compiler() -> tuple[str, ...]:
     wanted = os.environ.get("CXX", "")
     for command in [wanted] if wanted else ["g++", "clang++"]:
-        words = shlex.split(command)
+        words = _words("CXX", command)
         if words and (found := shutil.which(words[0])):
             return found, *words[1:]
     missing = f"CXX, {wanted}," if wanted else "g++ or clang++"
     raise BuildError(f"this machine has no C++ compiler ({missing} isn't found)")
+
+
+def _words(name: str, value: str) -> list[str]:
+    """The words of an environment variable, as a shell splits them."""
+    try:
+        return shlex.split(value)
+    except ValueError as error:
+        raise BuildError(f"{name}, {value}, can't be split into words ({error})") from error
 
 
 def _key(compiler: Sequence[str], flags: Sequence[str]) -> str:
@@ -147,22 +156,27 @@ def _own_flags(source: Path) -> list[str]:
     return [f"-I{_MLX / 'include'}", _LEVELS.get(source.name, "-O2")]
 
 
+def _started(command: Sequence[str], work: Path, to: BinaryIO) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=to,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {"TMPDIR": str(work), "LC_ALL": "C"},
+        )
+    except OSError as error:
+        raise BuildError(f"the compiler {command[0]} can't be run ({error.strerror})") from error
+
+
 def _run(commands: Sequence[Sequence[str]], deadline: float, work: Path) -> None:
     running: list[subprocess.Popen[bytes]] = []
     logs = [work / f"{number}.log" for number in range(len(commands))]
     try:
         for command, log in zip(commands, logs, strict=True):
             with log.open("wb") as to:
-                running.append(
-                    subprocess.Popen(
-                        command,
-                        stdin=subprocess.DEVNULL,
-                        stdout=to,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                        env=os.environ | {"TMPDIR": str(work), "LC_ALL": "C"},
-                    )
-                )
+                running.append(_started(command, work, to))
         for process, log in zip(running, logs, strict=True):
             if process.wait(max(0.0, deadline - time.monotonic())):
                 lines = log.read_text(errors="replace").splitlines() or [f"status {process.returncode}"]

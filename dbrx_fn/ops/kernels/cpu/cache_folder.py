@@ -1,5 +1,6 @@
 """The user's cache folder for compiled kernels: only files that nobody else can have written are taken from it."""
 
+import hashlib
 import os
 import shutil
 import stat
@@ -25,16 +26,18 @@ def cache_folder() -> tuple[Path | None, str]:
     return (None, f"{folder} {problem}") if problem else (folder, "")
 
 
-def kept(folder: Path, name: str) -> Path | None:
-    """The file of this name, if it is there and is the user's own."""
-    path = folder / name
-    try:
-        return None if _problem(path.lstat(), stat.S_ISREG) else path
-    except OSError:
-        return None
+def kept(folder: Path, key: str) -> Path | None:
+    """What `keep` kept under this key, if it is there, is undamaged, and is the user's own."""
+    for path in folder.glob(f"{key}-*.so"):
+        try:
+            if not _problem(path.lstat(), stat.S_ISREG) and path.name == _name(key, path):
+                return path
+        except OSError:
+            continue
+    return None
 
 
-def keep(made: Path, folder: Path, name: str) -> tuple[Path | None, str]:
+def keep(made: Path, folder: Path, key: str) -> tuple[Path | None, str]:
     """Copies a file into the folder, beside its name and then renamed, so that other processes see all or nothing.
 
     Returns:
@@ -42,17 +45,24 @@ def keep(made: Path, folder: Path, name: str) -> tuple[Path | None, str]:
     """
     beside = None
     try:
+        to_be = folder / _name(key, made)
         descriptor, beside = tempfile.mkstemp(dir=folder, prefix=".new-")
         with os.fdopen(descriptor, "wb") as to, made.open("rb") as source:
             shutil.copyfileobj(source, to)
             to.flush()
             os.fsync(descriptor)
-        os.rename(beside, folder / name)
-        return folder / name, ""
+        os.rename(beside, to_be)
+        return to_be, ""
     except OSError as error:
         if beside is not None:
             Path(beside).unlink(missing_ok=True)
         return None, f"{folder} can't be written ({error.strerror})"
+
+
+def _name(key: str, file: Path) -> str:
+    # A truncated library can kill the process that loads it, so the name tells its contents' digest.
+    with file.open("rb") as contents:
+        return f"{key}-{hashlib.file_digest(contents, 'sha256').hexdigest()[:24]}.so"
 
 
 def _problem(found: os.stat_result, is_kind: Callable[[int], bool]) -> str:

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -140,9 +141,19 @@ def set_threads(threads: int) -> None:
         library.dbrx_set_threads(max(1, min(threads, _MOST_THREADS)))
 
 
+_loading = threading.Lock()
+
+
 @functools.cache
 def kernels() -> ctypes.PyDLL | None:
     """The library, compiled if need be; `None` if it can't be used. The logger `dbrx_fn.kernels` says why."""
+    # Threads that ask at the same time get one library.
+    with _loading:
+        return _kernels()
+
+
+@functools.cache
+def _kernels() -> ctypes.PyDLL | None:
     if os.environ.get("DBRX_FN_KERNELS") == "0":
         return None
     try:
