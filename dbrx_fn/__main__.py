@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": "talk with a model in the terminal",
     "inspect": "show what a checkpoint holds, and whether it fits this machine",
     "convert": "write a checkpoint in another layout, quantized or not",
+    "fuse": "merge adapters into the weights of their model",
     "evaluate": "measure how well checkpoints predict a text, and how they differ",
     "train": "train or fine-tune a model on text",
     "train_tokenizer": "make a tokenizer from text",

@@ -80,7 +80,7 @@ def _write(folder: Path, leaves: dict[str, mx.array], config: Config, rank: int,
     if lost:
         raise InputError(
             f"{min(lost)} is an expert's adapter, which PEFT can't have since transformers' experts are no linears:"
-            " save it for mlx-lm, or merge it with fuse_adapters."
+            " save it for mlx-lm, or merge it (python -m dbrx_fn.fuse)."
         )
     settings = _mlx_lm_settings if style == "mlx-lm" else _peft_settings
     write_tensors(folder / TENSORS[style], tensors, {"format": "mlx" if style == "mlx-lm" else "pt"})

@@ -52,7 +52,9 @@ def read_adapters(folder: Path, config: Config) -> dict[str, mx.array]:
         InputError: if processes share the model.
     """
     if not config.shard.is_whole:
-        raise InputError("Adapters can't be shared by several processes yet: merge them first with fuse_adapters.")
+        raise InputError(
+            "Adapters can't be shared by several processes yet: merge them first (python -m dbrx_fn.fuse)."
+        )
     style = style_of(folder)
     file = folder / TENSORS[style]
     settings = read_settings(folder / SETTINGS, style, config.n_layers)

@@ -1,4 +1,4 @@
-"""Converts a checkpoint to another layout, dtype or quantized format, one matrix at a time.
+"""Converts a checkpoint to another layout, dtype or quantized format, or merges adapters, one matrix at a time.
 
 A conversion works in a hidden folder beside its target (`conversion_work`). After an interruption, the same conversion
 continues after the finished shards, and its result is byte for byte the same. The checkpoint's folder appears under its
@@ -22,6 +22,8 @@ from typing import BinaryIO
 
 import mlx.core as mx
 
+from dbrx_fn.checkpoints.adapter_names import SETTINGS, TENSORS
+from dbrx_fn.checkpoints.adapter_reader import read_adapters, style_of
 from dbrx_fn.checkpoints.checkpoint import Checkpoint, LeafReader, require_fit
 from dbrx_fn.checkpoints.conversion_work import PLAN_KEYS, ConversionWork, conversion_work, is_converting
 from dbrx_fn.checkpoints.finite import not_finite
@@ -35,7 +37,7 @@ from dbrx_fn.files.work_folder import WorkFolder, hidden
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.params import companions, listed, param_count
 from dbrx_fn.model.quantization import Quantization, wanted_formats
-from dbrx_fn.ops.formats import Format, dequantize_matrix, quantize_matrix
+from dbrx_fn.ops.formats import ADAPTER_LEAVES, Format, dequantize_matrix, quantize_matrix
 from dbrx_fn.runtime.device import backend
 
 Progress = Callable[[int, int], None]
@@ -53,6 +55,7 @@ class Request:
     `shard_bytes`: the largest size of a file's tensors. Only a single linear may be larger.
     `check`: refuse weights that are NaN or infinite.
     `tokenizer`: folder with the tokenizer files to copy. The source's own, if `None`.
+    `adapters`: folder of adapters to merge into the matrices. Quantized ones are quantized again, in their format.
     """
 
     layout: Written = "split"
@@ -62,11 +65,15 @@ class Request:
     shard_bytes: int = SHARD_BYTES
     check: bool = False
     tokenizer: str | None = None
+    adapters: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
-    """A checked conversion: its source, the tensors to write, and their places in files."""
+    """A checked conversion: its source, the tensors to write, and their places in files.
+
+    `adapters`: the leaves of adapters to merge, by their paths, float32.
+    """
 
     source: Checkpoint
     request: Request
@@ -74,6 +81,7 @@ class Conversion:
     formats: Mapping[str, Format]
     table: Mapping[str, Source]
     shards: tuple[Shard, ...]
+    adapters: Mapping[str, mx.array]
 
     @property
     def nbytes(self) -> int:
@@ -106,12 +114,12 @@ class _NotFiniteError(CheckpointError):
 
 
 def plan_conversion(source: Checkpoint, request: Request) -> Conversion:
-    """Plans a conversion and checks that it is possible. Only headers are read.
+    """Plans a conversion and checks that it is possible. Only headers and adapters are read.
 
     Raises:
         InputError: if the layout can't hold the formats, a format doesn't fit a matrix, or a matrix that is quantized
             already would be quantized again.
-        CheckpointError: if the checkpoint's tensors don't fit its config.
+        CheckpointError: if the checkpoint's tensors don't fit its config, or adapters don't fit them.
     """
     require_fit(source, one_dtype=request.dtype is None)
     config = replace(source.config, dtype=request.dtype or source.config.dtype)
@@ -126,14 +134,15 @@ def plan_conversion(source: Checkpoint, request: Request) -> Conversion:
             formats[path] = form
     check_layout(request.layout, formats)
     table = sources(config, request.layout, formats)
+    adapters = {} if request.adapters is None else _adapters(Path(request.adapters), config)
     texts = header_texts(request.layout) | {
         "layout": request.layout,
         "converted_from": f"{source.layout}, {_formats_in_words(source.formats, source.config)}",
-        "converted_to": f"{request.layout}, {_formats_in_words(formats, config)}",
+        "converted_to": f"{request.layout}, {_formats_in_words(formats, config)}{', adapters merged' * bool(adapters)}",
         "converted_by": "dbrx_fn",
     }
     shards = plan_shards(table, config.dtype, shard_bytes=request.shard_bytes, metadata=texts)
-    return Conversion(source, request, config, formats, table, shards)
+    return Conversion(source, request, config, formats, table, shards, adapters)
 
 
 def convert(
@@ -295,8 +304,10 @@ def _matrices(conversion: Conversion, reader: LeafReader, linear: str) -> Iterat
     paths = [path for path in companions(weight) if path in source.sources]
     dtypes = [source.sources[path].leaf.stored_as(conversion.config.dtype) for path in paths]
     read = [reader.matrices(path, conversion.config.dtype) for path in paths]
-    for parts in zip(*read, strict=True):
-        if before == after and not conversion.request.check:
+    for number, parts in enumerate(zip(*read, strict=True)):
+        added = _added(conversion.adapters, linear, number)
+        same = before == after and added is None
+        if same and not conversion.request.check:
             yield dict(zip(paths, parts, strict=True))
             continue
         stored = {path: of_raw(part, kind) for path, part, kind in zip(paths, parts, dtypes, strict=True)}
@@ -305,12 +316,27 @@ def _matrices(conversion: Conversion, reader: LeafReader, linear: str) -> Iterat
                 f"{source.path} holds weights that are NaN or infinite in {conversion.config.dtype} ({listed(bad)}):"
                 " repair it, or take another checkpoint or dtype."
             )
-        if before == after:
+        if same:
             yield dict(zip(paths, parts, strict=True))
         else:
-            matrix = stored[weight] if before is None else dequantize_matrix(list(stored.values()), before, dtype)
+            exact = dtype if added is None else mx.float32
+            matrix = stored[weight] if before is None else dequantize_matrix(list(stored.values()), before, exact)
+            if added is not None:
+                matrix = (matrix.astype(mx.float32) + added).astype(dtype)
             made = [matrix] if after is None else quantize_matrix(matrix, after)
             yield {path: raw(part) for path, part in zip(companions(weight), made, strict=False)}
+
+
+def _adapters(folder: Path, config: Config) -> dict[str, mx.array]:
+    return read_adapters(folder, replace(config, dtype="float32"))
+
+
+def _added(adapters: Mapping[str, mx.array], linear: str, number: int) -> mx.array | None:
+    """What an adapter adds to a linear's matrix of this number, `[outer inner]`, float32, if there is one."""
+    if f"{linear}.lora_a" not in adapters:
+        return None
+    lora_a, lora_b, scale = (adapters[f"{linear}.{name}"] for name in ADAPTER_LEAVES)
+    return scale * lora_b @ lora_a if lora_a.ndim == 2 else scale * lora_b[number] @ lora_a[number]
 
 
 def _check_space(needed: int, folder: Path) -> None:
@@ -326,6 +352,9 @@ def _check_space(needed: int, folder: Path) -> None:
 def _plan(conversion: Conversion) -> bytes:
     """Everything that determines the written bytes, as JSON."""
     files = sorted({tensor.file for tensor in conversion.source.tensors.values()})
+    if conversion.request.adapters is not None:
+        folder = Path(conversion.request.adapters)
+        files += [folder / TENSORS[style_of(folder)], folder / SETTINGS]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     shards = hashlib.sha256(b"".join(shard.header for shard in conversion.shards)).hexdigest()
     # MLX's versions and back ends may round differently.

@@ -1,0 +1,92 @@
+"""`python -m dbrx_fn.fuse`: the model with its adapters merged."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from dbrx_fn.checkpoints.adapter_files import save_adapters
+from dbrx_fn.checkpoints.checkpoint import open_checkpoint
+from dbrx_fn.checkpoints.loader import load
+from dbrx_fn.checkpoints.saver import save
+from dbrx_fn.fuse import main
+from dbrx_fn.model.adapters import fuse_adapters
+from dbrx_fn.model.quantization import Quantization, dequantize, quantize
+from dbrx_fn.model.tree import Params
+from dbrx_fn.ops.formats import Format
+from tests.support.adapters import with_random_adapters
+from tests.support.checkpoints import QUANTIZABLE
+from tests.support.trees import case_of
+
+CASE = case_of(QUANTIZABLE, np.random.default_rng(0))
+CONFIG = CASE.config
+
+
+def leaves(params: Params) -> dict[str, mx.array]:
+    return dict(tree_flatten(params))
+
+
+def written(folder: Path, bits: int | None, layout: str) -> Params:
+    """A model and adapters for all of its matrices. Returns the tree of both."""
+    form, params = Format(bits or 4, 32), CASE.params
+    if bits is not None:
+        params = quantize(params, CONFIG, Quantization(form, form, form, form, form))
+    save(folder / "model", params, CONFIG, layout=layout)  # type: ignore[arg-type]
+    adapted = with_random_adapters(params, CONFIG, ("attention", "experts", "router", "embedding", "head"))
+    save_adapters(folder / "adapters", adapted, CONFIG)
+    return adapted
+
+
+def words(folder: Path) -> list[str]:
+    places = {"--model": "model", "--adapter-path": "adapters", "--out": "out"}
+    return [word for option, name in places.items() for word in (option, str(folder / name))]
+
+
+@pytest.mark.parametrize(
+    ("bits", "layout", "options"),
+    [
+        (None, "fused", []),
+        (None, "split", ["--layout", "stacked"]),
+        (4, "split", []),
+        (8, "stacked", []),
+        (4, "split", ["--dequantize"]),
+    ],
+)
+def test_the_written_model_is_the_one_with_its_adapters(
+    bits: int | None, layout: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapted = written(tmp_path, bits, layout)
+    assert main([*words(tmp_path), *options]) == 0
+    assert "adapters of 14 linears merged" in capsys.readouterr().out
+    assert open_checkpoint(tmp_path / "out").layout == (options[1] if options[:1] == ["--layout"] else layout)
+    found = leaves(load(tmp_path / "out")[0])
+    if options == ["--dequantize"]:
+        base = "transformer.blocks.1.ffn.experts.mlp.w2."
+        parts = leaves(adapted)
+        plain = leaves(dequantize(load(tmp_path / "model")[0], CONFIG))[f"{base}weight"]
+        wanted = {f"{base}weight": plain + parts[f"{base}lora_scale"] * parts[f"{base}lora_b"] @ parts[f"{base}lora_a"]}
+        assert not any(path.endswith("scales") for path in found)
+    else:
+        wanted = leaves(fuse_adapters(adapted, CONFIG))
+        assert found.keys() == wanted.keys()
+    for path, leaf in wanted.items():
+        # Products of one matrix and of a stack of them may round differently, and a packed integer then differs by 1.
+        if leaf.dtype != mx.uint32:
+            np.testing.assert_allclose(np.array(found[path]), np.array(leaf), rtol=1e-5, atol=1e-6, err_msg=path)
+        else:
+            assert np.mean(np.array(found[path]) == np.array(leaf)) > 0.99
+
+
+def test_what_cannot_be_merged_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written(tmp_path, None, "fused")
+    given = words(tmp_path)
+    given[3] = str(tmp_path / "model")
+    assert main(given) == 2
+    assert "is a model where adapters are expected" in capsys.readouterr().err
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapters", "model"]
+    (tmp_path / "out").mkdir()
+    assert main(words(tmp_path)) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
