@@ -69,8 +69,8 @@ def built_library(limit: float = _LIMIT) -> tuple[Path, bool]:
         alone = Path(_work_folder()) / made.name
         shutil.move(made, alone)
         return alone, True
-    except BuildError:
-        _tell("failed\n")
+    except (BuildError, KeyboardInterrupt) as error:
+        _tell("failed\n" if isinstance(error, BuildError) else "stopped\n")
         raise
     except OSError as error:
         _tell("failed\n")
@@ -149,6 +149,8 @@ def _compiled(compiler: Sequence[str], flags: Sequence[str], work: Path, deadlin
     library = work / "kernels.so"
     rest = [f"-L{_MLX / 'lib'}", "-lmlx", f"-Wl,-rpath,{_MLX / 'lib'}", "-o", str(library)]
     _run([[*compiler, *flags, "-shared", *map(str, objects), *rest]], deadline, work)
+    if not library.is_file():
+        raise BuildError(f"the compiler {compiler[0]} makes no library")
     return library
 
 
