@@ -25,9 +25,9 @@ from dbrx_fn.benchmarks.machine import MachineLimits, measure_limits
 from dbrx_fn.benchmarks.mlx_lm import NAME as MLX_LM
 from dbrx_fn.benchmarks.mlx_lm import check_mlx_lm, mlx_lm_program
 from dbrx_fn.benchmarks.plan import Cases, Planned, check_cases, plan_checkpoint, plan_random
-from dbrx_fn.benchmarks.roofline import RooflinePoint, draw_roofline
+from dbrx_fn.benchmarks.roofline import draw_roofline, roofline_points
 from dbrx_fn.benchmarks.tables import scaled, table, time_text
-from dbrx_fn.benchmarks.training import BILLION, TrainingSpeed, measure_training
+from dbrx_fn.benchmarks.training import BILLION, measure_training, training_table
 from dbrx_fn.checkpoints.config_file import config_to_dict, read_config, read_config_file
 from dbrx_fn.checkpoints.hub import SMALL
 from dbrx_fn.cli.command import Parser, program, run
@@ -262,7 +262,7 @@ def _inference(chosen: argparse.Namespace) -> None:
         else _inference_text(planned, limits, figures)
     )
     if chosen.picture is not None:
-        points = _points(figures)
+        points = roofline_points(figures)
         # The highest rate of any point, so that no point is above the roof.
         bandwidth = max(limits.bandwidth(point.bytes) for point in points)
         write_picture(draw_roofline(points, limits.matmul_rate, bandwidth), chosen.picture)
@@ -283,7 +283,7 @@ def _training(chosen: argparse.Namespace) -> None:
         for shape in chosen.shape
         for dtype in chosen.dtype
     ]
-    print_result(json.dumps([asdict(speed) for speed in speeds], indent=2) if chosen.json else _training_table(speeds))
+    print_result(json.dumps([asdict(speed) for speed in speeds], indent=2) if chosen.json else training_table(speeds))
 
 
 def _serving(chosen: argparse.Namespace) -> None:
@@ -355,7 +355,7 @@ def _inference_text(planned: Planned, limits: MachineLimits, figures: Sequence[F
         "dtype": lambda f: f.dtype,
         "what": lambda f: f.what,
         "tokens": lambda f: f"{f.tokens:,}" if f.tokens else "",
-        "batch": _batch_text,
+        "batch": lambda f: f.batch_text,
         "first": lambda f: time_text(f.first),
         "median": lambda f: time_text(f.seconds),
         "spread": lambda f: f"{time_text(f.fastest)} - {time_text(f.slowest)}" if f.repeats > 1 else "",
@@ -380,51 +380,9 @@ def _inference_text(planned: Planned, limits: MachineLimits, figures: Sequence[F
             f" {limits.memory_rates[-1][1] / 1e9:,.1f} GB/s from memory and at most {fastest / 1e9:,.1f} from caches,"
             f" multiplies {limits.matmul_rate / 1e12:,.3f} TFLOP/s in {limits.dtype}",
             table(columns, [figure for figure in figures if figure.missing is None]),
-            *(f"missing: {f.program} {f.what} {f.tokens:,} x {_batch_text(f) or 1}: {f.missing}" for f in missing),
+            *(f"missing: {f.program} {f.what} {f.tokens:,} x {f.batch_text or 1}: {f.missing}" for f in missing),
         ]
     )
-
-
-def _batch_text(figure: Figure) -> str:
-    """The sequences of a decoding step, and how many tokens each has in it if there are several."""
-    if figure.what != "decode":
-        return ""
-    return f"{figure.batch_size}" if figure.together == 1 else f"{figure.batch_size} x {figure.together}"
-
-
-def _points(figures: Sequence[Figure]) -> list[RooflinePoint]:
-    return [
-        RooflinePoint(
-            figure.program,
-            f"{figure.what} {figure.tokens:,}" + (f" x {_batch_text(figure)}" if figure.what == "decode" else ""),
-            figure.operations,
-            figure.bytes,
-            figure.seconds,
-        )
-        for figure in figures
-        # The first token's work is that of a prefill, which has a point of its own.
-        if figure.what != "first token"
-        if figure.operations is not None and figure.bytes is not None and figure.seconds is not None
-    ]
-
-
-def _training_table(speeds: Sequence[TrainingSpeed]) -> str:
-    columns: dict[str, Callable[[TrainingSpeed], str]] = {
-        "shape": lambda s: s.shape,
-        "parameters": lambda s: f"{s.parameters / 1e6:,.1f}M",
-        "active": lambda s: f"{s.active_parameters / 1e6:,.1f}M",
-        "batch": lambda s: f"{s.batch_size} x {s.sequence_length}",
-        "dtype": lambda s: s.dtype + (" recompute" if s.recompute else ""),
-        "first step": lambda s: f"{s.first_step:.1f} s",
-        "step": lambda s: f"{1e3 * s.step:,.1f} ms",
-        "spread": lambda s: f"{1e3 * s.fastest_step:,.1f}-{1e3 * s.slowest_step:,.1f}",
-        "tokens/s": lambda s: f"{s.tokens_per_second:,.0f}",
-        "TFLOP/s": lambda s: f"{s.fraction_of_bound * s.matmul_rate / 1e12:,.3f}",
-        "bound": lambda s: f"{s.matmul_rate / 1e12:,.3f}",
-        "of bound": lambda s: f"{100 * s.fraction_of_bound:.1f}%",
-        "memory": lambda s: f"{s.peak_memory / 2**30:.2f} GiB",
-    }
-    return table(columns, speeds)
 
 
 if __name__ == "__main__":

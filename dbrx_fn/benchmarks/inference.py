@@ -93,6 +93,13 @@ class Figure:
     peak_memory: int | None = None
     missing: str | None = None
 
+    @property
+    def batch_text(self) -> str:
+        """For decoding, the sequences of a step, and how many tokens each has in it if there are several."""
+        if self.what != "decode":
+            return ""
+        return f"{self.batch_size}" if self.together == 1 else f"{self.batch_size} x {self.together}"
+
 
 def make_weights(planned: Planned) -> tuple[Params, Figure]:
     """Loads or draws a model's weights.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dbrx_fn.benchmarks.inference import Figure as Measured
 from dbrx_fn.drawing.figure import add_grid, add_legend, color, new_figure
 from dbrx_fn.drawing.point_labels import PointLabel, label_points
 
@@ -22,6 +23,23 @@ class RooflinePoint:
     operations: int
     bytes: int
     seconds: float
+
+
+def roofline_points(measured: Sequence[Measured]) -> list[RooflinePoint]:
+    """A point for each measurement whose operations and bytes are counted."""
+    return [
+        RooflinePoint(
+            one.program,
+            f"{one.what} {one.tokens:,}" + (f" x {one.batch_text}" if one.what == "decode" else ""),
+            one.operations,
+            one.bytes,
+            one.seconds,
+        )
+        for one in measured
+        # The first token's work is that of a prefill, which has a point of its own.
+        if one.what != "first token"
+        if one.operations is not None and one.bytes is not None and one.seconds is not None
+    ]
 
 
 def draw_roofline(points: Sequence[RooflinePoint], operations_per_second: float, bytes_per_second: float) -> "Figure":

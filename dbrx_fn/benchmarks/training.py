@@ -8,12 +8,14 @@ both sides, unless MLX_ENABLE_TF32=0.
 
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 from tqdm import tqdm
 
 from dbrx_fn.benchmarks.machine_rates import matmul_rate
+from dbrx_fn.benchmarks.tables import table
 from dbrx_fn.model.config import AttnConfig, Config, Dtype, FFNConfig
 from dbrx_fn.model.costs import training_operations
 from dbrx_fn.model.params import init_params, param_count
@@ -98,3 +100,23 @@ def measure_training(
         fraction_of_bound=batch_size * sequence_length * operations / step / rate,
         peak_memory=peak,
     )
+
+
+def training_table(speeds: Sequence[TrainingSpeed]) -> str:
+    """The measurements as a table, a line each."""
+    columns: dict[str, Callable[[TrainingSpeed], str]] = {
+        "shape": lambda s: s.shape,
+        "parameters": lambda s: f"{s.parameters / 1e6:,.1f}M",
+        "active": lambda s: f"{s.active_parameters / 1e6:,.1f}M",
+        "batch": lambda s: f"{s.batch_size} x {s.sequence_length}",
+        "dtype": lambda s: s.dtype + (" recompute" if s.recompute else ""),
+        "first step": lambda s: f"{s.first_step:.1f} s",
+        "step": lambda s: f"{1e3 * s.step:,.1f} ms",
+        "spread": lambda s: f"{1e3 * s.fastest_step:,.1f}-{1e3 * s.slowest_step:,.1f}",
+        "tokens/s": lambda s: f"{s.tokens_per_second:,.0f}",
+        "TFLOP/s": lambda s: f"{s.fraction_of_bound * s.matmul_rate / 1e12:,.3f}",
+        "bound": lambda s: f"{s.matmul_rate / 1e12:,.3f}",
+        "of bound": lambda s: f"{100 * s.fraction_of_bound:.1f}%",
+        "memory": lambda s: f"{s.peak_memory / 2**30:.2f} GiB",
+    }
+    return table(columns, speeds)
