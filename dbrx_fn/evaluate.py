@@ -8,9 +8,7 @@ import json
 import math
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -19,12 +17,12 @@ from typing import Any, get_args
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from tqdm import tqdm
 
 from dbrx_fn.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dbrx_fn.checkpoints.loader import load, load_tokenizer
+from dbrx_fn.cli.adapter_option import add_adapter_option
 from dbrx_fn.cli.command import Parser, program, run
-from dbrx_fn.cli.terminal import byte_progress, print_message, print_result, size_text
+from dbrx_fn.cli.terminal import byte_progress, pass_progress, print_result, size_text
 from dbrx_fn.data.corpus import read_documents
 from dbrx_fn.data.token_file import TokenFile, check_vocabulary, write_token_file
 from dbrx_fn.drawing.figure import check_new_picture, write_picture
@@ -40,8 +38,6 @@ from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import backend, memory_size
 from dbrx_fn.runtime.group import group
 
-_SECONDS_BETWEEN_LINES = 30
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -52,11 +48,13 @@ class Subject:
     `stored_bytes`: size of all its tensors, including scales and biases of quantized matrices.
     `file_bytes`: size of the files that hold the tensors.
     `loaded_bytes`: size of the parameters in this process's memory.
+    `adapters`: the folder of adapters beside it, if any.
     `quantized_router`: whether any layer's router is quantized.
     """
 
     name: str
     path: Path
+    adapters: Path | None
     parameters: int
     stored_bytes: int
     file_bytes: int
@@ -100,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="On a CPU, quantized matrices are turned back into floats first, which makes long texts several times as"
         " fast and gives the same numbers. On a GPU they are multiplied as stored.",
     )
+    add_adapter_option(perplexity, "the first MODEL with them becomes one more row")
     add = perplexity.add_argument
     add(
         "model",
@@ -139,12 +138,12 @@ def _perplexity(chosen: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(chosen, name)} where it must be at least 1.")
     if chosen.picture is not None:
         check_new_picture(chosen.picture)
-        if len(chosen.model) < 2:
+        if len(chosen.model) < 2 and chosen.adapter_path is None:
             raise InputError(
                 "--picture shows how far models are from the first, and only one is given: name at least two."
             )
     dtype: Dtype | None = chosen.dtype or ("float32" if backend() == "cpu" else None)
-    subjects = _subjects(chosen.model, dtype)
+    subjects = _subjects(chosen.model, chosen.adapter_path, dtype)
     with tempfile.TemporaryDirectory(prefix="dbrx_fn-") as folder:
         text = _tokens(subjects[0], chosen, Path(folder) / "tokens")
         rows = _rows(subjects, text, dtype, chosen.batch_size, chosen.sequence_length)
@@ -159,24 +158,27 @@ def _perplexity(chosen: argparse.Namespace) -> None:
         _draw(rows, chosen.picture)
 
 
-def _subjects(names: Sequence[str], dtype: Dtype | None) -> list[Subject]:
+def _subjects(names: Sequence[str], adapters: Path | None, dtype: Dtype | None) -> list[Subject]:
     """Checks all checkpoints' files first, so an error in the last one is reported before the first is loaded."""
-    checkpoints = [open_checkpoint(name) for name in names]
-    first = checkpoints[0]
+    models: list[tuple[str, Checkpoint, Path | None]] = [(name, open_checkpoint(name), None) for name in names]
+    first = models[0][1]
     tokenizer = load_tokenizer(first.path)
     check_vocabulary(tokenizer, first.config)
+    if adapters is not None:
+        models.append((f"{names[0]} with {adapters}", first, adapters))
     subjects = []
-    for name, checkpoint in zip(names, checkpoints, strict=True):
+    for name, checkpoint, beside in models:
         check_same_model(first.config, checkpoint.config, names[0], name)
         if _fingerprint(checkpoint.path) not in (None, tokenizer.fingerprint()):
             raise InputError(
                 f"{name} has another tokenizer than {names[0]}: compare checkpoints of one model, with its tokenizer."
             )
-        params, config = load(checkpoint.path, dtype=dtype, lazy=True)
+        params, config = load(checkpoint.path, dtype=dtype, lazy=True, adapter_path=beside)
         subjects.append(
             Subject(
                 name=name,
                 path=checkpoint.path,
+                adapters=beside,
                 parameters=param_count(config),
                 stored_bytes=_stored_bytes(checkpoint),
                 file_bytes=sum(file.stat().st_size for file in {tensor.file for tensor in checkpoint.tensors.values()}),
@@ -222,7 +224,7 @@ def _rows(
         for number, members in enumerate(groups, start=1):
             name = f"measuring, part {number} of {len(groups)}" if len(groups) > 1 else "measuring"
             models = [_load(subject, dtype) for subject in members]
-            with _progress(name) as passed:
+            with pass_progress(name) as passed:
                 evaluation, comparisons = compare(
                     loaded, models, text, batch_size=batch_size, sequence_length=sequence_length, progress=passed
                 )
@@ -268,7 +270,9 @@ def _groups(first: Subject, others: Sequence[Subject]) -> list[list[Subject]]:
 
 def _load(subject: Subject, dtype: Dtype | None) -> Model:
     with byte_progress(f"reading {subject.name}") as progress:
-        params, config = load(subject.path, dtype=dtype, progress=progress, shard=own_shard())
+        params, config = load(
+            subject.path, dtype=dtype, progress=progress, shard=own_shard(), adapter_path=subject.adapters
+        )
     params = _as_computed(params, config)
     mx.eval(params)
     return Model(params, config)
@@ -282,25 +286,6 @@ def _as_computed(params: Params, config: Config) -> Params:
 def _bytes(params: Params) -> int:
     arrays: dict[str, mx.array] = dict(tree_flatten(params))
     return sum(array.nbytes for array in arrays.values())
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows the number of batches done: a bar on a terminal, elsewhere a line every half minute."""
-    with tqdm(desc=name, unit="batch", disable=None, leave=False, smoothing=0.05) as bar:
-        start = said = time.perf_counter()
-
-        def passed(done: int, total: int) -> None:
-            nonlocal said
-            bar.total = total
-            bar.update(done - bar.n)
-            now = time.perf_counter()
-            if bar.disable and now - said >= _SECONDS_BETWEEN_LINES:
-                said = now
-                left = tqdm.format_interval((now - start) * (total - done) / done)
-                print_message(f"{name}: {done:,} of {total:,} batches, {left} left")
-
-        yield passed
 
 
 def _draw(rows: Sequence[Row], file: Path) -> None:

@@ -11,6 +11,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+_SECONDS_BETWEEN_LINES = 30
+
 
 def plain(text: str) -> str:
     """A one-line text with unprintable characters escaped as in Python.
@@ -97,6 +99,25 @@ def batch_progress(total: int, done: int) -> Iterator[Callable[[int, int], None]
                 bar.set_postfix_str(f"{tokens / max(now - began, 1e-3):.0f} tokens/s")
 
         yield progress
+
+
+@contextmanager
+def pass_progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows the number of batches done: a bar on a terminal, elsewhere a line every half minute."""
+    with tqdm(desc=name, unit="batch", disable=None, leave=False, smoothing=0.05) as bar:
+        start = said = time.perf_counter()
+
+        def passed(done: int, total: int) -> None:
+            nonlocal said
+            bar.total = total
+            bar.update(done - bar.n)
+            now = time.perf_counter()
+            if bar.disable and now - said >= _SECONDS_BETWEEN_LINES:
+                said = now
+                left = tqdm.format_interval((now - start) * (total - done) / done)
+                print_message(f"{name}: {done:,} of {total:,} batches, {left} left")
+
+        yield passed
 
 
 def size_text(nbytes: float) -> str:

@@ -1,13 +1,14 @@
 """`--adapter-path` in the commands that load a model."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
-from dbrx_fn import chat, generate
+from dbrx_fn import chat, evaluate, generate
 from dbrx_fn.checkpoints.adapter_files import save_adapters
 from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.checkpoints.saver import save
@@ -69,3 +70,16 @@ def test_cached_prompts_of_the_plain_model_are_not_taken_for_those_with_adapters
     plain, config = load(folders / "model")
     adapted, _ = load(folders / "model", adapter_path=folders / "adapters")
     assert weights_fingerprint(plain, config) != weights_fingerprint(adapted, config)
+
+
+def test_evaluate_measures_the_first_model_with_adapters_as_one_more_row(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("When shall we three meet again? " * 8)
+    words = ["perplexity", str(folders / "model"), str(folders / "merged"), "--data", str(tmp_path / "text.txt")]
+    words += ["--sequence-length", "64", "--json", "--adapter-path", str(folders / "adapters")]
+    assert evaluate.main(words) == 0
+    _, merged, adapted = json.loads(capsys.readouterr().out)["models"]
+    assert adapted["model"].startswith(f"{folders / 'model'} with ")
+    assert adapted["perplexity"] == pytest.approx(merged["perplexity"], rel=1e-5)
+    assert adapted["kl_divergence"] == pytest.approx(merged["kl_divergence"], rel=1e-3) != 0

@@ -14,6 +14,7 @@ import pytest
 import dbrx_fn.evaluate
 from dbrx_fn.checkpoints.loader import load, load_tokenizer
 from dbrx_fn.checkpoints.saver import save
+from dbrx_fn.cli import terminal
 from dbrx_fn.cli.command import INTERRUPTED
 from dbrx_fn.data.corpus import read_documents
 from dbrx_fn.data.token_file import write_token_file
@@ -218,7 +219,7 @@ def test_a_picture_of_models_that_are_all_the_same(
 def test_progress_without_a_terminal_is_lines(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dbrx_fn.evaluate, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(terminal, "_SECONDS_BETWEEN_LINES", 0)
     assert main(arguments(made, "dense", "four")) == 0
     lines = capsys.readouterr().err.splitlines()
     assert all(re.fullmatch(r"measuring: \d+ of \d+ batches, \d\d:\d\d left", line) for line in lines)

@@ -1,0 +1,75 @@
+"""PEFT on transformers loads the adapters that are written here, and its own are loaded here: the same logits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+
+from dbrx_fn.checkpoints.adapter_files import save_adapters
+from dbrx_fn.checkpoints.loader import load
+from dbrx_fn.checkpoints.saver import save
+from dbrx_fn.model.cache import init_cache
+from dbrx_fn.model.params import Kind
+from dbrx_fn.model.transformer import forward
+from tests.peers import reference
+from tests.support.adapters import with_random_adapters
+from tests.support.checkpoints import QUANTIZABLE
+from tests.support.trees import as_float64, case_of, relative_error
+
+peft: Any = pytest.importorskip("peft")
+# PEFT reads a property of transformers' that is renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+CASE = case_of(QUANTIZABLE, np.random.default_rng(1))
+TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    save(tmp_path / "model", CASE.params, CASE.config, layout="fused")
+    return tmp_path / "model"
+
+
+def ours(model: Path, adapters: Path | None) -> Any:
+    params, config = load(model, adapter_path=adapters)
+    logits, _ = forward(params, mx.array([TOKENS]), init_cache(config, 1, 0))
+    return as_float64(logits[0])
+
+
+def logits_of(theirs: Any) -> Any:
+    with torch.no_grad():
+        return theirs(torch.tensor([TOKENS]), use_cache=False).logits[0].double().numpy()
+
+
+@pytest.mark.parametrize("targets", [("attention",), ("attention", "router", "embedding", "head")], ids="-".join)
+def test_peft_loads_what_is_written_here(targets: tuple[Kind, ...], model: Path, tmp_path: Path, measured: Any) -> None:
+    params, config = load(model)
+    save_adapters(tmp_path / "adapters", with_random_adapters(params, config, targets), config, style="peft")
+    theirs = peft.PeftModel.from_pretrained(reference.transformers_model_from(model), str(tmp_path / "adapters"))
+    theirs.eval()
+    here = ours(model, tmp_path / "adapters")
+    assert measured("adapters written here, float32 to PEFT", relative_error(logits_of(theirs), here)) <= 5e-6
+    # The adapters change what is compared.
+    assert relative_error(ours(model, None), here) > 0.01
+
+
+@pytest.mark.parametrize("rank_stabilized", [False, True])
+def test_what_peft_writes_is_loaded_here(rank_stabilized: bool, model: Path, tmp_path: Path, measured: Any) -> None:
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=rank_stabilized,
+        target_modules=["Wqkv", "out_proj", "ffn.router.layer", "wte"],
+        init_lora_weights=False,
+    )
+    theirs = peft.get_peft_model(reference.transformers_model_from(model), settings)
+    theirs.eval()
+    theirs.save_pretrained(str(tmp_path / "adapters"))
+    assert json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    here = ours(model, tmp_path / "adapters")
+    assert measured("adapters of PEFT, float32", relative_error(logits_of(theirs), here)) <= 5e-6
+    assert relative_error(ours(model, None), here) > 0.01
