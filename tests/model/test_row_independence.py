@@ -13,6 +13,7 @@ from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import Format
 from dbrx_fn.ops.kernels.cpu.library import has_kernels
+from dbrx_fn.runtime.device import as_if
 
 CAPACITY, ROWS, STEPS = 1024, 8, 6
 CONFIG = Config(
@@ -68,3 +69,24 @@ def test_a_prompt_has_the_same_bits_in_any_chunks(quantized: bool) -> None:
             logits.append(np.array(made))
         found.append(np.concatenate(logits, axis=1).tobytes())
     assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("held", [16, 17, 20, 21])
+def test_a_row_is_the_same_bits_beside_one_without_room_for_its_padding(held: int) -> None:
+    def beside(length: int) -> tuple[bytes, np.ndarray, np.ndarray]:
+        cache = init_cache(CONFIG, 2, 24)
+        tokens = mx.concatenate([prompt(1, 24), prompt(2, 24)])
+        _, cache = forward(PARAMS, tokens[:, :4], cache, whole_cache=True)
+        for n in range(4, length):
+            _, cache = forward(PARAMS, tokens[:, n : n + 1], cache, lengths=[0, 1])
+        logits, cache = forward(PARAMS, tokens[:, 21:], cache, whole_cache=True)
+        both, _ = forward(PARAMS, tokens[:, :1], cache, lengths=[1, int(length < 21)])
+        return np.array(logits[0]).tobytes(), np.array(logits), np.array(both[0])
+
+    alone, *_ = beside(4)
+    own, *found = beside(held)
+    assert own == alone
+    with as_if(kernels=False):
+        _, *expected = beside(held)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-6)

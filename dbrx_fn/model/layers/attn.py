@@ -62,7 +62,10 @@ def _kernel(
     slots = positions["slots"]
     assert cache is not None
     assert slots is not None
-    arrays = positions["cosines"], positions["sines"], slots["index"]
+    batch, time, _ = projected.shape
+    # Not `index`, which wraps around for padding that has no room.
+    index = slots["starts"][:batch, None] + mx.arange(time, dtype=mx.int32)
+    arrays = positions["cosines"], positions["sines"], index
     clip, twin = config.attn.clip_qkv, Twin(_stock, (config,))
     mixed, keys, values = kernel.attend(projected, *arrays, *cache, clip=clip, twin=twin)
     return mixed, (keys, values)
@@ -70,9 +73,7 @@ def _kernel(
 
 def _has_kernel(projected: mx.array, cache: LayerCache | None, positions: Positions, *, config: LayerConfig) -> bool:
     slots = positions["slots"]
-    if cache is None or slots is None or slots["kept"] is not None:
-        return False
-    return kernel.fits(projected, cache[0])
+    return cache is not None and slots is not None and kernel.fits(projected, cache[0])
 
 
 @with_kernel(_kernel, fits=_has_kernel, gradients=False)
@@ -108,7 +109,8 @@ def _stock(inputs: Sequence[mx.array], config: LayerConfig) -> list[mx.array]:
     projected, cosines, sines, index, keys, values = inputs
     visible = mx.arange(keys.shape[2], dtype=mx.int32) <= index[:, None, :, None]
     mask = mx.where(visible, 0.0, mx.finfo(mx.float32).min)
-    slots: Slots = {"index": index, "kept": None, "mask": mask, "starts": index[:, 0]}
+    capacity = keys.shape[2]
+    slots: Slots = {"index": index % capacity, "kept": index >= capacity, "mask": mask, "starts": index[:, 0]}
     positions: Positions = {"cosines": cosines, "sines": sines, "slots": slots}
     mixed, cache = attend(projected, (keys, values), positions, config=config)
     assert cache is not None

@@ -123,7 +123,8 @@ void attend_block(
 
 // inputs: projections float32 `[batch time heads + 2 kv_heads, width]`, cosines float32 `[turns time width/2]`, sines
 // float32 `[turns time 2 width/2]`, positions int32 `[batch time]`, keys and values float32 `[batch kv_heads capacity
-// width]`. numbers: batch, time, heads, kv_heads, width, capacity, turns (1 or batch). constants: clip, scale.
+// width]`. Positions of padding may be `capacity` or more. numbers: batch, time, heads, kv_heads, width, capacity, turns
+// (1 or batch). constants: clip, scale.
 // outputs: float32 `[batch time heads width]`, and the keys and values with the new ones.
 DBRX_KERNEL(attend) {
   const int64_t* n = given.numbers;
@@ -137,8 +138,10 @@ DBRX_KERNEL(attend) {
   auto* values = static_cast<float*>(given.outputs[2]);
   const float clip = given.constants[0], scale = given.constants[1];
   const int64_t heads = s.heads + 2 * s.kv_heads, per_head = s.capacity * s.width;
-  int64_t longest = 0;
-  for (int64_t i = 0; i < s.batch * s.time; ++i) longest = std::max<int64_t>(longest, positions[i] + 1);
+  // Padding may lie behind the cache. It sees all keys and isn't written.
+  std::vector<int32_t> ends(s.batch * s.time);
+  for (size_t i = 0; i < ends.size(); ++i) ends[i] = std::min<int64_t>(positions[i], s.capacity - 1);
+  const int64_t longest = ends.empty() ? 0 : *std::max_element(ends.begin(), ends.end()) + 1;
   const Buffer q(s.batch * s.heads * s.time * s.width);
   const Buffer packed_values(s.batch * s.kv_heads * Packed::size(s.width, longest));
   const auto values_of = [&](int64_t head) {
@@ -154,7 +157,7 @@ DBRX_KERNEL(attend) {
           turn(from + head * s.width, cosines + turned / 2, sines + turned, s.width, clip, to);
           for (int64_t k = 0; k < s.width; ++k) to[k] *= scale;
         }
-        for (int64_t head = 0; head < s.kv_heads; ++head) {
+        for (int64_t head = 0; positions[i] < s.capacity && head < s.kv_heads; ++head) {
           const int64_t place = (row * s.kv_heads + head) * per_head + positions[i] * s.width;
           const float* key = from + (s.heads + head) * s.width;
           turn(key, cosines + turned / 2, sines + turned, s.width, clip, keys + place);
@@ -165,7 +168,7 @@ DBRX_KERNEL(attend) {
       }
     });
     me.spread(s.batch * s.kv_heads, 1, [&](int64_t head, int64_t) {
-      const int64_t seen = positions[(head / s.kv_heads + 1) * s.time - 1] + 1;
+      const int64_t seen = ends[(head / s.kv_heads + 1) * s.time - 1] + 1;
       const Packed to = values_of(head);
       for (int64_t first = 0; first < s.width; first += MOST_ROWS) {
         const int64_t wide = to.width(first), count = std::min(wide, s.width - first);
@@ -185,7 +188,7 @@ DBRX_KERNEL(attend) {
       const float* rotated = q.at((row * s.heads + own) * s.time * s.width);
       float* to = out + row * s.time * s.heads * s.width;
       attend_block(
-          s, room, rotated, keys + head * per_head, values_of(head), positions + row * s.time, first, own, to);
+          s, room, rotated, keys + head * per_head, values_of(head), &ends[row * s.time], first, own, to);
     });
   });
 }

@@ -29,7 +29,7 @@ def attend(
         projected: float32 `[batch time (heads + 2 * kv_heads) * head_dim]`.
         cosines, sines: `Positions`'.
         index: int32 `[batch time]`, the slots of the new tokens, one after the other in each row. A token sees all
-            slots up to its own.
+            slots up to its own. Padding may have slots behind the cache, which aren't written.
         keys, values: float32 `[batch kv_heads capacity head_dim]`.
         clip: the largest absolute value of an entry of `projected`.
         twin: stock operations of these six arrays.
