@@ -30,6 +30,7 @@ from dbrx_fn.benchmarks.tables import scaled, table, time_text
 from dbrx_fn.benchmarks.training import BILLION, measure_training, training_table
 from dbrx_fn.checkpoints.config_file import config_to_dict, read_config, read_config_file
 from dbrx_fn.checkpoints.hub import SMALL
+from dbrx_fn.cli.adapter_option import add_adapter_option
 from dbrx_fn.cli.command import Parser, program, run
 from dbrx_fn.cli.quantize_options import FORMAT_HELP, add_quantize_options, chosen_quantization
 from dbrx_fn.cli.terminal import print_result, size_text
@@ -92,6 +93,7 @@ def _add_inference(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--model",
         help="checkpoint: folder, GGUF file or Hugging Face repository (default: the small model of this package)",
     )
+    add_adapter_option(inference, "bounds don't count them")
     add("--shape", help="measure random weights instead: dbrx, small, 1.3b, or the path of a config.json")
     add("--layers", type=int, help="keep only this many of the model's first layers")
     add(
@@ -171,6 +173,7 @@ def _add_serving(commands: "argparse._SubParsersAction[Parser]") -> None:
         f" {program('serve')}, started on a free port and ended afterwards.",
     )
     serving.set_defaults(run=_serving)
+    add_adapter_option(serving)
     add = serving.add_argument
     add(
         "--model",
@@ -222,6 +225,8 @@ def _inference(chosen: argparse.Namespace) -> None:
         raise InputError(
             "--model and --shape are both given: give --model for a checkpoint, or --shape for random weights."
         )
+    if chosen.adapter_path is not None and (chosen.shape is not None or chosen.peer or chosen_quantization(chosen)):
+        raise InputError("--adapter-path can't be combined with --shape, --peer or --quantize: leave one out.")
     if chosen.picture is not None:
         check_new_picture(chosen.picture)
     layers, dtype, quantization = chosen.layers, chosen.dtype, chosen_quantization(chosen)
@@ -238,7 +243,7 @@ def _inference(chosen: argparse.Namespace) -> None:
         tuple(chosen.together),
     )
     check_cases(planned, cases, beside=bool(chosen.peer))
-    planned = replace(planned, config=replace(planned.config, shard=own_shard()))
+    planned = replace(planned, config=replace(planned.config, shard=own_shard()), adapters=chosen.adapter_path)
     if chosen.peer:
         group().refuse_others("--peer")
     if MLX_LM in chosen.peer:
@@ -288,10 +293,12 @@ def _training(chosen: argparse.Namespace) -> None:
 
 def _serving(chosen: argparse.Namespace) -> None:
     group().refuse_others("bench serving")
-    if chosen.url is not None and (chosen.exact or chosen.decode_concurrency or chosen.capacity):
+    if chosen.url is not None and (
+        chosen.exact or chosen.decode_concurrency or chosen.capacity or chosen.adapter_path is not None
+    ):
         raise InputError(
-            "--exact, --decode-concurrency and --capacity are for the server that is started: leave them out with"
-            " --url."
+            "--exact, --decode-concurrency, --capacity and --adapter-path are for the server that is started: leave"
+            " them out with --url."
         )
     workload = Workload(chosen.requests, chosen.prompt, chosen.tokens, chosen.spread, chosen.seed)
     loads = loads_of(chosen.rate, chosen.clients)
@@ -312,6 +319,8 @@ def _serving(chosen: argparse.Namespace) -> None:
     for name in ("decode_concurrency", "capacity"):
         if getattr(chosen, name) is not None:
             options += [f"--{name.replace('_', '-')}", str(getattr(chosen, name))]
+    if chosen.adapter_path is not None:
+        options += ["--adapter-path", str(chosen.adapter_path)]
     key = os.environ.get(KEY_VARIABLE)
     server = options if chosen.url is None else chosen.url
     measured = run_serving(server, chosen.model, key, chosen.temp, workload, loads, limits)

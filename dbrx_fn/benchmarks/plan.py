@@ -50,6 +50,7 @@ class Planned:
 
     `config`: the model's, with the dtype that this package computes in.
     `stored`: the same with the checkpoint's dtype, in which other programs compute.
+    `adapters`: folder of adapters to load beside the checkpoint, if any. Bounds don't count them.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Planned:
     formats: Formats
     checkpoint: Path | None = None
     quantization: Quantization | None = None
+    adapters: Path | None = None
 
 
 def plan_random(
@@ -143,8 +145,8 @@ def loaded_weights(path: Path, planned: Planned) -> Params:
     """
     wanted = planned.config
     if planned.quantization is None and open_checkpoint(path).config.n_layers == wanted.n_layers:
-        return load(path, dtype=wanted.dtype, shard=wanted.shard)[0]
-    params, _ = load(path, dtype=wanted.dtype, lazy=True, shard=wanted.shard)
+        return load(path, dtype=wanted.dtype, shard=wanted.shard, adapter_path=planned.adapters)[0]
+    params, _ = load(path, dtype=wanted.dtype, lazy=True, shard=wanted.shard, adapter_path=planned.adapters)
     transformer = params["transformer"]
     params = {**params, "transformer": {**transformer, "blocks": transformer["blocks"][: wanted.n_layers]}}
     if planned.quantization is not None:

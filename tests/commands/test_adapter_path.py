@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from dbrx_fn import chat, evaluate, generate
+from dbrx_fn import bench, chat, evaluate, generate
 from dbrx_fn.checkpoints.adapter_files import save_adapters
 from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.checkpoints.saver import save
@@ -83,3 +83,15 @@ def test_evaluate_measures_the_first_model_with_adapters_as_one_more_row(
     assert adapted["model"].startswith(f"{folders / 'model'} with ")
     assert adapted["perplexity"] == pytest.approx(merged["perplexity"], rel=1e-5)
     assert adapted["kl_divergence"] == pytest.approx(merged["kl_divergence"], rel=1e-3) != 0
+
+
+def test_bench_measures_the_model_with_adapters(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["inference", "--model", str(folders / "model"), "--adapter-path", str(folders / "adapters"), "--json"]
+    words += ["--prompt", "16", "--context", "16", "--batch-size", "1", "--tokens", "2", "--repeats", "1"]
+    assert bench.main(words) == 0
+    assert json.loads(capsys.readouterr().out)["figures"]
+    assert bench.main([*words, "--peer", "mlx-lm"]) == 2
+    assert "--adapter-path can't be combined with" in capsys.readouterr().err
+    words[4] = str(folders / "merged")
+    assert bench.main(words) == 2
+    assert "is a model where adapters are expected" in capsys.readouterr().err
