@@ -32,7 +32,7 @@ EXACT = [
 COMPILED = [
     "tests/compiled",
     *(f"tests/model/test_{name}.py" for name in ("forward", "moe", "quantization", "traces")),
-    "tests/training",
+    *(f"tests/training/test_{name}.py" for name in ("losses", "target_nats", "training")),
     "tests/generation/test_generation.py",
     "tests/runtime/test_compile.py",
 ]
