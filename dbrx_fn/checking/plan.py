@@ -12,6 +12,7 @@ from dbrx_fn.checking.of_operations import check_experts, check_positions
 from dbrx_fn.checking.of_small_model import check_small_model
 from dbrx_fn.checking.of_training import check_training
 from dbrx_fn.model.config import Dtype
+from dbrx_fn.ops.kernels.cpu.library import has_kernels
 from dbrx_fn.ops.kernels.cuda_module import on_gpu
 from dbrx_fn.runtime.device import Backend, on_cpu
 
@@ -19,6 +20,8 @@ _BRIEFLY = ("whole", "token by token")
 """The ways of passing tokens to `forward` when there isn't time for all."""
 _COMMON = 5
 """Number of the most common quantized formats."""
+_STOCK = "without this project's kernels"
+"""The row of stock operations where kernels run."""
 
 
 def planned(only: str | None = None) -> list[Check]:
@@ -62,7 +65,13 @@ def _row(name: str, *_: str) -> str:
 
 
 def _otherwise_on_a_cpu() -> Iterator[Check]:
-    """Checks with the choices of other back ends."""
+    """Checks without this project's kernels, if they run here, and with the choices of other back ends."""
+    if has_kernels():
+        yield from check_models(lambda dtype, _: f"{_STOCK}, {dtype}", SHAPES, dtypes=["float32"], kernels=False)
+        yield from check_experts(lambda dtype: f"{_STOCK}, {dtype}", dtypes=["float32"], kernels=False)
+        yield from check_models(
+            lambda *_: f"{_STOCK}, quantized", QUANTIZED[:_COMMON], dtypes=["float32"], ways=_BRIEFLY, kernels=False
+        )
     for other in get_args(Backend):
         if other != "cpu":
             yield from _arranged_as_on(other)
@@ -82,8 +91,7 @@ def _otherwise_on_a_gpu() -> Iterator[Check]:
     Other back ends' choices aren't checked on a GPU, since its MLX kernels are made for its own.
     """
     if on_gpu():
-        row = "without this project's kernels"
-        yield from check_models(lambda *_: row, SHAPES, dtypes=["bfloat16"], ways=_BRIEFLY, kernels=False)
+        yield from check_models(lambda *_: _STOCK, SHAPES, dtypes=["bfloat16"], ways=_BRIEFLY, kernels=False)
     yield from check_models(lambda dtype, _: f"not compiled, {dtype}", SHAPES, ways=_BRIEFLY, compiles=False)
     yield from check_training("not compiled, training", in_one=True, compiles=False)
 
@@ -91,4 +99,6 @@ def _otherwise_on_a_gpu() -> Iterator[Check]:
 def _compiled() -> Iterator[Check]:
     """Checks with compiled layers, as on a GPU. MLX builds each kernel with g++, which takes half a second."""
     if shutil.which("g++"):
-        yield from check_models(lambda *_: "compiled", SHAPES[:1], dtypes=["float32"], ways=_BRIEFLY, compiles=True)
+        yield from check_models(
+            lambda *_: "compiled", SHAPES[:1], dtypes=["float32"], ways=_BRIEFLY, compiles=True, kernels=False
+        )

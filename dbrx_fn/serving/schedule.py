@@ -169,16 +169,24 @@ def _fitting(
     works: Sequence[Work], reading: Sequence[Work], positions: int, ahead: int, limits: Limits
 ) -> list[list[Work]] | None:
     """The fewest groups that fit in `positions`, each of works of similar length; `None` if no grouping fits."""
-    by_length = sorted(works, key=lambda work: work.room(ahead))
     if limits.exact or not works:
-        return [by_length]
-    capacities = [row_capacity(work.room(ahead), limits) for work in by_length]
-    steps = [place for place, (one, next_one) in enumerate(pairwise(capacities), start=1) if one != next_one]
-    for cuts in range(min(_MOST_GROUPS, len(steps) + 1)):
-        best = min(_cut(by_length, steps, cuts), key=lambda groups: _positions(groups, reading, ahead, limits))
-        if _positions(best, reading, ahead, limits) <= positions:
+        return [list(works)]
+    # Rows that are as long now, but not later, are cut apart too: 8 rows for 5 requests can take more than 4 and 1. And
+    # a grouping that had room when its requests were admitted has room until they are longer.
+    orders = [_by_length(works, room, limits) for room in sorted({ahead, max(ahead, AHEAD)})]
+    for cuts in range(_MOST_GROUPS):
+        groupings = [groups for by_length, steps in orders for groups in _cut(by_length, steps, cuts)]
+        best = min(groupings, key=lambda groups: _positions(groups, reading, ahead, limits), default=None)
+        if best is not None and _positions(best, reading, ahead, limits) <= positions:
             return best
     return None
+
+
+def _by_length(works: Sequence[Work], ahead: int, limits: Limits) -> tuple[list[Work], list[int]]:
+    """The works by the room that they ask for, and the places at which the capacity changes."""
+    by_length = sorted(works, key=lambda work: work.room(ahead))
+    capacities = [row_capacity(work.room(ahead), limits) for work in by_length]
+    return by_length, [place for place, (one, after) in enumerate(pairwise(capacities), start=1) if one != after]
 
 
 def _cut(works: list[Work], steps: Sequence[int], cuts: int) -> Iterator[list[list[Work]]]:

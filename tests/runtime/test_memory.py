@@ -205,8 +205,8 @@ def test_memory_is_wired_while_a_model_is_trained(mac_of_run: Mac, tmp_path: Pat
     config, data = tiny_runs.write_config(tmp_path / "config.json"), tiny_runs.write_text(tmp_path / "text.txt")
     assert train.main(run_arguments(tmp_path / "run", config, data)) == 0
     waited = [call for call in mac_of_run.calls if call != "clear_cache"]
-    # The evaluation at the end is one more use within.
-    assert waited == [10**6, "synchronize", "synchronize", BEFORE]
+    # What the run will take is measured before. The evaluation at the end is one more use within.
+    assert waited[waited.index(10**6) :] == [10**6, "synchronize", "synchronize", BEFORE]
 
 
 @pytest.mark.parametrize("ends_by", ["Ctrl-C", "an error", "Ctrl-C at once"])
@@ -230,7 +230,7 @@ def test_training_that_is_ended_gives_it_back(
     status = train.main(run_arguments(tmp_path / "run", config, data))
     assert status == (2 if ends_by == "an error" else 130)
     assert steps == 2
-    assert mac_of_run.calls[0] == 10**6
+    assert 10**6 in mac_of_run.calls
     assert mac_of_run.calls[-2:] == ["synchronize", BEFORE]
 
 

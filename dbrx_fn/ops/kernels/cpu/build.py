@@ -25,7 +25,7 @@ from dbrx_fn.ops.kernels.cpu.cache_folder import cache_folder, keep, kept
 _FOLDER = Path(__file__).parent
 _MLX = Path(str(mx.__file__)).parent
 _FLAGS = ("-std=c++20", "-ffp-contract=off", "-fPIC", "-pthread", "-w")
-_LEVELS = {"binding.cpp": "-O1", "tiles.cpp": "-O3", "weights.cpp": "-O3"}
+_LEVELS = {"binding.cpp": "-O1", "weights.cpp": "-O3"}
 """Where another level pays: MLX's headers take long to compile, and the products' loops gain from unrolling."""
 _NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 MLX_VERSION: str = mx.__version__  # type: ignore[attr-defined]
