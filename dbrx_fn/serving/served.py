@@ -102,6 +102,8 @@ class Served:
         """Ends the request without an event, unless it has ended."""
         if self.end is None:
             self.end = end
+            # Whoever still refers to the request doesn't keep the cache of its prompt.
+            self.reading = None
             self.ended(self)
 
     def _try(self, step: Callable[[Matcher], _T]) -> _T | None:

@@ -1,5 +1,6 @@
 """The engine, with real models: everybody gets what they would get alone, and it ends clean whatever happens."""
 
+import gc
 import threading
 import time
 from dataclasses import replace
@@ -325,3 +326,24 @@ def test_a_prompt_s_own_cache_is_freed_once_its_row_decodes() -> None:
         for answer in answers:
             answer.close()
     assert held < 1.5 * cache_bytes(CONFIG, rows * capacity)
+
+
+def test_a_cancelled_prompt_s_cache_is_freed_at_once() -> None:
+    """Not only when Python's cyclic garbage collection comes by: on a GPU a cache is gigabytes."""
+    capacity = 4096
+    gc.disable()
+    try:
+        with Engine(PARAMS, CONFIG, Limits(rows=2, positions=1 << 20, capacity=capacity, chunk=16)) as engine:
+            engine.wait_until_ready()
+            before = mx.get_active_memory()
+            numbers = [engine.submit(Request(tokens(row, 3900), max_tokens=100), lambda _: None) for row in range(4)]
+            while not engine.statistics().reading:
+                time.sleep(0.001)
+            for number in numbers:
+                engine.cancel(number)
+            while len(engine.statistics().finished) == 0 or engine.statistics().finished[0][1] < 4:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            assert mx.get_active_memory() - before < cache_bytes(CONFIG, capacity) / 2
+    finally:
+        gc.enable()
