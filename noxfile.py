@@ -19,7 +19,7 @@ EXACT = [
         f"tests/model/test_{name}.py"
         for name in ("cache", "forward", "ids", "layers", "moe", "quantization", "row_independence")
     ),
-    "tests/training",
+    *(f"tests/training/test_{name}.py" for name in ("adapter_gradients", "losses", "target_nats", "training")),
     "tests/runs/test_train_resume.py",
     "tests/checkpoints/test_exactness.py",
     "tests/generation/test_generation.py",
