@@ -172,7 +172,7 @@ EVERYTHING = POSITIONS_AND_BLOCK | {"embed", "head"}
 
 @pytest.mark.parametrize("machine", ["cpu", "metal", "cuda"])
 def test_each_cause_has_the_traces_that_the_documentation_says(traces: Traces, machine: Backend) -> None:
-    """The table in `docs/architecture.md`. Five rows are a shape that `pick_last`, which has no config, hasn't met."""
+    """The table in `docs/architecture.md`. Nine rows are a shape that `pick_last`, which has no config, hasn't met."""
     config, params = model(1014)
     found: dict[str, set[str]] = {}
 
@@ -186,27 +186,27 @@ def test_each_cause_has_the_traces_that_the_documentation_says(traces: Traces, m
         return after
 
     with as_if(backend=machine):
-        prompted = run("first", init_cache(config, 5, 300), 16)
+        prompted = run("first", init_cache(config, 9, 300), 16)
         other = init_params(config, mx.random.key(1))
-        run("other parameters, another length", init_cache(config, 5, 300), 9, other)
-        run("first padding of the caller's", init_cache(config, 5, 300), 9, lengths=[9, 0, 4, 9, 1])
-        run("other lengths", init_cache(config, 5, 300), 16, lengths=[0, 2, 0, 16, 1])
+        run("other parameters, another length", init_cache(config, 9, 300), 9, other)
+        run("first padding of the caller's", init_cache(config, 9, 300), 9, lengths=[9, 0, 4, 9, 1, 0, 0, 2, 3])
+        run("other lengths", init_cache(config, 9, 300), 16, lengths=[0, 2, 0, 16, 1, 0, 0, 2, 3])
         run("another bucket", prompted, 17)
         decoded = run("first decoded token", prompted, 1)
         run("a further token", decoded, 1)
-        run("past 128", replace(prompted, lengths=(16, 120, 16, 16, 16)), 16)
-        run("first last_only", init_cache(config, 5, 300), 16, last_only=True)
+        run("past 128", replace(prompted, lengths=(16, 120, *(16,) * 7)), 16)
+        run("first last_only", init_cache(config, 9, 300), 16, last_only=True)
         run("another capacity", grow_cache(prompted, 301), 1)
-        run("padding wraps", replace(prompted, lengths=(290, 0, 0, 0, 0)), 10)
+        run("padding wraps", replace(prompted, lengths=(290, *(0,) * 8)), 10)
         run("another batch size", init_cache(config, 6, 300), 16)
         deeper = replace(config, n_layers=3, max_seq_len=99, initializer_range=1.0)
-        run("another depth", init_cache(deeper, 5, 300), 16, init_params(deeper, mx.random.key(0)))
+        run("another depth", init_cache(deeper, 9, 300), 16, init_params(deeper, mx.random.key(0)))
         half = replace(config, dtype="bfloat16")
-        run("another dtype", init_cache(half, 5, 300), 16, init_params(half, mx.random.key(0)))
-        run("another field", init_cache(model(1015)[0], 5, 300), 16)
+        run("another dtype", init_cache(half, 9, 300), 16, init_params(half, mx.random.key(0)))
+        run("another field", init_cache(model(1015)[0], 9, 300), 16)
         blocks = [dict(reversed(list(layer.items()))) for layer in params["transformer"]["blocks"]]
         turned: Any = {**params, "transformer": {**params["transformer"], "blocks": blocks}}
-        run("another order", init_cache(config, 5, 300), 16, turned)
+        run("another order", init_cache(config, 9, 300), 16, turned)
 
     assert found == {
         "first": EVERYTHING,
