@@ -28,7 +28,7 @@ from dbrx_fn.model.shapes import CHUNK_SIZE, chunk_widths, time_bucket
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import checked
 from dbrx_fn.runtime.compile import compiled
-from dbrx_fn.runtime.memory import check_buffer, release_unused
+from dbrx_fn.runtime.memory import check_buffer, release_unused, release_when_full
 
 
 @overload
@@ -106,6 +106,7 @@ def forward(
     """
     real_lengths = _checked(params, tokens, cache, lengths, chunk_size)
     if (step := DecodeStep.of(params, tokens, cache, real_lengths)) is not None:
+        release_when_full()
         done = step(real_lengths)
         return done if with_experts else done[:2]
     if not last_only:
@@ -115,6 +116,7 @@ def forward(
     pieces: list[mx.array] = []
     last, experts, start, tokens_held = None, None, 0, max(cache.lengths)
     for width in chunks:
+        release_when_full()
         real = tuple(max(0, min(length - start, width)) for length in real_lengths)
         chunk = tokens[:, start : start + width]
         x, held, routing = run_layers(params, chunk, real, held, config=config, whole_cache=whole_cache)

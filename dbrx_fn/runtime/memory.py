@@ -1,13 +1,14 @@
-"""The device's memory: what stays resident, what is given back, and how large one buffer may be.
+"""The device's memory: what stays resident on a Mac, what is given back, and how large one buffer may be.
 
-`docs/mac.md` has the reasons and sources for Macs. On CUDA only `wired` does something, and on a CPU nothing does.
+`docs/mac.md` has the reasons and sources for Macs. On CUDA only `release_when_full` does something, and on a CPU nothing.
 """
 
+import functools
 import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,9 +25,10 @@ _NEAR = 0.9
 """The part of the working set above which the cache and the activations may no longer fit beside the weights."""
 _SYSTEM = 8 * _GIB
 """Memory left to macOS and other programs by the limit that `room_remedy` names."""
-_CUDA_LIMIT = 0.92
-"""The part of a CUDA device's memory that MLX may fill. Near 0.95 it gives back its unused buffers with every new one,
-and decoding takes up to a fifth longer (`docs/serving.md`)."""
+_FULL = 0.92
+"""The part of a CUDA device's memory above which unused buffers are given back."""
+_WORTH = _GIB
+"""Fewer bytes of unused buffers stay, since every decoding step takes its own from them."""
 _SPAN = 256
 """Tokens after which unused buffers are given back. mlx-lm uses the same number."""
 
@@ -42,60 +44,49 @@ def _wanted_by_environment() -> bool:
 _WANTED = _wanted_by_environment()
 
 
-class _Limit:
-    """The users of one of MLX's limits. MLX has one for the whole process, and generations may overlap or nest."""
+class _Wiring:
+    """The users of wired memory. MLX has one limit for the whole process, and generations may overlap or nest."""
 
-    def __init__(self, change: Callable[[int], int], *, only_lowers: bool = False) -> None:
-        self._change, self._only_lowers = change, only_lowers
+    def __init__(self) -> None:
         # Garbage collection can close a dropped generator, which calls `end`, while this thread is in `begin`.
         self._lock = threading.RLock()
         self._users: set[object] = set()
-        self._changed, self._before = False, 0
+        self._raised, self._before = False, 0
 
     def begin(self, user: object, limit: int) -> None:
-        """Changes the limit for the first user."""
+        """Raises the limit for the first user."""
         with self._lock:
             self._users.add(user)
-            if not self._changed:
-                self._changed = True
-                self._before = self._change(limit)
-                if self._only_lowers and self._before < limit:
-                    self._change(self._before)
+            if not self._raised:
+                self._raised = True
+                self._before = mx.set_wired_limit(limit)
 
     def end(self, user: object) -> None:
         """Gives the old limit back after the last user."""
         with self._lock:
             self._users.discard(user)
-            if self._changed and not self._users:
-                before, self._changed, self._before = self._before, False, 0
-                self._change(before)
+            if self._raised and not self._users:
+                before, self._raised, self._before = self._before, False, 0
+                mx.set_wired_limit(before)
 
 
-_wired_limit = _Limit(lambda limit: mx.set_wired_limit(limit))
-_cuda_limit = _Limit(lambda limit: mx.set_memory_limit(limit), only_lowers=True)
+_wiring = _Wiring()
 
 
 @contextmanager
 def wired(weights: Any) -> Iterator[None]:
-    """While a model runs, keeps a Mac's memory resident and leaves a part of a CUDA device's memory free.
+    """On a Mac, keeps memory resident up to the recommended working set while a large model runs.
 
-    On a Mac memory stays resident up to the recommended working set. Small models leave that limit alone, and so does
-    DBRX_FN_WIRED=0. The limit from before is given back at the end, also after an exception or Ctrl-C.
+    The limit from before is given back at the end, also after an exception or Ctrl-C. Small models leave it alone, and
+    so does DBRX_FN_WIRED=0.
 
     Args:
         weights: the tree, or a whole training state.
     """
-    limit, user = _metal("max_recommended_working_set_size"), object()
+    limit = _metal("max_recommended_working_set_size")
     nbytes = 0 if limit is None else _nbytes(weights)
     # Training replaces its state, and the first one's memory must become free.
     del weights
-    if backend() == "cuda":
-        try:
-            _cuda_limit.begin(user, int(_CUDA_LIMIT * memory_size()))
-            yield
-        finally:
-            _cuda_limit.end(user)
-        return
     if limit is None or nbytes < _LARGE * limit or not _WANTED:
         yield
         return
@@ -105,15 +96,16 @@ def wired(weights: Any) -> Iterator[None]:
             f" {limit / _GIB:.1f} GiB, so every token may have to wait for the disk: {room_remedy(nbytes)}.",
             stacklevel=3,
         )
+    user = object()
     try:
-        _wired_limit.begin(user, limit)
+        _wiring.begin(user, limit)
         yield
     finally:
         try:
             # MLX asks that nothing is computed while the limit changes.
             mx.synchronize()
         finally:
-            _wired_limit.end(user)
+            _wiring.end(user)
 
 
 def room_remedy(nbytes: int) -> str:
@@ -140,6 +132,25 @@ def release_unused(before: int, after: int) -> None:
     """
     if after // _SPAN > before // _SPAN and backend() == "metal":
         mx.clear_cache()
+
+
+def release_when_full() -> None:
+    """Gives a CUDA device's unused buffers back to it when its memory is nearly full.
+
+    Above 95%, MLX gives all of them back each time that it needs a new one, and decoding takes up to a fifth longer
+    (`docs/serving.md`). A lower limit of MLX's would be worse: while arrays in use take more than that limit, MLX waits
+    for the device after every operation.
+    """
+    if backend() != "cuda" or (unused := mx.get_cache_memory()) < _WORTH:
+        return
+    if mx.get_active_memory() + unused > _FULL * _cuda_memory():
+        mx.clear_cache()
+
+
+@functools.cache
+def _cuda_memory() -> int:
+    """The device's memory in bytes. Asking for it takes longer than a decoding step has."""
+    return memory_size()
 
 
 def reading_device() -> mx.Device:

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map
 
 import dbrx_fn.generation.stream
 import dbrx_fn.runs.loop
+import dbrx_fn.runtime.memory
 from dbrx_fn import train
 from dbrx_fn.checkpoints.hub import SMALL
 from dbrx_fn.checkpoints.loader import load, load_tokenizer
@@ -377,26 +378,24 @@ def test_the_environment_can_forbid_it(value: str, calls: str) -> None:
     assert ("DBRX_FN_WIRED is 'off' where 0 or 1 is expected" in ran.stderr) == (value == "off")
 
 
-def memory_limit() -> int:
-    """MLX's limit now."""
-    limit = mx.set_memory_limit(2**60)
-    mx.set_memory_limit(limit)
-    return limit
-
-
-def test_a_part_of_a_cuda_device_s_memory_stays_free() -> None:
-    before = memory_limit()
-    with as_if(backend="cuda"):
-        with wired(PARAMS), wired(PARAMS):
-            assert memory_limit() == min(before, int(0.92 * memory_size()))
-        assert memory_limit() == before
-
-
-def test_a_lower_limit_of_the_user_s_is_kept() -> None:
-    before = mx.set_memory_limit(2**30)
-    try:
-        with as_if(backend="cuda"), wired(PARAMS):
-            assert memory_limit() == 2**30
-        assert memory_limit() == 2**30
-    finally:
-        mx.set_memory_limit(before)
+@pytest.mark.parametrize(
+    ("active", "unused", "given_back"),
+    [(0.90, 0.03, True), (0.88, 0.03, False), (0.93, 0.005, False), (0.5, 0.45, True), (0.0, 0.0, False)],
+)
+@pytest.mark.parametrize(("time", "chunks"), [(1, 1), (5, 3)])
+def test_a_nearly_full_cuda_device_gets_unused_buffers_back(
+    active: float, unused: float, given_back: bool, time: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a step, and before each chunk of a prompt. A little stays for the steps themselves."""
+    size, calls = max(memory_size(), 150 * GIB), list[str]()
+    monkeypatch.setattr(dbrx_fn.runtime.memory, "_cuda_memory", lambda: size)
+    monkeypatch.setattr(mx, "get_active_memory", lambda: int(active * size))
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: int(unused * size))
+    monkeypatch.setattr(mx, "clear_cache", lambda: calls.append("clear_cache"))
+    with as_if(backend="cuda", kernels=False):
+        logits, _ = forward(PARAMS, mx.array([[1] * time]), init_cache(CONFIG, 1, 16), chunk_size=2)
+    assert mx.isfinite(logits).all()
+    assert calls == ["clear_cache"] * (chunks if given_back else 0)
+    with as_if(backend="cpu"):
+        forward(PARAMS, mx.array([[1]]), init_cache(CONFIG, 1, 16))
+    assert len(calls) == (chunks if given_back else 0)
