@@ -1,6 +1,6 @@
 """The device's memory: what stays resident on a Mac, what is given back, and how large one buffer may be.
 
-`docs/mac.md` has the reasons and sources for Macs. On CUDA only `release_when_full` does something, and on a CPU nothing.
+`docs/mac.md` has the reasons and sources for Macs. On CUDA only `release_when_full` does something, on a CPU nothing.
 """
 
 import functools
