@@ -12,7 +12,7 @@ from dbrx_fn.checkpoints.adapter_names import SETTINGS, TENSORS, Module, Style, 
 from dbrx_fn.checkpoints.saver import write_tensors
 from dbrx_fn.errors import InputError
 from dbrx_fn.files.atomic import new_folder
-from dbrx_fn.model.adapters import Adapters, adapted
+from dbrx_fn.model.adapters import Adapters, adapted, check_single
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import checked
@@ -33,8 +33,9 @@ def save_adapters(folder: str | Path, params: Params, config: Config, *, style: 
 
     Raises:
         InputError: if the folder exists or can't be written, if the tree has no adapters, if they have several ranks or
-            scales, or if PEFT can't have one of them: those of experts.
+            scales or are stacked, or if PEFT can't have one of them: those of experts.
     """
+    check_single(params)
     leaves: dict[str, mx.array] = dict(tree_flatten(params))
     paths = adapted(params)
     ranks = {leaves[path.removesuffix("weight") + "lora_a"].shape[-2] for path in paths}

@@ -122,6 +122,17 @@ def adapted(params: Params) -> list[str]:
     return [path.removesuffix("lora_a") + "weight" for path in leaves if path.endswith(".lora_a")]
 
 
+def check_single(params: Params) -> None:
+    """Raises `InputError` if several adapters are stacked beside a matrix (`dbrx_fn.model.stacked_adapters`)."""
+    leaves: dict[str, mx.array] = dict(tree_flatten(params))
+    several = [path for path, leaf in leaves.items() if path.endswith(".lora_scale") and leaf.ndim]
+    if several:
+        raise InputError(
+            f"{several[0].removesuffix('.lora_scale')} has several adapters, where one at most is expected: take a tree"
+            " with one of them."
+        )
+
+
 @checked
 def fuse_adapters(params: Params, config: Config) -> Params:
     """A new tree whose matrices hold what their adapters added. Quantized ones are quantized again, in their format.
@@ -130,8 +141,10 @@ def fuse_adapters(params: Params, config: Config) -> Params:
 
     Raises:
         CheckpointError: if the tree doesn't fit the config.
+        InputError: if it has several adapters.
     """
     check_params(params, config)
+    check_single(params)
     leaves: dict[str, mx.array] = dict(tree_flatten(params))
     formats = tree_formats(params, config)
     for path in adapted(params):

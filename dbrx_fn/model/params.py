@@ -282,12 +282,15 @@ def quantized_spec(spec: Mapping[str, Leaf], formats: Mapping[str, Format]) -> d
     return leaves
 
 
-def adapters_spec(spec: Mapping[str, Leaf], found: Mapping[str, Described]) -> dict[str, Leaf]:
+def adapters_spec(
+    spec: Mapping[str, Leaf], found: Mapping[str, Described], rows: int | None = None
+) -> dict[str, Leaf]:
     """The leaves of the adapters among some arrays. Each adapter's rank is that of its `lora_a`.
 
     Args:
         spec: the dense tree's.
         found: the tree's arrays, by their paths.
+        rows: how many rows scales must be for, if they differ between rows; any number, if not given.
     """
     leaves: dict[str, Leaf] = {}
     for path, leaf in spec.items():
@@ -297,6 +300,9 @@ def adapters_spec(spec: Mapping[str, Leaf], found: Mapping[str, Described]) -> d
         shape = found[f"{base}lora_a"].shape if f"{base}lora_a" in found else ()
         rank = max(1, shape[-2]) if len(shape) > 1 else 1
         leaves |= {base + name: part for name, part in leaf.adapter(rank).items()}
+        scale = found[f"{base}lora_scale"].shape if f"{base}lora_scale" in found else ()
+        if len(scale) == 2:
+            leaves[f"{base}lora_scale"] = Leaf(("rows", "rank"), (rows or scale[0], rank), "float32")
     return leaves
 
 
@@ -312,29 +318,29 @@ def check_params(params: Params, config: Config) -> None:
 
 
 def compiled_under(*paths: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """`compiled`, for a layer whose first arguments are the parts of a tree below these paths.
+    """`compiled`, for a layer whose first arguments are the parts of a tree below these paths, and the next one a batch.
 
     `check_part` compares them with what the layer's `config` expects, before the types are checked.
     """
 
-    def check(*arrays: object, config: LayerConfig) -> None:
+    def check(*arrays: Any, config: LayerConfig) -> None:
         for part, path in zip(arrays, paths, strict=False):
-            check_part(part, config=config, under=path)
+            check_part(part, config=config, under=path, rows=arrays[len(paths)].shape[0])
 
     return functools.partial(compiled, check=check)
 
 
 @once
-def check_part(part: Any, *, config: LayerConfig, under: str) -> None:
-    """`check_params` for the part of a tree below a path, such as `transformer.blocks.0`.
+def check_part(part: Any, *, config: LayerConfig, under: str, rows: int | None = None) -> None:
+    """`check_params` for the part of a tree below a path, such as `transformer.blocks.0`, and a batch of `rows`.
 
     Shapes and dtypes that have passed once cost nothing afterwards.
     """
     found = {f"{under}.{path}": array for path, array in dict(tree_flatten(part)).items()}
-    _check(found, _part_spec(config, under), config.dtype)
+    _check(found, _part_spec(config, under), config.dtype, rows)
 
 
-def _check(leaves: dict[str, Any], expected: Mapping[str, Leaf], dtype: Dtype) -> None:
+def _check(leaves: dict[str, Any], expected: Mapping[str, Leaf], dtype: Dtype, rows: int | None = None) -> None:
     spec = dict(expected)
     found: dict[str, mx.array] = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, mx.array)}
     formats, unknown = formats_of(
@@ -346,7 +352,7 @@ def _check(leaves: dict[str, Any], expected: Mapping[str, Leaf], dtype: Dtype) -
     for path in unknown:
         del spec[path]
         found = {name: array for name, array in found.items() if name not in companions(path)}
-    spec = quantized_spec(spec, formats) | adapters_spec(expected, found)
+    spec = quantized_spec(spec, formats) | adapters_spec(expected, found, rows)
     problems += [f"{path} is missing" for path in spec.keys() - leaves.keys()]
     problems += [f"{path} is unexpected" for path in found.keys() - spec.keys()]
     for path in spec.keys() & found.keys():

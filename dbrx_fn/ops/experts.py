@@ -11,7 +11,7 @@ from jaxtyping import Float, Integer
 
 from dbrx_fn.ops.activations import ACTIVATIONS
 from dbrx_fn.ops.dispatch import Dispatch, dispatch, segment_rows
-from dbrx_fn.ops.formats import Linear, format_of
+from dbrx_fn.ops.formats import Linear, format_of, is_adapted
 from dbrx_fn.ops.kernels import experts as kernels
 from dbrx_fn.ops.kernels.cpu import experts as cpu_kernel
 from dbrx_fn.ops.linear import expert_linear
@@ -117,10 +117,11 @@ def mix_experts(
     form = format_of(w1, x.shape[-1]) if "scales" in w1 else None
     rows = segment_rows(top_experts.size, experts, w1["weight"].dtype, form)
     plan = dispatch(top_experts, experts=experts, rows=rows)
+    w1, v1, w2 = (_of_slots(matrices, plan) for matrices in (w1, params["v1"], params["w2"]))
     segments = gather_segments(x, plan)
     gate = ACTIVATIONS[activation](expert_linear(w1, segments, plan.segment_experts))
-    up = expert_linear(params["v1"], segments, plan.segment_experts)
-    down = expert_linear(params["w2"], gate * up, plan.segment_experts)
+    up = expert_linear(v1, segments, plan.segment_experts)
+    down = expert_linear(w2, gate * up, plan.segment_experts)
     return combine(down, expert_weights, plan)
 
 
@@ -143,6 +144,15 @@ def mix_any_experts(
 def gather_segments(x: Float[mx.array, "tokens d_model"], plan: Dispatch) -> Float[mx.array, "segments rows d_model"]:
     """The rows of each segment. Padding is zeros, which can't overflow and spoil a gradient."""
     return cast(mx.array, _tokens_to_slots(x, plan.slot_pairs, plan.pair_slots))
+
+
+def _of_slots(matrices: Linear, plan: Dispatch) -> Linear:
+    """The matrices, with their adapters' scales for each slot instead of each row of the batch, if rows differ."""
+    if not is_adapted(matrices) or matrices["lora_scale"].ndim == 0:
+        return matrices
+    scale, tokens = matrices["lora_scale"], plan.pair_slots.shape[0]
+    of_tokens = mx.repeat(scale, tokens // scale.shape[0], axis=0)
+    return {**matrices, "lora_scale": gather_segments(of_tokens, plan)}
 
 
 @typed

@@ -11,7 +11,7 @@ of `weight + lora_scale * lora_b @ lora_a`, without making that matrix:
 
     lora_a     the model's dtype [... rank inner]
     lora_b     the model's dtype [... outer rank]
-    lora_scale float32 []
+    lora_scale float32 [], or [rows rank] if the batch's rows use different adapters (`dbrx_fn.model.stacked_adapters`)
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,6 +48,22 @@ def is_adapted(matrix: Linear) -> bool:
     return "lora_a" in matrix
 
 
+def scaled(narrow: mx.array, scale: mx.array) -> mx.array:
+    """What an adapter's `lora_a` made, `[... rank]`, times its scale.
+
+    Args:
+        narrow: the product. Its first axes run over the batch's rows, and over the tokens of each.
+        scale: float32 `[]`; or that of each row and column, `[rows rank]`; or that of each entry, of `narrow`'s shape.
+    """
+    if scale.ndim == 0:
+        return (narrow * scale).astype(narrow.dtype)
+    of_rows = narrow
+    if scale.ndim == 2:
+        of_rows, scale = narrow.reshape(scale.shape[0], -1, scale.shape[1]), scale[:, None]
+    # A product with zero would be NaN where an adapter that the row doesn't use overflows.
+    return mx.where(scale == 0, 0, of_rows * scale).astype(narrow.dtype).reshape(narrow.shape)
+
+
 def _has_axes(outer: str) -> Callable[[Linear], bool]:
     """A check of the leaves' axes. Within a typed function, axes of one name must have one size."""
     dense: Any = Float[mx.array, f"{outer} inner"]
@@ -56,7 +72,7 @@ def _has_axes(outer: str) -> Callable[[Linear], bool]:
     biases: Any = Float[mx.array, f"{outer} group"]
     lora_a: Any = Float[mx.array, f"{outer.removesuffix('outer')} rank inner"]
     lora_b: Any = Float[mx.array, f"{outer} rank"]
-    lora_scale: Any = Float32[mx.array, ""]
+    lora_scale: Any = Float32[mx.array, "*rows_and_rank"]
 
     def has_axes(matrix: Linear) -> bool:
         if is_adapted(matrix) and not (

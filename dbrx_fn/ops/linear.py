@@ -7,7 +7,7 @@ of them. Of the leaves, dense weights and adapters have gradients.
 import mlx.core as mx
 from jaxtyping import Float, Integer
 
-from dbrx_fn.ops.formats import Linear, Matrices, Matrix, format_of, is_adapted
+from dbrx_fn.ops.formats import Linear, Matrices, Matrix, format_of, is_adapted, scaled
 from dbrx_fn.ops.kernels import linears
 from dbrx_fn.ops.kernels.cpu import products
 from dbrx_fn.ops.quantized import as_floats, has_no_kernel, operands, pays_as_floats
@@ -31,8 +31,7 @@ def linear(params: Matrix, x: Float[mx.array, "*batch inner"]) -> Float[mx.array
     product = _product(params, x)
     if not is_adapted(params):
         return product
-    narrow = (x @ params["lora_a"].T * params["lora_scale"]).astype(x.dtype)
-    return product + narrow @ params["lora_b"].T
+    return product + scaled(x @ params["lora_a"].T, params["lora_scale"]) @ params["lora_b"].T
 
 
 @with_kernel(products.linear, fits=products.fits, gradients=False)
@@ -62,7 +61,8 @@ def expert_linear(
     """`x[s] @ matrix[segment_experts[s]].T` for each segment `s`, in `x`'s dtype.
 
     Args:
-        params: matrices `[expert outer inner]`, dense or quantized. Each expert has its own adapter, if there are any.
+        params: matrices `[expert outer inner]`, dense or quantized. Each expert has its own adapter, if there are any. Scales
+            that differ are those of each row of each segment.
         x: the segments.
         segment_experts: each segment's expert, ascending.
 
@@ -73,7 +73,7 @@ def expert_linear(
     if not is_adapted(params):
         return product
     narrow = _expert_product({"weight": params["lora_a"]}, x, segment_experts)
-    narrow = (narrow * params["lora_scale"]).astype(x.dtype)
+    narrow = scaled(narrow, params["lora_scale"])
     return product + _expert_product({"weight": params["lora_b"]}, narrow, segment_experts)
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float, Integer
 
 from dbrx_fn.model.config import LayerConfig
 from dbrx_fn.ops.collectives import all_sum
-from dbrx_fn.ops.formats import Linear, format_of, is_adapted
+from dbrx_fn.ops.formats import Linear, format_of, is_adapted, scaled
 from dbrx_fn.runtime.bounded import within
 from dbrx_fn.runtime.compile import typed
 
@@ -45,8 +45,7 @@ def _adapted(params: Linear, ids: mx.array, config: LayerConfig) -> mx.array:
     rows = _embedded(params, ids, config)
     if not is_adapted(params):
         return rows
-    narrow = (_rows(params["lora_b"], ids) * params["lora_scale"]).astype(rows.dtype)
-    return rows + narrow @ params["lora_a"]
+    return rows + scaled(_rows(params["lora_b"], ids), params["lora_scale"]) @ params["lora_a"]
 
 
 def _embedded(params: Linear, ids: mx.array, config: LayerConfig) -> mx.array:
