@@ -282,9 +282,7 @@ def quantized_spec(spec: Mapping[str, Leaf], formats: Mapping[str, Format]) -> d
     return leaves
 
 
-def adapters_spec(
-    spec: Mapping[str, Leaf], found: Mapping[str, Described], rows: int | None = None
-) -> dict[str, Leaf]:
+def adapters_spec(spec: Mapping[str, Leaf], found: Mapping[str, Described], rows: int | None = None) -> dict[str, Leaf]:
     """The leaves of the adapters among some arrays. Each adapter's rank is that of its `lora_a`.
 
     Args:
@@ -318,7 +316,7 @@ def check_params(params: Params, config: Config) -> None:
 
 
 def compiled_under(*paths: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """`compiled`, for a layer whose first arguments are the parts of a tree below these paths, and the next one a batch.
+    """`compiled`, for a layer whose first arguments are the parts of a tree below these paths, and the next a batch.
 
     `check_part` compares them with what the layer's `config` expects, before the types are checked.
     """

@@ -65,6 +65,8 @@ def stack_adapters(params: Params, config: Config, trees: Sequence[Params]) -> P
 def choose_adapters(params: Params, rows: Sequence[int]) -> Params:
     """The tree for a batch whose rows use these adapters. It shares all leaves but the scales.
 
+    A tree without a stack is returned as it is.
+
     Args:
         params: as `stack_adapters` made it.
         rows: each row's adapter, by its place in the stack, counted from 1. 0 means none.
@@ -76,7 +78,9 @@ def choose_adapters(params: Params, rows: Sequence[int]) -> Params:
     wrong = [row for row in rows if not 0 <= row <= count]
     if wrong:
         raise InputError(f"rows names adapter {wrong[0]} where the tree has 1 to {count}, and 0 is none.")
-    index, taken = mx.array(rows, mx.int32), dict[int, mx.array]()
+    if not count:
+        return params
+    index, taken = mx.array(list(rows), mx.int32), dict[int, mx.array]()
 
     def of_rows(scale: mx.array) -> mx.array:
         if id(scale) not in taken:
@@ -119,7 +123,7 @@ def _in_any_layer(path: str) -> str:
 
 
 def _side_by_side(base: str, leaf: Leaf, stacked: Sequence[Leaves], widths: Sequence[int], dtype: mx.Dtype) -> Leaves:
-    """The leaves of one matrix's adapters. An adapter that lacks the matrix, or has a smaller rank there, gets zeros."""
+    """The leaves of one matrix's adapters. One that lacks the matrix, or has a smaller rank there, gets zeros."""
     scales = np.zeros((1 + len(stacked), sum(widths)), np.float32)
     firsts: list[mx.array] = []
     seconds: list[mx.array] = []

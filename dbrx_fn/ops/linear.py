@@ -61,8 +61,8 @@ def expert_linear(
     """`x[s] @ matrix[segment_experts[s]].T` for each segment `s`, in `x`'s dtype.
 
     Args:
-        params: matrices `[expert outer inner]`, dense or quantized. Each expert has its own adapter, if there are any. Scales
-            that differ are those of each row of each segment.
+        params: matrices `[expert outer inner]`, dense or quantized. Each expert has its own adapter, if there are any.
+            Scales that differ between rows are `[segments rows rank]`.
         x: the segments.
         segment_experts: each segment's expert, ascending.
 
