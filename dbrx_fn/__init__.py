@@ -79,6 +79,8 @@ from dbrx_fn.model.partition import partition as partition
 from dbrx_fn.model.quantization import Quantization as Quantization
 from dbrx_fn.model.quantization import dequantize as dequantize
 from dbrx_fn.model.quantization import quantize as quantize
+from dbrx_fn.model.stacked_adapters import choose_adapters as choose_adapters
+from dbrx_fn.model.stacked_adapters import stack_adapters as stack_adapters
 from dbrx_fn.model.transformer import forward as forward
 from dbrx_fn.model.transformer import score as score
 from dbrx_fn.model.tree import Params as Params

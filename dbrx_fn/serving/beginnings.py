@@ -33,7 +33,9 @@ class Beginnings:
         for served in oldest:
             # The prompt's log-probabilities are wanted, so the entire prompt must be computed.
             if not served.request.prompt_logprobs:
-                self._lookups[served.number] = known.get(served.number) or self._store.begin(served.tokens)
+                self._lookups[served.number] = known.get(served.number) or self._store.begin(
+                    served.tokens, served.adapter
+                )
         pending = {number for number, lookup in self._lookups.items() if not lookup.is_ready}
         return [served for served in oldest if can_wait or served.number not in pending]
 
@@ -44,10 +46,10 @@ class Beginnings:
             return init_cache(self._config, 1, capacity)
         return restored(self._store.finish(lookup), self._config, capacity)
 
-    def put(self, tokens: tuple[int, ...], cache: Cache, row: int) -> None:
-        """`PrefixStore.put`."""
+    def put(self, served: Served, tokens: tuple[int, ...], cache: Cache, row: int) -> None:
+        """`PrefixStore.put`, for tokens of this request."""
         if self._store is not None:
-            self._store.put(tokens, cache, row)
+            self._store.put(tokens, cache, row, served.adapter)
 
     def write_some(self) -> bool:
         """`PrefixStore.write_some`."""

@@ -31,13 +31,11 @@ from dbrx_fn.serving.limits import FREE_CHUNKS, Limits, check_exact, default_lim
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.reading import Reading
 from dbrx_fn.serving.request import Event, Failed, Receive, Request, TokenMade
+from dbrx_fn.serving.row_adapters import RowAdapters
 from dbrx_fn.serving.schedule import Group, State, plan, row_capacity
 from dbrx_fn.serving.served import Served, unusable
 from dbrx_fn.serving.statistics import Statistics
 from dbrx_fn.serving.warm_up import warm_up
-
-_QUEUE = 256
-"""Default for the most requests that may wait."""
 
 
 class Engine:
@@ -59,7 +57,8 @@ class Engine:
         *,
         trie: TokenTrie | None = None,
         prefixes: PrefixStore | None = None,
-        queue: int = _QUEUE,
+        queue: int = 256,
+        adapters: Sequence[str] = (),
     ) -> None:
         """Evaluates all weights, and starts the thread.
 
@@ -71,17 +70,17 @@ class Engine:
             prefixes: where beginnings of prompts are kept, with chunks of `limits.chunk` tokens; nowhere, if not given.
                 The engine closes it.
             queue: requests that may wait.
+            adapters: names, for requests, of the adapters that `stack_adapters` put beside the weights, in its order.
 
         Raises:
-            InputError: if memory has no room for the default limits, or the exact mode can't have so many rows.
+            InputError: if memory has no room for the default limits, the exact mode can't have so many rows, or the
+                tree has other adapters than are named.
         """
-        self._params, self._config = params, config
+        self._params, self._config, self._adapters = params, config, RowAdapters(params, adapters)
         self.limits = default_limits(params, config) if limits is None else limits
         check_exact(self.limits, params, config)
-        self._trie = trie
-        self._most_waiting = queue
-        self._numbers = itertools.count()
-        self._lock = threading.Condition()
+        self._trie, self._most_waiting = trie, queue
+        self._numbers, self._lock = itertools.count(), threading.Condition()
         # Guarded by the lock.
         self._arrived: list[Served] = []
         self._cancelled: set[int] = set()
@@ -96,8 +95,7 @@ class Engine:
         self._decoding: list[Decoding] = []
         self._launched: list[Launched] = []
         self._beginnings = Beginnings(prefixes, config)
-        self._passed_over = 0
-        self._counts: Counter[str] = Counter()
+        self._passed_over, self._counts = 0, Counter[str]()
         self._ready = threading.Event()
         # MLX can't evaluate a lazy array on another thread than the one that made it.
         mx.eval(params)
@@ -213,7 +211,8 @@ class Engine:
 
     def _served(self, request: Request, receive: Receive, number: int = -1) -> Served:
         budget = budget_of(request, self._config, self.limits)
-        return Served(number, request, receive, budget, self._ended, matcher_of(request, self._trie))
+        adapter, matcher = self._adapters.place(request.adapter), matcher_of(request, self._trie)
+        return Served(number, request, receive, budget, self._ended, adapter, matcher)
 
     # Everything below runs on the engine's thread.
 
@@ -333,11 +332,11 @@ class Engine:
         assert reading is not None
         self._passed_over = 0 if served.number == min(self._reading) else self._passed_over + 1
         free = not self._decoding and not self.limits.exact
-        reading.read(self._params, self.limits.chunk * (FREE_CHUNKS if free else 1))
+        reading.read(self._adapters.tree([served.request]), self.limits.chunk * (FREE_CHUNKS if free else 1))
         if not reading.is_done:
             return
         del self._reading[served.number]
-        self._beginnings.put(served.request.prompt, reading.cache, 0)
+        self._beginnings.put(served, served.request.prompt, reading.cache, 0)
         self._counts["prompt tokens"] += len(reading.tokens)
         self._counts["cached tokens"] += reading.cached_tokens
         choice, batch = reading.first_token(served.allowed())
@@ -362,10 +361,11 @@ class Engine:
             for one in self._decoding:
                 for served, row, _ in one.held():
                     if served in leaving:
-                        self._beginnings.put(served.tokens, one.batch.cache, row)
+                        self._beginnings.put(served, served.tokens, one.batch.cache, row)
 
     def _decode(self, decoding: Decoding) -> mx.array:
-        logits, decoding.batch = decoded(self._params, decoding.batch, whole_cache=self.limits.exact)
+        tree = self._adapters.tree(decoding.batch.rows.requests)
+        logits, decoding.batch = decoded(tree, decoding.batch, whole_cache=self.limits.exact)
         for served, _, _ in decoding.held():
             served.launched += 1
         return logits

@@ -32,7 +32,7 @@ class Chunk:
     """One chunk of a text. `before` identifies all that precedes it.
 
     `name`: 64 hexadecimal digits.
-    `before`: the name of the chunk before it, or the form's `root`.
+    `before`: the name of the chunk before it; of a first chunk, the form's `root` or one made from that.
     `tokens`: its tokens.
     """
 
@@ -86,9 +86,14 @@ class Form:
         """Bytes of a chunk's keys and values."""
         return math.prod(self.shape) * self.dtype.size
 
-    def chunks(self, tokens: Sequence[int]) -> list[Chunk]:
-        """The complete chunks of a text. Tokens after the last complete chunk are left out."""
+    def chunks(self, tokens: Sequence[int], adapter: int = 0) -> list[Chunk]:
+        """The complete chunks of a text. Tokens after the last complete chunk are left out.
+
+        Chunks that different adapters computed have different names: `adapter` is the place in the stack, 0 for none.
+        """
         found, before = list[Chunk](), self.root
+        if adapter:
+            before = hashlib.sha256(f"{before} adapter {adapter}".encode()).hexdigest()
         for start in range(0, len(tokens) - self.size + 1, self.size):
             own = array("q", tokens[start : start + self.size])
             name = hashlib.sha256(before.encode() + own.tobytes()).hexdigest()

@@ -109,16 +109,18 @@ class PrefixStore:
         self._recency = Recency(memory)
         self._hits = self._misses = self._tokens = self._evictions = 0
 
-    def longest(self, tokens: Sequence[int]) -> Prefix:
+    def longest(self, tokens: Sequence[int], adapter: int = 0) -> Prefix:
         """The longest stored prefix of `tokens`, in complete chunks. At least the last token is left out.
+
+        Only what the same adapter computed is found: `adapter` is its place in the tree's stack, 0 for none.
 
         Waits for the disk if chunks are only there. `begin` and `finish` do the same without waiting.
         """
-        return self.finish(self.begin(tokens))
+        return self.finish(self.begin(tokens, adapter))
 
-    def begin(self, tokens: Sequence[int]) -> Lookup:
+    def begin(self, tokens: Sequence[int], adapter: int = 0) -> Lookup:
         """Starts reading from disk what `longest` would find there. Doesn't wait."""
-        chunks = self._form.chunks(tokens[:-1])
+        chunks = self._form.chunks(tokens[:-1], adapter)
         parts = list[KeysAndValues | Reading]()
         for chunk in chunks:
             part: KeysAndValues | Reading | None = self._in_memory(chunk)
@@ -153,7 +155,7 @@ class PrefixStore:
         self._tokens += prefix.length
         return prefix
 
-    def put(self, tokens: Sequence[int], cache: Cache, row: int = 0) -> None:
+    def put(self, tokens: Sequence[int], cache: Cache, row: int = 0, adapter: int = 0) -> None:
         """Stores the complete chunks of the tokens that a row of a cache holds. Chunks already stored cost nothing.
 
         Doesn't wait for the device. Chunks for the disk wait until `write_some` is called.
@@ -162,6 +164,7 @@ class PrefixStore:
             tokens: the row's. They may go on beyond what the cache holds.
             cache: of any batch size and capacity, computed by `forward` in chunks of the store's size.
             row: one of its rows.
+            adapter: what computed it, as in `longest`.
 
         Raises:
             CacheError: if the cache is of another config, or has no such row.
@@ -170,7 +173,7 @@ class PrefixStore:
             raise CacheError("The cache was made for another config than the store: make both with the same one.")
         if not 0 <= row < cache.batch_size:
             raise CacheError(f"row is {row} where a cache of {cache.batch_size} rows has 0 to {cache.batch_size - 1}.")
-        chunks = self._form.chunks(tokens[: cache.lengths[row]])
+        chunks = self._form.chunks(tokens[: cache.lengths[row]], adapter)
         names = [chunk.name for chunk in chunks]
         self._use(names)
         has_room, folder = True, self._folder

@@ -31,6 +31,7 @@ class Request:
     `structure`: the form of the text, if it must have one. The engine needs a `TokenTrie` for it.
     `prompt_logprobs`: whether the prompt's tokens get log-probabilities too.
     `experts`: whether each token comes with its chosen experts.
+    `adapter`: the name of one of the engine's adapters; `None` for the model alone.
 
     Raises:
         InputError: naming a field with an impossible value.
@@ -45,6 +46,7 @@ class Request:
     prompt_logprobs: bool = False
     structure: Structure | None = None
     experts: bool = False
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

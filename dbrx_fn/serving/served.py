@@ -36,6 +36,7 @@ class Served:
     `launched`: number of tokens launched on the device.
     `reading`: its prefill, until the first token is handed out. Its cache is freed then: the batch has a copy.
     `end`: how it ended, if it did.
+    `adapter`: the place of its adapter among the engine's, counted from 1; 0 for none.
     `matcher`: the matcher of its structure, if it has one.
     """
 
@@ -44,6 +45,7 @@ class Served:
     receive: Receive
     budget: int
     ended: Callable[["Served"], None]
+    adapter: int = 0
     matcher: Matcher | None = None
     made: list[int] = field(default_factory=list)
     launched: int = 0

@@ -13,6 +13,7 @@ from dbrx_fn.generation.sampling import GREEDY, Sampling
 from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.shapes import attended, capacity_bucket, time_bucket
+from dbrx_fn.model.stacked_adapters import choose_adapters
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
 from dbrx_fn.serving.batch import chosen, same_rows
@@ -37,12 +38,14 @@ def warm_up(params: Params, config: Config, limits: Limits) -> None:
     for rows, capacity in decoding_shapes(limits):
         cache = init_cache(one_layer, rows, capacity)
         tokens = mx.zeros((rows, 1), mx.int32)
-        logits, _, experts = forward(shallow, tokens, cache, whole_cache=limits.exact, with_experts=True)
+        tree = choose_adapters(shallow, [0] * rows)
+        logits, _, experts = forward(tree, tokens, cache, whole_cache=limits.exact, with_experts=True)
         mx.eval(logits, experts)
+    alone = choose_adapters(shallow, [0])
     for width, start, capacity in reading_shapes(limits):
         cache = replace(init_cache(one_layer, 1, capacity), lengths=(start,))
         tokens = mx.zeros((1, width), mx.int32)
-        logits, _, experts = forward(shallow, tokens, cache, last_only=True, chunk_size=width, with_experts=True)
+        logits, _, experts = forward(alone, tokens, cache, last_only=True, chunk_size=width, with_experts=True)
         mx.eval(logits, experts)
 
 

@@ -1,0 +1,149 @@
+"""An engine with several adapters: each request is answered by its own, whoever else is in the batch."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from dbrx_fn.errors import InputError
+from dbrx_fn.model.params import nest
+from dbrx_fn.model.stacked_adapters import stack_adapters
+from dbrx_fn.runtime.device import Backend, as_if
+from dbrx_fn.serving.engine import Engine
+from dbrx_fn.serving.fingerprint import fingerprint
+from dbrx_fn.serving.limits import Limits
+from dbrx_fn.serving.prefix_store import PrefixStore
+from dbrx_fn.serving.request import Event, PromptRead, Request, TokenMade
+from dbrx_fn.serving.row_adapters import RowAdapters
+from dbrx_fn.serving.warm_up import warm_up
+from tests.support.adapters import with_random_adapters
+from tests.support.engine_requests import CONFIG, EXACT, FAST, PARAMS, Events, made, requests, tokens, without_prompts
+
+HAMLET = with_random_adapters(PARAMS, CONFIG, ("attention", "experts"), rank=4, seed=1)
+LEAR = with_random_adapters(PARAMS, CONFIG, ("experts", "router", "head", "embedding"), rank=3, seed=2)
+_WHOLE = dict(tree_flatten(with_random_adapters(PARAMS, CONFIG, ("attention",), rank=2, seed=3)))
+# As mlx-lm's num_layers leaves them: in the last layer only.
+MACBETH = nest({path: leaf for path, leaf in _WHOLE.items() if not ("lora_" in path and ".blocks.0." in path)}, CONFIG)
+TREES = {"hamlet": HAMLET, "lear": LEAR, "macbeth": MACBETH}
+NAMES = [None, *TREES]
+STACK = stack_adapters(PARAMS, CONFIG, list(TREES.values()))
+mx.eval(STACK)
+
+
+def mixed(count: int) -> list[Request]:
+    return [replace(request, adapter=NAMES[n % 4]) for n, request in enumerate(requests(count))]
+
+
+def served(
+    limits: Limits, asked: list[Request], order: list[int], prefixes: PrefixStore | None = None
+) -> list[list[Event]]:
+    """What each of `asked` gets, if they come in this order, all at once."""
+    events = Events(len(asked))
+    with Engine(STACK, CONFIG, limits, prefixes=prefixes, adapters=list(TREES)) as engine:
+        for number in order:
+            engine.submit(asked[number], events.receiver(number))
+        events.wait(len(asked))
+    return events.of
+
+
+def test_each_answer_is_that_of_a_model_with_this_adapter_alone() -> None:
+    asked = [
+        Request(tokens(n, (9, 60, 200)[n % 3]), max_tokens=16, top_logprobs=2, adapter=NAMES[n % 4]) for n in range(12)
+    ]
+    found = served(FAST, asked, list(range(12)))
+    for name in NAMES:
+        own = [n for n, request in enumerate(asked) if request.adapter == name]
+        with Engine(PARAMS if name is None else TREES[name], CONFIG, FAST) as engine:
+            for n in own:
+                expected = list(engine.answer(replace(asked[n], adapter=None)))
+                assert made(found[n]) == [event.token for event in expected]
+                told = [event for event in found[n] if isinstance(event, TokenMade)]
+                for one, other in zip(told, expected, strict=True):
+                    assert one.logprobs is not None
+                    assert other.logprobs is not None
+                    assert one.logprobs.chosen == pytest.approx(other.logprobs.chosen, abs=2e-5)
+    same_prompt = [Request(tokens(0, 40), max_tokens=16, adapter=name) for name in NAMES]
+    assert len({tuple(made(events)) for events in served(FAST, same_prompt, [0, 1, 2, 3])}) == 4
+
+
+def test_exact_answers_are_the_same_bits_in_any_mix() -> None:
+    asked = mixed(16)
+    alone = [served(EXACT, [request], [0])[0] for request in asked]
+    for seed in range(2):
+        order = np.random.default_rng(seed).permutation(len(asked)).tolist()
+        assert served(EXACT, asked, order) == alone
+    # Beside others of its own kind only.
+    alike = [replace(asked[5], seed=seed) for seed in range(8)]
+    assert served(EXACT, [asked[5], *alike[:7]], list(range(8)))[0] == alone[5]
+
+
+def test_an_adapter_s_prefix_is_never_found_by_another(tmp_path: Path) -> None:
+    long = tokens(5, 300)
+    asked = [Request(long + tokens(n, 5), max_tokens=4, top_logprobs=0, adapter=NAMES[n % 4]) for n in range(8)]
+    expected = [without_prompts(served(EXACT, [request], [0]))[0] for request in asked]
+
+    def kept() -> PrefixStore:
+        mark = fingerprint(STACK, CONFIG, EXACT, "1")
+        return PrefixStore(CONFIG, mark, chunk=EXACT.chunk, folder=tmp_path / "kept")
+
+    for cached in ([0] * 4 + [256] * 4, [256] * 8):
+        events = Events(8)
+        with Engine(STACK, CONFIG, EXACT, prefixes=kept(), adapters=list(TREES)) as engine:
+            for number, request in enumerate(asked):
+                engine.submit(request, events.receiver(number))
+                events.wait(1)
+        told = [event.cached_tokens for (event, *_) in events.of if isinstance(event, PromptRead)]
+        assert told == cached
+        assert without_prompts(events.of) == expected
+
+
+def test_a_second_turn_is_behind_its_own_adapter_s_answer_only() -> None:
+    first = Request(tokens(6, 200), max_tokens=100, adapter="lear")
+    store = PrefixStore(CONFIG, "", chunk=FAST.chunk)
+    with Engine(STACK, CONFIG, FAST, prefixes=store, adapters=list(TREES)) as engine:
+        answer = [event.token for event in engine.answer(first)]
+        second = Request((*first.prompt, *answer, *tokens(7, 30)), max_tokens=5)
+        for name, cached in (("hamlet", 0), (None, 0), ("lear", 256)):
+            before = engine.statistics().cached_tokens
+            list(engine.answer(replace(second, adapter=name)))
+            assert engine.statistics().cached_tokens - before == cached
+
+
+@pytest.mark.parametrize(("machine", "limits"), [("metal", FAST), ("cuda", EXACT)])
+def test_nothing_is_traced_after_the_warm_up_when_the_mix_changes(
+    machine: Backend, limits: Limits, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As checked on a CPU, where each signature is met as a GPU would trace it."""
+    limits = replace(limits, rows=4, capacity=512, positions=8192)
+    config = replace(CONFIG, ffn=replace(CONFIG.ffn, moe_loss_weight=0.27 + limits.exact + 2 * (machine == "cuda")))
+    with as_if(backend=machine):
+        warm_up(STACK, config, limits)
+        with caplog.at_level("DEBUG", logger="dbrx_fn.compile"):
+            events = Events(30)
+            with Engine(STACK, config, limits, adapters=list(TREES)) as engine:
+                for number, request in enumerate(mixed(30)):
+                    engine.submit(replace(request, prompt=request.prompt[:400]), events.receiver(number))
+                events.wait(30)
+    assert {record.getMessage() for record in caplog.records} <= {"checking pick_last"}
+
+
+def test_an_engine_without_adapters_gives_every_batch_the_tree_as_it_is() -> None:
+    assert RowAdapters(PARAMS, ()).tree([Request((1,)), None]) is PARAMS
+    assert RowAdapters(HAMLET, ()).tree([Request((1,)), None]) is HAMLET
+
+
+def test_what_cannot_be_served_is_refused_in_one_sentence() -> None:
+    for tree, names, asked, said in (
+        (STACK, list(TREES), "othello", "adapter is 'othello' where the engine has 'hamlet', 'lear', 'macbeth'"),
+        (PARAMS, [], "hamlet", "adapter is 'hamlet' where the engine has none"),
+    ):
+        with Engine(tree, CONFIG, FAST, adapters=names) as engine, pytest.raises(InputError, match=said):
+            engine.submit(Request((1,), adapter=asked), lambda _: None)
+    with pytest.raises(InputError, match="adapters has 'lear' twice"):
+        Engine(STACK, CONFIG, FAST, adapters=["hamlet", "lear", "lear"])
+    for tree, names in ((STACK, ["hamlet"]), (PARAMS, ["hamlet"]), (HAMLET, ["hamlet"]), (STACK, [])):
+        with pytest.raises(InputError, match=rf"adapters has {len(names)} names and the tree (0|3) adapters"):
+            Engine(tree, CONFIG, FAST, adapters=names)
