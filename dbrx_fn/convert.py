@@ -2,6 +2,7 @@
 
 python -m dbrx_fn.convert databricks/dbrx-instruct dbrx-4bit --quantize 4
 python -m dbrx_fn.convert databricks/dbrx-instruct dbrx.gguf --layout gguf --type q8_0
+python -m dbrx_fn.convert databricks/dbrx-instruct for-peft --adapter-path run/adapters --layout peft
 """
 
 import argparse
@@ -14,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from dbrx_fn.checkpoints.checkpoint import open_checkpoint
+from dbrx_fn.checkpoints.adapter_files import convert_adapters
+from dbrx_fn.checkpoints.adapter_names import TENSORS
+from dbrx_fn.checkpoints.checkpoint import config_of, open_checkpoint
 from dbrx_fn.checkpoints.conversion import Conversion, Request, convert, plan_conversion, require_free
 from dbrx_fn.checkpoints.gguf_conversion import (
     GGUF_TYPES,
@@ -24,7 +27,7 @@ from dbrx_fn.checkpoints.gguf_conversion import (
     require_free_file,
     write_gguf,
 )
-from dbrx_fn.checkpoints.hub import checkpoint_folder
+from dbrx_fn.checkpoints.hub import checkpoint_folder, checkpoint_path
 from dbrx_fn.checkpoints.layouts import WRITTEN
 from dbrx_fn.checkpoints.shards import SHARD_BYTES
 from dbrx_fn.cli.command import Parser, program, run
@@ -35,6 +38,7 @@ from dbrx_fn.model.config import Dtype
 from dbrx_fn.text.tokenizer import read_tokenizer
 
 GGUF = "gguf"
+_NOT_OF_ADAPTERS = ("type", "dequantize", "dtype", "shard_size", "tokenizer", "check", "dry_run", "json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _kept(chosen: argparse.Namespace) -> str:
-    return "nothing is left of the file" if chosen.layout == GGUF else "the same command goes on where it was"
+    if chosen.layout == GGUF:
+        return "nothing is left of the file"
+    return "nothing is left" if chosen.layout in TENSORS else "the same command goes on where it was"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,10 +64,16 @@ def parser() -> argparse.ArgumentParser:
     add("--revision", help="branch, tag or commit of the repository")
     add(
         "--layout",
-        choices=(*WRITTEN, GGUF),
+        choices=(*WRITTEN, GGUF, *TENSORS),
         default="split",
         help="split is mlx-lm's layout, fused is Hugging Face's, stacked is this package's own, gguf is llama.cpp's;"
-        " each can be loaded here (default: %(default)s)",
+        " of adapters: mlx-lm or peft; each can be loaded here (default: %(default)s)",
+    )
+    add(
+        "--adapter-path",
+        type=Path,
+        metavar="FOLDER",
+        help="convert the source's adapters in this folder, and not the source, with --layout mlx-lm or peft",
     )
     add(
         "--type",
@@ -90,6 +102,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(chosen: argparse.Namespace) -> None:
+    if chosen.adapter_path is not None or chosen.layout in TENSORS:
+        _run_adapters(chosen)
+        return
     if chosen.layout == GGUF:
         _run_gguf(chosen)
         return
@@ -145,6 +160,28 @@ def _run_gguf(chosen: argparse.Namespace) -> None:
             write_gguf(plan, chosen.folder, progress=progress)
     text = _gguf_table(plan) if chosen.dry_run else f"{chosen.folder}\n{_gguf_table(plan)}"
     print_result(json.dumps(described_gguf(plan), indent=2) if chosen.json else text)
+
+
+def _run_adapters(chosen: argparse.Namespace) -> None:
+    if chosen.adapter_path is None:
+        raise InputError(
+            f"--layout {chosen.layout} is for adapters: give their folder with --adapter-path, and their model as the"
+            " source."
+        )
+    if chosen.layout not in TENSORS:
+        raise InputError(
+            f"--adapter-path needs --layout {' or '.join(TENSORS)}, which write adapters without their model: python -m"
+            " dbrx_fn.fuse merges them."
+        )
+    given = [
+        name for name in _NOT_OF_ADAPTERS if getattr(chosen, name) is not None and getattr(chosen, name) is not False
+    ]
+    if given or chosen_quantization(chosen) is not None:
+        option = f"--{given[0].replace('_', '-')}" if given else "--quantize or its kin"
+        raise InputError(f"--adapter-path can't be combined with {option}: adapters are written as they are.")
+    config = config_of(checkpoint_path(chosen.source, weights=False, revision=chosen.revision))
+    settings = convert_adapters(chosen.adapter_path, chosen.folder, config, chosen.layout)
+    print_result(f"{chosen.folder}\nadapters of rank {settings.rank} and scale {settings.scale:g}, for {chosen.layout}")
 
 
 def described_gguf(plan: GgufPlan) -> dict[str, Any]:

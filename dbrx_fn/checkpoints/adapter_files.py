@@ -1,6 +1,7 @@
 """Writes adapters as mlx-lm's folder, `adapters.safetensors` and `adapter_config.json`, or as PEFT's."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from dbrx_fn.checkpoints.adapter_names import SETTINGS, TENSORS, Module, Style, modules
+from dbrx_fn.checkpoints.adapter_reader import read_adapters, style_of
+from dbrx_fn.checkpoints.adapter_settings import AdapterSettings, read_settings
 from dbrx_fn.checkpoints.saver import write_tensors
 from dbrx_fn.errors import InputError
 from dbrx_fn.files.atomic import new_folder
@@ -49,6 +52,32 @@ def save_adapters(folder: str | Path, params: Params, config: Config, *, style: 
         _write(beside, leaves, config, ranks.pop(), scales.pop(), style)
 
 
+def convert_adapters(source: Path, folder: Path, config: Config, style: Style) -> AdapterSettings:
+    """Writes the adapters of mlx-lm's folder as PEFT's, or the reverse. Every number is kept, as float32.
+
+    Args:
+        source: the folder to read.
+        folder: the new folder, which appears when it is complete, or not at all.
+        config: the model's.
+        style: whose folder to write.
+
+    Returns:
+        Rank and scale of the adapters.
+
+    Raises:
+        CheckpointError: as in `read_adapters`.
+        InputError: if the source is of this style, or as in `save_adapters`.
+    """
+    found = style_of(source)
+    if found == style:
+        raise InputError(f"{source} is {style}'s folder already: copy it, or choose the other layout.")
+    settings = read_settings(source / SETTINGS, found, config.n_layers)
+    leaves = read_adapters(source, replace(config, dtype="float32"))
+    with new_folder(folder, files=(*TENSORS.values(), SETTINGS)) as beside:
+        _write(beside, leaves, config, settings.rank, settings.scale, style)
+    return settings
+
+
 def write_adapters(folder: Path, trained: Params, config: Config, adapters: Adapters) -> None:
     """Writes adapters into a folder that nobody reads yet, as mlx-lm's.
 
@@ -81,7 +110,7 @@ def _write(folder: Path, leaves: dict[str, mx.array], config: Config, rank: int,
     if lost:
         raise InputError(
             f"{min(lost)} is an expert's adapter, which PEFT can't have since transformers' experts are no linears:"
-            " save it for mlx-lm, or merge it (python -m dbrx_fn.fuse)."
+            " save it for mlx-lm, merge it (python -m dbrx_fn.fuse), or train only --lora-targets attention."
         )
     settings = _mlx_lm_settings if style == "mlx-lm" else _peft_settings
     write_tensors(folder / TENSORS[style], tensors, {"format": "mlx" if style == "mlx-lm" else "pt"})

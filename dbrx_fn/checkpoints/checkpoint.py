@@ -78,12 +78,8 @@ def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) ->
         CheckpointError: if the checkpoint doesn't exist, files are missing or damaged, or the layout is unknown.
     """
     path = checkpoint_path(path_or_repo, revision=revision)
-    if path.is_file():
-        config, tensors = gguf_config(path), gguf_headers(path)
-    else:
-        _refuse_gguf_inside(path)
-        _refuse_adapters(path)
-        config, tensors = read_config(path), read_headers(path)
+    config = config_of(path)
+    tensors = gguf_headers(path) if path.is_file() else read_headers(path)
     prefix = prefix_of(tensors)
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     layout = layout_of(named)
@@ -106,6 +102,20 @@ def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) ->
     config = config if layout == "gguf" else replace(config, dtype=_stored_dtype(named, table))
     problems, mixed = _problems(named, table, unknown, layout, config.dtype)
     return Checkpoint(path, config, layout, prefix, tensors, table, formats, tuple(problems), tuple(mixed))
+
+
+def config_of(path: Path) -> Config:
+    """The config of a checkpoint's folder or GGUF file.
+
+    Raises:
+        ConfigError: if `config.json` is missing or isn't DBRX's.
+        CheckpointError: if the folder holds GGUF files or adapters in place of a checkpoint.
+    """
+    if path.is_file():
+        return gguf_config(path)
+    _refuse_gguf_inside(path)
+    _refuse_adapters(path)
+    return read_config(path)
 
 
 def require_fit(checkpoint: Checkpoint, *, one_dtype: bool) -> None:

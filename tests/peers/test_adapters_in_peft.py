@@ -8,7 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from mlx_lm.tuner.utils import load_adapters as load_adapters_in_mlx_lm
 
+from dbrx_fn import convert
 from dbrx_fn.checkpoints.adapter_files import save_adapters
 from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.checkpoints.saver import save
@@ -73,3 +75,27 @@ def test_what_peft_writes_is_loaded_here(rank_stabilized: bool, model: Path, tmp
     here = ours(model, tmp_path / "adapters")
     assert measured("adapters of PEFT, float32", relative_error(logits_of(theirs), here)) <= 5e-6
     assert relative_error(ours(model, None), here) > 0.01
+
+
+def test_adapters_converted_by_the_command_say_the_same_in_all_three(
+    model: Path, tmp_path: Path, measured: Any
+) -> None:
+    """From here to PEFT, and from PEFT to mlx-lm."""
+    params, config = load(model)
+    adapted = with_random_adapters(params, config, ("attention", "router", "embedding", "head"))
+    save_adapters(tmp_path / "mlx-lm", adapted, config)
+    command = [str(model), str(tmp_path / "peft"), "--adapter-path", str(tmp_path / "mlx-lm"), "--layout", "peft"]
+    assert convert.main(command) == 0
+    here = ours(model, tmp_path / "mlx-lm")
+    theirs = peft.PeftModel.from_pretrained(reference.transformers_model_from(model), str(tmp_path / "peft"))
+    theirs.eval()
+    assert measured("adapters converted for PEFT, float32", relative_error(logits_of(theirs), here)) <= 5e-6
+
+    theirs.save_pretrained(str(tmp_path / "saved"), save_embedding_layers=False)
+    command = [str(model), str(tmp_path / "back"), "--adapter-path", str(tmp_path / "saved"), "--layout", "mlx-lm"]
+    assert convert.main(command) == 0
+    save(tmp_path / "split", params, config, layout="split")
+    beside = load_adapters_in_mlx_lm(reference.mlx_lm_model(tmp_path / "split"), str(tmp_path / "back"))
+    beside.eval()
+    logits = reference.mlx_lm_logits(beside, TOKENS)
+    assert measured("PEFT's adapters converted for mlx-lm, float32", relative_error(logits, here)) <= 5e-6
