@@ -20,7 +20,7 @@ from dbrx_fn.generation.structured import Matcher, Structure, token_trie
 from dbrx_fn.generation.text_cutter import TextCutter
 from dbrx_fn.model.cache import Cache, grow_cache, init_cache
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.shapes import CHUNK_SIZE, capacity_bucket, traced_first
+from dbrx_fn.model.shapes import CHUNK_SIZE, capacity_bucket, shallow, traced_first
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import checked
@@ -355,26 +355,22 @@ def warm_up(
     chunk_size: int = CHUNK_SIZE,
     speculation: Speculation | None = None,
 ) -> None:
-    """Traces and compiles everything that such a generation will run, by running the first layer only.
+    """Traces and compiles everything that such a generation will run, by running two layers only.
 
     MLX builds CUDA kernels on first use, which takes seconds on a new machine. After this call the generation doesn't
     wait for that, and its time can be measured alone. On the CPU layers aren't compiled, so the call costs little.
     """
-    transformer = params["transformer"]
-    shallow: Params = {
-        "transformer": {**transformer, "blocks": transformer["blocks"][:1]},
-        "lm_head": params["lm_head"],
-    }
-    empty = init_cache(replace(config, n_layers=1), 1, _first_capacity(prompt_length, max_tokens, speculation))
+    params, config = shallow(params, config)
+    empty = init_cache(config, 1, _first_capacity(prompt_length, max_tokens, speculation))
     history = init_history([[0]], config.vocab_size) if sampling.uses_history else None
     key = mx.random.key(0)
     allowed = mx.full((1, -(-config.vocab_size // 32)), 2**32 - 1, mx.uint32) if structured else None
     for width, start in traced_first(prompt_length, chunk_size, empty.capacity):
         tokens, cache = mx.zeros((1, width), mx.int32), replace(empty, lengths=(start,))
-        logits, _ = forward(shallow, tokens, cache, last_only=width > 1, chunk_size=width)
+        logits, _ = forward(params, tokens, cache, last_only=width > 1, chunk_size=width)
         mx.eval(sample(logits[:, 0], key, history, allowed, sampling=sampling)[0])
     for width in () if speculation is None else speculation.widths:
-        chosen, _ = verify(shallow, mx.zeros((1, width), mx.int32), empty, key, history, sampling=sampling)
+        chosen, _ = verify(params, mx.zeros((1, width), mx.int32), empty, key, history, sampling=sampling)
         mx.eval(chosen.tokens)
 
 

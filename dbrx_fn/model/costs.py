@@ -55,17 +55,18 @@ def weight_bytes(config: Config, formats: Formats) -> int:
     return sum(leaf.nbytes(config.dtype) for leaf in quantized_spec(param_spec(config), formats).values())
 
 
-def read_weight_bytes(config: Config, formats: Formats, tokens: int) -> int:
+def read_weight_bytes(config: Config, formats: Formats, tokens: int, *, last_only: bool = False) -> int:
     """Bytes of the weights that a pass of `tokens` tokens reads.
 
     That is their experts, their rows of the embedding, and all other weights. The tokens are taken to be distinct, as
-    far as the vocabulary allows.
+    far as the vocabulary allows. With `last_only` the last layer's experts are those of one token.
     """
-    total = 0.0
+    total, last_layer = 0.0, f"transformer.blocks.{config.n_layers - 1}."
     for path, leaf in quantized_spec(param_spec(config), formats).items():
         size = leaf.nbytes(config.dtype)
         if leaf.is_expert:
-            total += size * expected_experts(config, tokens) / config.ffn.moe_num_experts
+            mixed = 1 if last_only and path.startswith(last_layer) else tokens
+            total += size * expected_experts(config, mixed) / config.ffn.moe_num_experts
         elif ".wte." in path:
             total += size * min(tokens, config.vocab_size) / config.vocab_size
         else:
@@ -82,14 +83,19 @@ def cache_bytes(config: Config, tokens: int) -> int:
 def prefill_work(config: Config, formats: Formats, tokens: int) -> Work:
     """One prompt of `tokens` tokens, from an empty cache to the logits after its last token.
 
-    Operations: 2 for each token and each weight that multiplies it. The head's weights multiply the last token only;
-    the embedding's are looked up and count nothing. Attention adds 4 for each pair of a query and a key that it sees,
-    times d_model. Bytes: the weights once, and the keys and values that are written.
+    Operations: 2 for each token and each weight that multiplies it. The head's weights multiply the last token only,
+    and so do the last layer's, but for those of keys and values; the embedding's are looked up and count nothing.
+    Attention adds 4 for each pair of a query and a key that it sees, times d_model. Bytes: the weights once, and the
+    keys and values that are written.
     """
-    seen = tokens * (tokens + 1) // 2
-    head = _head_weights(config)
-    operations = 2 * (tokens * _inner_weights(config) + head) + _attention_operations(config, seen)
-    return Work(operations, read_weight_bytes(config, formats, tokens) + cache_bytes(config, tokens))
+    inner, head, norm = _inner_weights(config), _head_weights(config), config.d_model
+    keys_and_values = norm + 2 * config.layer.local_kv_heads * config.head_dim * config.d_model
+    of_last_token = (inner - norm) // config.n_layers - keys_and_values + norm + head
+    seen = (config.n_layers - 1) * (tokens * (tokens + 1) // 2) + tokens
+    weights = tokens * (inner + head - of_last_token) + of_last_token
+    operations = 2 * weights + _attention_operations(config, seen)
+    read = read_weight_bytes(config, formats, tokens, last_only=True)
+    return Work(operations, read + cache_bytes(config, tokens))
 
 
 def decode_work(config: Config, formats: Formats, context: float, batch_size: int, together: int = 1) -> Work:
@@ -102,7 +108,7 @@ def decode_work(config: Config, formats: Formats, context: float, batch_size: in
     # The new tokens see those before the step, themselves, and the new ones before them.
     seen = tokens * (context + (together + 1) / 2)
     weights = _inner_weights(config) + _head_weights(config)
-    operations = 2 * tokens * weights + _attention_operations(config, seen)
+    operations = 2 * tokens * weights + _attention_operations(config, config.n_layers * seen)
     cache = batch_size * (context + together) * cache_bytes(config, 1)
     return Work(round(operations), round(read_weight_bytes(config, formats, tokens) + cache))
 
@@ -130,5 +136,5 @@ def _head_weights(config: Config) -> int:
 
 
 def _attention_operations(config: Config, seen: float) -> int:
-    """Operations of all layers' attention scores and weighted sums of values, for `seen` pairs of a query and a key."""
-    return round(config.n_layers * 4 * config.layer.sizes["heads"] * seen)
+    """Operations of scores and weighted sums of values, for `seen` pairs of a query and a key in all layers."""
+    return round(4 * config.layer.sizes["heads"] * seen)

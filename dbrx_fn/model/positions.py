@@ -3,7 +3,7 @@
 from typing import TypedDict
 
 import mlx.core as mx
-from jaxtyping import Int32
+from jaxtyping import Float, Int32
 
 from dbrx_fn.model.cache import Cache
 from dbrx_fn.model.config import LayerConfig
@@ -63,6 +63,16 @@ def positions_of(
         wraps=last > cache.capacity,
         config=config,
     )
+
+
+def pick(
+    rows: Float[mx.array, "batch time *rest"], wanted: Int32[mx.array, " batch"]
+) -> Float[mx.array, "batch 1 *rest"]:
+    """One token of each row."""
+    batch, time, *rest = rows.shape
+    # Any number of axes would be as many of MLX's kernels.
+    picked = mx.take_along_axis(rows.reshape(batch, time, -1), wanted[:, None, None], axis=1)
+    return picked.reshape(batch, 1, *rest)
 
 
 @compiled

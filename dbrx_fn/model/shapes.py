@@ -1,5 +1,9 @@
 """The lengths, capacities and attention spans that the model runs with. They are few, since each one costs a trace."""
 
+from dataclasses import replace
+
+from dbrx_fn.model.config import Config
+from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import backend
 
 CHUNK_SIZE = 2048
@@ -87,3 +91,12 @@ def traced_first(prompt_length: int, chunk_size: int, capacity: int) -> list[tup
         starts.setdefault((width, seen), start)
         start += width
     return [(width, start) for (width, _), start in starts.items()]
+
+
+def shallow(params: Params, config: Config) -> tuple[Params, Config]:
+    """A model of the first and the last layer, which makes all traces that the whole model needs."""
+    transformer = params["transformer"]
+    blocks = transformer["blocks"]
+    ends = [blocks[0], blocks[-1]][: len(blocks)]
+    tree: Params = {"transformer": {**transformer, "blocks": ends}, "lm_head": params["lm_head"]}
+    return tree, replace(config, n_layers=len(ends))

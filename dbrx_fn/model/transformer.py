@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast, overload
 
 import mlx.core as mx
-from jaxtyping import Float, Int32, UInt32
+from jaxtyping import UInt32
 
 from dbrx_fn.errors import CacheError, CheckpointError, InputError
 from dbrx_fn.model.cache import Cache, LayerCache, extended
@@ -27,7 +27,6 @@ from dbrx_fn.model.recompute import recomputed
 from dbrx_fn.model.shapes import CHUNK_SIZE, chunk_widths, time_bucket
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import checked
-from dbrx_fn.runtime.compile import compiled
 from dbrx_fn.runtime.memory import check_buffer, release_unused, release_when_full
 
 
@@ -119,11 +118,13 @@ def forward(
         release_when_full()
         real = tuple(max(0, min(length - start, width)) for length in real_lengths)
         chunk = tokens[:, start : start + width]
-        x, held, routing = run_layers(params, chunk, real, held, config=config, whole_cache=whole_cache)
+        x, held, routing = run_layers(
+            params, chunk, real, held, config=config, whole_cache=whole_cache, last_only=last_only
+        )
         if with_experts:
             experts = _last_experts(routing, real, experts)
         if last_only:
-            last = pick_last(x, mx.array(real, mx.int32), last)
+            last = x if last is None or all(real) else mx.where(_are_there(real)[:, None, None], x, last)
         else:
             pieces.append(_logits(params, x, config)[:, :width])
         start += width
@@ -219,6 +220,7 @@ def run_layers(
     config: LayerConfig,
     recompute: bool = False,
     whole_cache: bool = False,
+    last_only: bool = False,
     frozen: Params | None = None,
 ) -> tuple[Stream, Cache | None, list[Routing]]:
     """Embeds tokens and runs them through every block.
@@ -232,11 +234,12 @@ def run_layers(
         config: sizes and constants.
         recompute: gradient checkpointing, as in `score`.
         whole_cache: attend over the whole capacity, as in `forward`.
+        last_only: only compute each row's last real token in the last block.
         frozen: with `recompute`, the leaves that get no gradients.
 
     Returns:
-        The residual stream after the last block, its time axis padded to a bucket; the cache with the new tokens; each
-        block's routing.
+        The residual stream after the last block, its time axis padded to a bucket, or `[batch 1 d_model]` with
+        `last_only`; the cache with the new tokens; each block's routing.
     """
     transformer, blocks = params["transformer"], params["transformer"]["blocks"]
     given = tokens.shape[1]
@@ -250,33 +253,35 @@ def run_layers(
     real = mx.array(lengths, mx.int32) if min(lengths) < given else None
     x = embed(transformer["wte"], tokens, real, config=config)
     constant = cast(Any, frozen or {}).get("transformer", {}).get("blocks", [{}] * len(blocks))
-    for layer_params, layer_cache, key, of_layer in zip(blocks, layer_caches, jitter_keys, constant, strict=True):
+    # Later tokens read the last block's keys and values, but not what it makes of the tokens before them.
+    last = mx.array([max(0, length - 1) for length in lengths], mx.int32) if last_only and time > 1 else None
+    wanted = [*[None] * (len(blocks) - 1), last]
+    for layer_params, layer_cache, key, of_layer, token in zip(
+        blocks, layer_caches, jitter_keys, constant, wanted, strict=True
+    ):
         if recompute:
             x, said = recomputed(layer_params, x, positions, key, config, of_layer)
         else:
-            x, layer_cache, said = block(layer_params, x, layer_cache, positions, key, config=config)
+            x, layer_cache, said = block(layer_params, x, layer_cache, positions, key, token, config=config)
         if layer_cache is not None:
             after.append(layer_cache)
         routing.append(said)
     return x, None if cache is None else extended(cache, lengths, after), routing
 
 
-@compiled
-def pick_last(
-    x: Stream, lengths: Int32[mx.array, " batch"], before: Float[mx.array, "batch 1 d_model"] | None
-) -> Float[mx.array, "batch 1 d_model"]:
-    """Each row's activations at its last real token. A row without one in this chunk keeps those of `before`."""
-    last = mx.take_along_axis(x, mx.maximum(lengths - 1, 0)[:, None, None], axis=1)
-    return last if before is None else mx.where(lengths[:, None, None] > 0, last, before)
-
-
 def _last_experts(routing: Sequence[Routing], lengths: tuple[int, ...], before: mx.array | None) -> mx.array:
     """Each row's experts at its last real token. A row without one in this chunk keeps those of `before`."""
-    top = mx.stack([said.top_experts for said in routing])
-    top = top.reshape(len(routing), len(lengths), -1, top.shape[-1])
-    real = mx.array(lengths, mx.int32)[None, :, None]
-    last = mx.take_along_axis(top, mx.maximum(real - 1, 0)[..., None], axis=2)[:, :, 0]
-    return last if before is None else mx.where(real > 0, last, before)
+    last = mx.array([max(0, length - 1) for length in lengths], mx.int32)[:, None, None]
+    top = [said.top_experts.reshape(len(lengths), -1, said.top_experts.shape[-1]) for said in routing]
+    # Of some layers only that token is there.
+    picked = [each if each.shape[1] == 1 else mx.take_along_axis(each, last, axis=1) for each in top]
+    experts = mx.stack(picked)[:, :, 0]
+    return experts if before is None else mx.where(_are_there(lengths)[None, :, None], experts, before)
+
+
+def _are_there(lengths: tuple[int, ...]) -> mx.array:
+    """Whether rows have a token, bool `[batch]`."""
+    return mx.array([length > 0 for length in lengths])
 
 
 def _logits(params: Params, x: Stream, config: LayerConfig) -> mx.array:

@@ -1,7 +1,7 @@
 """Makes every trace that an engine may need, before the first request comes.
 
 Each shape needs one trace, and on CUDA a first trace can wait seconds for kernels. The limits determine the shapes: few
-batch sizes, capacities in buckets, prompts in chunks. The traces run only the first layer.
+batch sizes, capacities in buckets, prompts in chunks. The traces run two layers only.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import mlx.core as mx
 from dbrx_fn.generation.sampling import GREEDY, Sampling
 from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.shapes import attended, capacity_bucket, time_bucket
+from dbrx_fn.model.shapes import attended, capacity_bucket, shallow, time_bucket
 from dbrx_fn.model.stacked_adapters import choose_adapters
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
@@ -27,23 +27,18 @@ _ADJUSTED = Sampling(logit_bias=((0, 0.0),))
 
 def warm_up(params: Params, config: Config, limits: Limits) -> None:
     """Runs every shape that an engine with these limits may need. Traces belong to the calling thread."""
-    transformer = params["transformer"]
-    shallow: Params = {
-        "transformer": {**transformer, "blocks": transformer["blocks"][:1]},
-        "lm_head": params["lm_head"],
-    }
-    one_layer = replace(config, n_layers=1)
+    params, config = shallow(params, config)
     for rows in sorted({batch_rows(count, limits) for count in range(1, limits.rows + 1)} | {1}):
         _choose(config, rows)
     for rows, capacity in decoding_shapes(limits):
-        cache = init_cache(one_layer, rows, capacity)
+        cache = init_cache(config, rows, capacity)
         tokens = mx.zeros((rows, 1), mx.int32)
-        tree = choose_adapters(shallow, [0] * rows)
+        tree = choose_adapters(params, [0] * rows)
         logits, _, experts = forward(tree, tokens, cache, whole_cache=limits.exact, with_experts=True)
         mx.eval(logits, experts)
-    alone = choose_adapters(shallow, [0])
+    alone = choose_adapters(params, [0])
     for width, start, capacity in reading_shapes(limits):
-        cache = replace(init_cache(one_layer, 1, capacity), lengths=(start,))
+        cache = replace(init_cache(config, 1, capacity), lengths=(start,))
         tokens = mx.zeros((1, width), mx.int32)
         logits, _, experts = forward(alone, tokens, cache, last_only=True, chunk_size=width, with_experts=True)
         mx.eval(logits, experts)

@@ -34,6 +34,7 @@ TINY = Config(
 )
 PROJECTIONS = 8 * (8 + 4 + 4) + 8 * 8 + 8 * 4 + 2 * 3 * 8 * 4
 """Weights of a tiny layer that one token passes through: Wqkv, out_proj, router, two experts."""
+KEYS_AND_VALUES = 8 * (4 + 4)
 
 
 def test_operations_of_training_are_those_of_every_product() -> None:
@@ -46,9 +47,14 @@ def test_operations_of_training_are_those_of_every_product() -> None:
 
 def test_operations_and_bytes_of_a_tiny_model() -> None:
     norms = (2 * 3 + 1) * 8
-    assert prefill_work(TINY, {}, 3).operations == 2 * (3 * (3 * PROJECTIONS + norms) + 8 * 20) + 3 * 4 * 8 * (
-        1 + 2 + 3
-    )
+    # The last layer makes keys and values of all tokens, and the rest of the last one only.
+    of_all = 2 * (PROJECTIONS + 2 * 8) + 8 + KEYS_AND_VALUES
+    of_last = PROJECTIONS - KEYS_AND_VALUES + 2 * 8 + 8 * 20
+    pairs = 2 * (1 + 2 + 3) + 3
+    assert prefill_work(TINY, {}, 3).operations == 2 * (3 * of_all + of_last) + 4 * 8 * pairs
+    expert, experts_of_three = 3 * 8 * 4 * 4, 4 * (1 - (1 / 2) ** 3)
+    all_read = read_weight_bytes(TINY, {}, 3)
+    assert prefill_work(TINY, {}, 3).bytes == all_read - (experts_of_three - 2) * expert + 3 * 3 * 2 * 4 * 4
     # One token: two experts of each layer, one row of the embedding, all of the head; its own key and value beside 5.
     decoded = decode_work(TINY, {}, 5, 1)
     assert decoded.operations == 2 * (3 * PROJECTIONS + norms + 8 * 20) + 3 * 4 * 8 * 6
@@ -88,9 +94,12 @@ def test_bytes_of_weights_are_those_of_the_tree() -> None:
 
 
 @given(tokens=st.integers(1, 200))
-def test_a_prompt_is_as_much_work_as_its_tokens_one_by_one_but_for_their_logits(tokens: int) -> None:
+def test_a_prompt_is_as_much_work_as_its_tokens_one_by_one_but_for_what_only_their_logits_need(tokens: int) -> None:
     one_by_one = sum(decode_work(TINY, {}, context, 1).operations for context in range(tokens))
-    assert prefill_work(TINY, {}, tokens).operations == one_by_one - (tokens - 1) * 2 * 8 * 20
+    # The last layer but for keys and values with their norm, the last norm, and the head.
+    weights = PROJECTIONS - KEYS_AND_VALUES + 8 + 8 + 8 * 20
+    attention = 4 * 8 * (tokens * (tokens - 1) // 2)
+    assert prefill_work(TINY, {}, tokens).operations == one_by_one - (tokens - 1) * 2 * weights - attention
 
 
 @given(context=st.integers(0, 200), batch_size=st.integers(1, 40), together=st.integers(1, 16))

@@ -196,7 +196,10 @@ def test_last_only_is_the_last_real_positions_logits(seed: int, chunk_size: int)
     cache = init_cache(case.config, 4, RAGGED_CAPACITY)
     for (tokens, lengths), expected in zip(talk.calls, full, strict=True):
         options: dict[str, Any] = {"lengths": lengths, "chunk_size": chunk_size}
+        same_start = cache
         logits, cache = forward(case.params, tokens, cache, last_only=True, **options)
+        _, whole = forward(case.params, tokens, same_start, **options)
+        assert all(map(mx.array_equal, [*cache.keys, *cache.values], [*whole.keys, *whole.values]))
         assert logits.shape == (4, 1, case.config.vocab_size)
         for row, length in enumerate(lengths):
             if length:

@@ -172,7 +172,7 @@ EVERYTHING = POSITIONS_AND_BLOCK | {"embed", "head"}
 
 @pytest.mark.parametrize("machine", ["cpu", "metal", "cuda"])
 def test_each_cause_has_the_traces_that_the_documentation_says(traces: Traces, machine: Backend) -> None:
-    """The table in `docs/architecture.md`. Nine rows are a shape that `pick_last`, which has no config, hasn't met."""
+    """The table in `docs/architecture.md`."""
     config, params = model(1014)
     found: dict[str, set[str]] = {}
 
@@ -217,7 +217,7 @@ def test_each_cause_has_the_traces_that_the_documentation_says(traces: Traces, m
         "first decoded token": EVERYTHING,
         "a further token": set(),
         "past 128": POSITIONS_AND_BLOCK,
-        "first last_only": {"pick_last"},
+        "first last_only": {"block"},
         "another capacity": POSITIONS_AND_BLOCK,
         "padding wraps": POSITIONS_AND_BLOCK,
         "another batch size": EVERYTHING,

@@ -190,6 +190,23 @@ def test_a_row_s_bits_don_t_depend_on_its_neighbours(time: int) -> None:
     assert mx.array_equal(logits(tokens), logits(others))
 
 
+@pytest.mark.parametrize("lengths", [[300], [300, 7, 1, 290], [20, 17]], ids=str)
+@pytest.mark.parametrize("form", [None, Format(4, 64)], ids=str)
+def test_last_tokens_alone_have_the_numbers_that_they_have_among_all(form: Format | None, lengths: list[int]) -> None:
+    params = init_params(MODEL, mx.random.key(0))
+    if form is not None:
+        params = quantize(params, MODEL, Quantization(*[form] * 4))
+    tokens = mx.random.randint(0, 128, (len(lengths), max(lengths)), key=mx.random.key(1))
+    cache = init_cache(MODEL, len(lengths), 512)
+    every, cache_of_all = forward(params, tokens, cache, lengths=lengths)
+    last, cache_of_last = forward(params, tokens, cache, lengths=lengths, last_only=True)
+    for row, length in enumerate(lengths):
+        assert error(last[row, 0], as_float64(every[row, length - 1])) <= 3e-2
+        for held in ("keys", "values"):
+            pairs = zip(getattr(cache_of_all, held), getattr(cache_of_last, held), strict=True)
+            assert all(mx.array_equal(one[row, :, :length], other[row, :, :length]) for one, other in pairs)
+
+
 @pytest.mark.parametrize("together", [1, 2, 5])
 @pytest.mark.parametrize("lengths", [[50], [50, 33, 41], [*range(34, 51)]], ids=len)
 @pytest.mark.parametrize("form", [None, Format(4, 64), Format(8, 64), Format(4, 32, "mxfp4")], ids=str)

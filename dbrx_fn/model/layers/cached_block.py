@@ -12,7 +12,7 @@ from dbrx_fn.model.cache import LayerCache, write
 from dbrx_fn.model.config import NORM_EPS, LayerConfig
 from dbrx_fn.model.layers.rotary import inverse_frequencies
 from dbrx_fn.model.layers.router import Routing
-from dbrx_fn.model.positions import Positions, Slots
+from dbrx_fn.model.positions import Positions, Slots, pick
 from dbrx_fn.model.tree import BlockParams, NormAttnNormParams
 from dbrx_fn.ops.collectives import all_sum
 from dbrx_fn.ops.formats import is_adapted
@@ -37,6 +37,7 @@ def fits(
     cache: LayerCache | None,
     positions: Positions,
     jitter_key: mx.array | None = None,
+    wanted: mx.array | None = None,
     *,
     config: LayerConfig,
 ) -> bool:
@@ -68,6 +69,7 @@ def cached_block(
     cache: LayerCache | None,
     positions: Positions,
     jitter_key: mx.array | None = None,
+    wanted: mx.array | None = None,
     *,
     config: LayerConfig,
 ) -> tuple[mx.array, LayerCache | None, Routing]:
@@ -75,18 +77,19 @@ def cached_block(
     first, ffn, slots = params["norm_attn_norm"], params["ffn"], positions["slots"]
     assert cache is not None
     assert slots is not None
-    batch, time, _ = x.shape
-    few = batch * time <= linears.FEW_ROWS
-    q, k, v = (_queries_of_few if few else _queries_of_many)(first, x, slots, config)
+    q, k, v = (_queries_of_few if _are_few(x) else _queries_of_many)(first, x, slots, config)
     keys = write(cache[0], k, slots["index"], slots["kept"])
     values = write(cache[1], v, slots["index"], slots["kept"])
-    few_of_each = time <= decode_attention.FEW_TOKENS
+    starts = slots["starts"]
+    if wanted is not None:
+        x, q, starts = pick(x, wanted), pick(q, wanted), starts + mx.pad(wanted, (0, 3))
+    few_of_each = x.shape[1] <= decode_attention.FEW_TOKENS
     attend = decode_attention.decode_attention if few_of_each else chunk_attention.chunk_attention
-    attended = attend(q, keys, values, slots["starts"])
+    attended = attend(q, keys, values, starts)
     out_proj = first["attn"]["out_proj"]
     # Products add the residual stream. Among several processes only one adds it.
     adds, processes = config.shard.rank == 0, config.shard.size
-    if few or "scales" in out_proj:
+    if _are_few(x) or "scales" in out_proj:
         residual = linears.linear(out_proj, attended, residual=x if adds else None)
     else:
         projected = linear(out_proj, attended)
@@ -102,6 +105,11 @@ def cached_block(
     )
     mixed = experts.mix_experts(ffn["experts"]["mlp"], normed, expert_weights, top_experts, residual if adds else None)
     return all_sum(mixed.reshape(x.shape), processes), (keys, values), Routing(logits, top_experts)
+
+
+def _are_few(x: mx.array) -> bool:
+    batch, time, _ = x.shape
+    return batch * time <= linears.FEW_ROWS
 
 
 def _queries_of_few(
