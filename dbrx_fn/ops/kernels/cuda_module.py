@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from dbrx_fn.ops.kernels import nvrtc
+from dbrx_fn.ops.kernels.cache_folder import cached
 from dbrx_fn.runtime.device import Gpu, nvidia_gpu, takes_kernels
 
 logger = logging.getLogger(__name__)
@@ -127,12 +128,15 @@ def architecture(capability: tuple[int, int]) -> str:
 
 @functools.cache
 def compiled_kernel(kernel: Kernel, architecture: str) -> bytes:
-    """The machine code for an architecture.
+    """The machine code for an architecture, kept in the user's cache folder for later processes.
+
+    The kernels of a long prompt take 10 s to compile (`docs/performance.md`).
 
     Raises:
         RuntimeError: if NVRTC is missing, or refuses the source. The message has its log.
     """
-    return compile_kernel(kernel, architecture)[0]
+    source = _source(kernel, architecture)
+    return cached(f"{kernel.file}-{source.digest()}", ".cubin", lambda: nvrtc.compile_source(source)[0])
 
 
 def compile_kernel(kernel: Kernel, architecture: str, *options: str) -> tuple[bytes, str]:
@@ -141,10 +145,14 @@ def compile_kernel(kernel: Kernel, architecture: str, *options: str) -> tuple[by
     Raises:
         RuntimeError: as in `compiled_kernel`.
     """
+    return nvrtc.compile_source(_source(kernel, architecture, *options))
+
+
+def _source(kernel: Kernel, architecture: str, *options: str) -> nvrtc.Source:
     defines = (f"-D{name}={value}" for name, value in kernel.defines)
-    return nvrtc.compile_source(
+    return nvrtc.Source(
         (FOLDER / f"{kernel.file}.cu").read_bytes(),
         {path.name: path.read_bytes() for path in sorted(FOLDER.glob("*.cuh"))},
         name=f"{kernel.file}.cu",
-        options=[f"--gpu-architecture={architecture}", "--std=c++17", *defines, *options],
+        options=(f"--gpu-architecture={architecture}", "--std=c++17", *defines, *options),
     )

@@ -2,19 +2,41 @@
 
 import ctypes
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 
-def compile_source(
-    source: bytes, headers: Mapping[str, bytes], *, name: str, options: Sequence[str]
-) -> tuple[bytes, str]:
+class Source(NamedTuple):
+    """What NVRTC compiles.
+
+    `text`: the CUDA source.
+    `headers`: the files that it may include.
+    `name`: the source's name in messages.
+    `options`: NVRTC's, with the architecture.
+    """
+
+    text: bytes
+    headers: Mapping[str, bytes]
+    name: str
+    options: Sequence[str]
+
+    def digest(self) -> str:
+        """All that the machine code depends on, with NVRTC's version, as a short text."""
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        if (nvrtc := _nvrtc()) is not None:
+            nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+        parts = [f"{major.value}.{minor.value}".encode(), self.text, *[option.encode() for option in self.options]]
+        for name, header in self.headers.items():
+            parts += [name.encode(), header]
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.hexdigest()[:24]
+
+
+def compile_source(source: Source) -> tuple[bytes, str]:
     """Compiles one source to machine code.
-
-    Args:
-        source: the CUDA source.
-        headers: the files that it may include.
-        name: the source's name in messages.
-        options: NVRTC's, with the architecture.
 
     Returns:
         The machine code (a cubin), and the compiler's log.
@@ -36,17 +58,18 @@ def compile_source(
 
     nvrtc.nvrtcCreateProgram(
         ctypes.byref(program),
-        source,
-        name.encode(),
-        len(headers),
-        _strings(list(headers.values())),
-        _strings([header.encode() for header in headers]),
+        source.text,
+        source.name.encode(),
+        len(source.headers),
+        _strings(list(source.headers.values())),
+        _strings([header.encode() for header in source.headers]),
     )
     try:
-        failed = nvrtc.nvrtcCompileProgram(program, len(options), _strings([option.encode() for option in options]))
+        options = [option.encode() for option in source.options]
+        failed = nvrtc.nvrtcCompileProgram(program, len(options), _strings(options))
         log = read("nvrtcGetProgramLogSize", "nvrtcGetProgramLog").rstrip(b"\0").decode(errors="replace")
         if failed:
-            raise RuntimeError(f"NVRTC can't compile {name}: {log}")
+            raise RuntimeError(f"NVRTC can't compile {source.name}: {log}")
         return read("nvrtcGetCUBINSize", "nvrtcGetCUBIN"), log
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import mlx.core as mx
 
-from dbrx_fn.ops.kernels.cpu.cache_folder import cache_folder, keep, kept
+from dbrx_fn.ops.kernels.cache_folder import cache_folder, keep, kept
 
 _FOLDER = Path(__file__).parent
 _MLX = Path(str(mx.__file__)).parent
@@ -53,7 +53,7 @@ def built_library(limit: float = _LIMIT) -> tuple[Path, bool]:
     flags = (*_FLAGS, *_words("DBRX_FN_CPU_FLAGS", os.environ.get("DBRX_FN_CPU_FLAGS", _NATIVE)))
     key = f"kernels-{_key(compiler, flags)}"
     folder, problem = cache_folder()
-    if folder is not None and (library := kept(folder, key)) is not None:
+    if folder is not None and (library := kept(folder, key, ".so")) is not None:
         return library, False
     work = Path(_work_folder())
     _tell("dbrx_fn: compiling kernels for this CPU, once for this machine... ")
@@ -61,7 +61,7 @@ def built_library(limit: float = _LIMIT) -> tuple[Path, bool]:
         start = time.monotonic()
         made = _compiled(compiler, flags, work, start + limit)
         seconds = time.monotonic() - start
-        library, problem = (None, problem) if folder is None else keep(made, folder, key)
+        library, problem = (None, problem) if folder is None else keep(made.read_bytes(), folder, key, ".so")
         if library is not None:
             _tell(f"{seconds:.1f} s\n")
             return library, False

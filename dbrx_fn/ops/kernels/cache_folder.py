@@ -1,8 +1,8 @@
 """The user's cache folder for compiled kernels: only files that nobody else can have written are taken from it."""
 
+import contextlib
 import hashlib
 import os
-import shutil
 import stat
 import tempfile
 from collections.abc import Callable
@@ -26,29 +26,41 @@ def cache_folder() -> tuple[Path | None, str]:
     return (None, f"{folder} {problem}") if problem else (folder, "")
 
 
-def kept(folder: Path, key: str) -> Path | None:
+def cached(key: str, suffix: str, make: Callable[[], bytes]) -> bytes:
+    """What is kept under this key, else what `make` returns, which is then kept if it can be."""
+    folder, _ = cache_folder()
+    if folder is None:
+        return make()
+    path = kept(folder, key, suffix)
+    if path is not None:
+        with contextlib.suppress(OSError):
+            return path.read_bytes()
+    made = make()
+    keep(made, folder, key, suffix)
+    return made
+
+
+def kept(folder: Path, key: str, suffix: str) -> Path | None:
     """What `keep` kept under this key, if it is there, is undamaged, and is the user's own."""
-    for path in folder.glob(f"{key}-*.so"):
-        try:
-            if not _problem(path.lstat(), stat.S_ISREG) and path.name == _name(key, path):
+    for path in folder.glob(f"{key}-*{suffix}"):
+        with contextlib.suppress(OSError):
+            if not _problem(path.lstat(), stat.S_ISREG) and path.name == _name(key, path.read_bytes(), suffix):
                 return path
-        except OSError:
-            continue
     return None
 
 
-def keep(made: Path, folder: Path, key: str) -> tuple[Path | None, str]:
-    """Copies a file into the folder, beside its name and then renamed, so that other processes see all or nothing.
+def keep(contents: bytes, folder: Path, key: str, suffix: str) -> tuple[Path | None, str]:
+    """Writes a file into the folder, beside its name and then renamed, so that other processes see all or nothing.
 
     Returns:
         its path; or `None`, and the reason.
     """
     beside = None
     try:
-        to_be = folder / _name(key, made)
+        to_be = folder / _name(key, contents, suffix)
         descriptor, beside = tempfile.mkstemp(dir=folder, prefix=".new-")
-        with os.fdopen(descriptor, "wb") as to, made.open("rb") as source:
-            shutil.copyfileobj(source, to)
+        with os.fdopen(descriptor, "wb") as to:
+            to.write(contents)
             to.flush()
             os.fsync(descriptor)
         os.rename(beside, to_be)
@@ -59,10 +71,9 @@ def keep(made: Path, folder: Path, key: str) -> tuple[Path | None, str]:
         return None, f"{folder} can't be written ({error.strerror})"
 
 
-def _name(key: str, file: Path) -> str:
-    # A truncated library can kill the process that loads it, so the name tells its contents' digest.
-    with file.open("rb") as contents:
-        return f"{key}-{hashlib.file_digest(contents, 'sha256').hexdigest()[:24]}.so"
+def _name(key: str, contents: bytes, suffix: str) -> str:
+    # Truncated machine code can kill the process that loads it, so the name tells its digest.
+    return f"{key}-{hashlib.sha256(contents).hexdigest()[:24]}{suffix}"
 
 
 def _problem(found: os.stat_result, is_kind: Callable[[int], bool]) -> str:
