@@ -94,17 +94,21 @@ def leftovers(folder: Path) -> list[str]:
     [
         ((signal.SIGINT, signal.SIGTERM), "text.md", {"micro_batches": 2}),
         ((signal.SIGTERM,), "conversations.jsonl", {"dtype": "bfloat16", "schedule": "linear"}),
+        ((signal.SIGINT,), "conversations.jsonl", {"lora": 4}),
     ],
-    ids=["text", "conversations"],
+    ids=["text", "conversations", "adapters"],
 )
 def test_a_run_interrupted_anywhere_ends_as_one_that_nobody_disturbed(
     numbers: tuple[signal.Signals, ...], name: str, options: Any, tmp_path: Path, started: Callable[..., Run]
 ) -> None:
     """Though nothing is saved but at its end and where it is interrupted."""
-    config = write_config(tmp_path / "config.json")
+    config: Path | None = write_config(tmp_path / "config.json")
     data = (write_text if name == "text.md" else write_conversations)(tmp_path / name)
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "run"
     every = {"steps": STEPS, "save_every": STEPS, "eval_every": 40, "log_every": 1, **options}
+    if "lora" in options:
+        assert started(*arguments(tmp_path / "start", config, [data], steps=1)).ended()[0] == 0
+        every, config = {**every, "model": tmp_path / "start" / "model"}, None
     assert started(*arguments(undisturbed, config, [data], **every)).ended()[0] == 0
 
     draw, begun = random.Random(len(name)), 0
@@ -130,7 +134,7 @@ def test_a_run_interrupted_anywhere_ends_as_one_that_nobody_disturbed(
     assert f"resumed after step {saved[-1]}" in said
     assert metrics(out) == metrics(undisturbed)
     last = f"step-{STEPS:08d}"
-    for part in ("model", f"checkpoints/{last}"):
+    for part in ("adapters" if "lora" in options else "model", f"checkpoints/{last}"):
         assert contents(out / part) == contents(undisturbed / part)
 
 
