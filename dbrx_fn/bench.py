@@ -320,7 +320,7 @@ def _serving(chosen: argparse.Namespace) -> None:
         if getattr(chosen, name) is not None:
             options += [f"--{name.replace('_', '-')}", str(getattr(chosen, name))]
     if chosen.adapter_path is not None:
-        options += ["--adapter-path", str(chosen.adapter_path)]
+        options += ["--adapter-path", str(chosen.adapter_path.absolute())]
     key = os.environ.get(KEY_VARIABLE)
     server = options if chosen.url is None else chosen.url
     measured = run_serving(server, chosen.model, key, chosen.temp, workload, loads, limits)

@@ -14,10 +14,11 @@ from types import ModuleType
 from urllib.parse import urlsplit
 
 import dbrx_fn
+from dbrx_fn.checkpoints.adapter_reader import load_adapters
 from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, model_name
 from dbrx_fn.checkpoints.loader import computing_dtype, load
 from dbrx_fn.checkpoints.tokenizer_files import tokenizer_files
-from dbrx_fn.cli.adapter_option import add_adapter_option
+from dbrx_fn.cli.adapter_option import add_adapters_option, chosen_adapters
 from dbrx_fn.cli.command import Parser, Terminated, program, run
 from dbrx_fn.cli.stop_signals import deferred_stop
 from dbrx_fn.cli.terminal import byte_progress, print_message, print_result, size_text
@@ -25,8 +26,11 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.files.json_file import shown
 from dbrx_fn.generation.generation_config import GenerationConfig, read_generation_config
 from dbrx_fn.generation.sampling import Sampling
+from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.costs import cache_bytes
 from dbrx_fn.model.shard import own_shard
+from dbrx_fn.model.stacked_adapters import stack_adapters
+from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.group import group
 from dbrx_fn.serving.access import KEY_VARIABLE, Access, read_keys
 from dbrx_fn.serving.engine import Engine
@@ -77,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         help="a checkpoint's folder, a GGUF file, or a Hugging Face repository as"
         " owner/name (default: the small model of this package)",
     )
-    add_adapter_option(options)
+    add_adapters_option(options)
     add("--served-model-name", help="the model's name in requests (default: the name of its repository or folder)")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 means all (default: %(default)s)")
     add("--port", type=int, default=8080, help="port to listen at; 0 means any free one (default: %(default)s)")
@@ -207,23 +211,24 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("--prompt-cache-disk is the room in a folder: name it with --prompt-cache-folder.")
     if options.prompt_cache_folder is not None:
         group().refuse_others("--prompt-cache-folder")
+    chosen_adapters(options.adapter_path)
     _with_options(options, GenerationConfig(Sampling(), None, ()))
 
 
 def _loaded(options: argparse.Namespace) -> tuple[ServedModel, Engine]:
     """The served model, and an engine that is ready."""
     path = checkpoint_path(options.model)
+    name = options.served_model_name or model_name(options.model, path)
+    own, named = chosen_adapters(options.adapter_path)
+    if name in named:
+        raise InputError(f"--adapter-path gives the name {shown(name)}, which is the model's: take another.")
     with tokenizer_files(path) as files:
         defaults, tokenizer = _with_options(options, read_generation_config(files.folder)), files.read()
     # This fills a cache, which takes a second for a large vocabulary. Otherwise the first message that spells a control
     # token would wait for it.
     spelled = "".join(tokenizer.control_tokens)
     tokenizer.encode(spelled, literal=[(0, len(spelled))])
-    with byte_progress("loading") as progress:
-        dtype = group().share(options.dtype or computing_dtype(path))
-        params, config = load(
-            path, dtype=dtype, progress=progress, shard=own_shard(), adapter_path=options.adapter_path
-        )
+    params, config = _load(path, options.dtype, own, list(named.values()))
     limits = shared_limits(
         lambda: default_limits(
             params,
@@ -243,7 +248,8 @@ def _loaded(options: argparse.Namespace) -> tuple[ServedModel, Engine]:
         disk=10 * 2**30 if options.prompt_cache_disk is None else options.prompt_cache_disk,
     )
     model = ServedModel(
-        name=options.served_model_name or model_name(options.model, path),
+        name=name,
+        adapters=tuple(named),
         created=int(time.time()),
         config=config,
         tokenizer=tokenizer,
@@ -253,13 +259,22 @@ def _loaded(options: argparse.Namespace) -> tuple[ServedModel, Engine]:
         most_choices=min(_MOST_CHOICES, options.queue),
     )
     trie = trie_if_any(tokenizer, config.vocab_size)
-    engine = Engine(params, config, limits, trie=trie, prefixes=prefixes, queue=options.queue)
+    engine = Engine(params, config, limits, trie=trie, prefixes=prefixes, queue=options.queue, adapters=model.adapters)
     try:
         engine.wait_until_ready()
     except BaseException:
         engine.close()
         raise
     return model, engine
+
+
+def _load(path: Path, dtype: Dtype | None, own: Path | None, others: Sequence[Path]) -> tuple[Params, Config]:
+    """The tree, with the model's own adapters or with several that rows choose from."""
+    with byte_progress("loading") as progress:
+        shared = group().share(dtype or computing_dtype(path))
+        params, config = load(path, dtype=shared, progress=progress, shard=own_shard(), adapter_path=own)
+    trees = [load_adapters(folder, params, config) for folder in others]
+    return (stack_adapters(params, config, trees) if trees else params), config
 
 
 def _server_module() -> ModuleType:
@@ -286,6 +301,7 @@ def _budget(model: ServedModel, limits: Limits) -> str:
     return (
         f"{model.name}: up to {limits.rows} texts at once{mode}, of up to {model.capacity} tokens; memory has"
         f" {room} for {limits.positions} tokens in all."
+        + (f" Adapters, each by its name as the model: {', '.join(model.adapters)}." if model.adapters else "")
     )
 
 

@@ -63,9 +63,10 @@ class Answers:
             finally:
                 watcher.cancel()
 
-    def _form(self) -> Form:
+    def _form(self, asked: Asked) -> Form:
         prefix = "cmpl" if self._kind == "completion" else "chatcmpl"
-        return Form(self._kind, f"{prefix}-{secrets.token_hex(12)}", int(time.time()), self._service.model)
+        name = f"{prefix}-{secrets.token_hex(12)}"
+        return Form(self._kind, name, int(time.time()), self._service.model, asked.adapter)
 
     async def _whole(self, asked: Asked, answering: Answering) -> Response:
         parts: list[list[Delta]] = [[] for _ in asked.requests]
@@ -73,7 +74,7 @@ class Answers:
             async for some in deltas:
                 for index, delta in some:
                     parts[index].append(delta)
-        form = self._form()
+        form = self._form(asked)
 
         def response() -> Response:
             return json_response(form.answer(parts, answering.usage(), asked))
@@ -81,7 +82,7 @@ class Answers:
         return await self._written(response, [delta for deltas in parts for delta in deltas])
 
     async def _stream(self, asked: Asked, answering: Answering, send: Send) -> None:
-        stream, form = EventStream(send), self._form()
+        stream, form = EventStream(send), self._form(asked)
         begun: set[int] = set()
 
         def events(some: list[tuple[int, Delta]]) -> bytes:

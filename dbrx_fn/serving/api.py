@@ -110,9 +110,9 @@ def _models(service: Service) -> Endpoint:
 def _one_model(service: Service) -> Endpoint:
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
-        if name != service.model.name:
+        if name not in service.model.names:
             raise service.model.unknown(name)
-        return json_response(one_model(service.model))
+        return json_response(one_model(service.model, name))
 
     return model
 

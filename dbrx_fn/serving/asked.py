@@ -42,12 +42,17 @@ class Asked:
         return self.requests[0].top_logprobs is not None
 
     @property
+    def adapter(self) -> str | None:
+        """The adapter that answers; `None` for the model alone."""
+        return self.requests[0].adapter
+
+    @property
     def wants_experts(self) -> bool:
         """Whether the answer has the chosen experts."""
         return self.requests[0].experts
 
 
-def read_request(fields: Fields, model: ServedModel, *, top_logprobs: int | None) -> Request:
+def read_request(fields: Fields, model: ServedModel, adapter: str | None, *, top_logprobs: int | None) -> Request:
     """A request whose prompt is still to be set, from the fields that completions and chats share."""
     structure = read_structure(fields)
     goes_on = fields.flag("ignore_eos")
@@ -62,6 +67,7 @@ def read_request(fields: Fields, model: ServedModel, *, top_logprobs: int | None
         top_logprobs=top_logprobs,
         experts=fields.flag("experts"),
         structure=structure,
+        adapter=adapter,
     )
 
 

@@ -46,7 +46,7 @@ def read_chat(body: bytes, model: ServedModel) -> Asked:
         TokenizerError: if the chat template can't be rendered.
     """
     fields = read_object(body)
-    model.check_meant(fields)
+    adapter = model.read_adapter(fields)
     for name in _ASK_FOR_NOTHING:
         fields.text(name)
     for name, neutral in _REFUSED.items():
@@ -54,7 +54,7 @@ def read_chat(body: bytes, model: ServedModel) -> Asked:
     n = read_n(fields, model)
     stream, include_usage = read_stream(fields)
     max_tokens = _max_tokens(fields)
-    request = read_request(fields, model, top_logprobs=_top_logprobs(fields))
+    request = read_request(fields, model, adapter, top_logprobs=_top_logprobs(fields))
     stops = read_stops(fields, model, request)
     messages = read_messages(fields, model)
     fields.finish()

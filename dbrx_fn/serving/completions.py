@@ -28,7 +28,7 @@ def read_completion(body: bytes, model: ServedModel) -> Asked:
         TokenizerError: if the tokenizer fails on a prompt.
     """
     fields = read_object(body)
-    model.check_meant(fields)
+    adapter = model.read_adapter(fields)
     fields.text("user")
     fields.refuse("suffix", "")
     n = read_n(fields, model)
@@ -38,7 +38,8 @@ def read_completion(body: bytes, model: ServedModel) -> Asked:
     top_logprobs = fields.whole("logprobs", 0, _MOST_LOGPROBS)
     max_tokens = fields.whole("max_tokens", 0 if echo else 1, 2**31 - 1)
     request = replace(
-        read_request(fields, model, top_logprobs=top_logprobs), prompt_logprobs=echo and top_logprobs is not None
+        read_request(fields, model, adapter, top_logprobs=top_logprobs),
+        prompt_logprobs=echo and top_logprobs is not None,
     )
     stops = read_stops(fields, model, request)
     given = _prompts(fields.required("prompt"), model, n)

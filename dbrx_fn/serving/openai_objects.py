@@ -44,12 +44,14 @@ class Form:
 
     `id`: the answer's id.
     `created`: in seconds since 1970.
+    `adapter`: the adapter that answers; `None` for the model alone.
     """
 
     kind: Literal["completion", "chat"]
     id: str
     created: int
     model: ServedModel
+    adapter: str | None = None
 
     def answer(self, choices: Iterable[Sequence[Delta]], usage: Usage, asked: Asked) -> Object:
         """A whole answer, from all parts of each choice."""
@@ -89,7 +91,7 @@ class Form:
             "id": self.id,
             "object": "text_completion" if self.kind == "completion" else chat,
             "created": self.created,
-            "model": self.model.name,
+            "model": self.adapter or self.model.name,
         }
 
     def _rest(self, delta: Delta, asked: Asked) -> Object:
@@ -102,17 +104,22 @@ class Form:
 
 
 def models(model: ServedModel) -> Object:
-    """The list of models, which has one entry."""
-    return {"object": "list", "data": [one_model(model)]}
+    """The list of the model and its adapters."""
+    return {"object": "list", "data": [one_model(model, name) for name in model.names]}
 
 
-def one_model(model: ServedModel) -> Object:
-    """The model. `max_model_len` (the longest text) is vLLM's name, and `moe_num_experts` is config.json's."""
+def one_model(model: ServedModel, name: str) -> Object:
+    """The model, or the adapter of this name.
+
+    `max_model_len` (the longest text) and `parent` (the model that an adapter stands beside) are vLLM's names,
+    `moe_num_experts` is config.json's.
+    """
     return {
-        "id": model.name,
+        "id": name,
         "object": "model",
         "created": model.created,
         "owned_by": "dbrx_fn",
+        "parent": None if name == model.name else model.name,
         "max_model_len": model.capacity,
         "moe_num_experts": model.config.ffn.moe_num_experts,
     }

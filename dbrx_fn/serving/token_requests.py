@@ -17,7 +17,7 @@ def tokenized(body: bytes, model: ServedModel) -> Object:
         TokenizerError: the tokenizer fails, or the chat template can't be rendered.
     """
     fields = read_object(body)
-    model.check_meant(fields)
+    model.read_adapter(fields)
     wants_texts = fields.flag("return_token_strs")
     most, tokenizer = model.config.max_seq_len, model.tokenizer
     prompt = fields.text("prompt")
@@ -43,7 +43,7 @@ def detokenized(body: bytes, model: ServedModel) -> Object:
         InputError: naming what can't be followed.
     """
     fields = read_object(body)
-    model.check_meant(fields)
+    model.read_adapter(fields)
     tokens = checked_ids("tokens", fields.required("tokens"), model)
     fields.finish()
     return {"prompt": model.tokenizer.decode(tokens, skip_special_tokens=False)}

@@ -95,3 +95,18 @@ def test_bench_measures_the_model_with_adapters(folders: Path, capsys: pytest.Ca
     words[4] = str(folders / "merged")
     assert bench.main(words) == 2
     assert "is a model where adapters are expected" in capsys.readouterr().err
+
+
+def test_bench_serving_measures_a_server_with_the_adapters(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["serving", "--model", str(folders / "model"), "--capacity", "1024", "--decode-concurrency", "2", "--json"]
+    words += ["--clients", "1", "--requests", "2", "--prompt", "8", "--tokens", "4", "--adapter-path"]
+    assert bench.main([*words, str(folders / "adapters")]) == 0
+    (figure,) = json.loads(capsys.readouterr().out)["figures"]
+    assert (figure["failures"], figure["requests"]) == ({}, 2)
+    # The server that is started takes them, or says why not. A name would leave the measured model without them.
+    for value, said in (
+        (folders / "merged", "is a model where adapters are expected"),
+        (f"lear={folders / 'adapters'}", "doesn't exist where a folder with adapters is expected"),
+    ):
+        assert bench.main([*words, str(value)]) == 2
+        assert said in capsys.readouterr().err

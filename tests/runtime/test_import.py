@@ -31,6 +31,7 @@ PUBLIC = {
     *("Config", "AttnConfig", "FFNConfig", "DBRX", "SMALL"),
     *("loss", "score", "LossParts", "Routing", "Recipe", "State", "Measured", "init_state", "train_step"),
     *("Adapters", "add_adapters", "fuse_adapters", "is_adapter", "load_adapters", "save_adapters", "partition"),
+    *("stack_adapters", "choose_adapters"),
     *("Speculation", "save", "quantize", "dequantize", "Quantization", "Format"),
     *("DbrxError", "ConfigError", "CheckpointError", "TokenizerError", "InputError", "CacheError"),
     *("GenerationError", "TrainingError", "BusyError", "EngineError"),

@@ -1,15 +1,30 @@
 """Adapters that change something, as training leaves them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from dbrx_fn.checkpoints.adapter_files import save_adapters
+from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.model.adapters import Adapters, add_adapters
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.params import Kind, nest
 from dbrx_fn.model.tree import Params
+from dbrx_fn.random_checkpoint import write_random_checkpoint
+
+
+def write_model_with_adapters(folder: Path, config: Config, targets: Sequence[Sequence[Kind]]) -> list[Path]:
+    """Writes `model` in a folder, and adapters beside it, one for each of `targets`. Returns the adapters' folders."""
+    write_random_checkpoint(folder / "model", config, mx.random.key(0))
+    params, config = load(folder / "model")
+    written = []
+    for seed, kinds in enumerate(targets, start=1):
+        written.append(folder / f"adapters-{seed}")
+        save_adapters(written[-1], with_random_adapters(params, config, kinds, rank=1 + seed, seed=seed), config)
+    return written
 
 
 def with_random_adapters(
