@@ -58,7 +58,7 @@ def interrupted(source: Path, root: Path) -> list[Path]:
         child = os.fork()
         if not child:
             with tempfile.TemporaryDirectory() as told:
-                converted([str(source), str(place / "dbrx"), *OPTIONS], operation, Path(told))
+                converted(convert, [str(source), str(place / "dbrx"), *OPTIONS], operation, Path(told))
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
             shutil.rmtree(place)
             return left
