@@ -242,8 +242,8 @@ def _inference(chosen: argparse.Namespace) -> None:
         chosen.repeats,
         tuple(chosen.together),
     )
-    check_cases(planned, cases, beside=bool(chosen.peer))
     planned = replace(planned, config=replace(planned.config, shard=own_shard()), adapters=chosen.adapter_path)
+    check_cases(planned, cases, beside=bool(chosen.peer))
     if chosen.peer:
         group().refuse_others("--peer")
     if MLX_LM in chosen.peer:

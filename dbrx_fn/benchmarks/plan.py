@@ -126,9 +126,10 @@ def check_cases(planned: Planned, cases: Cases, *, beside: bool = False) -> None
 
 
 def drawn_weights(planned: Planned) -> Params:
-    """Random weights of the model, all in memory."""
+    """Random weights of the model, or of this process's part of it, all in memory."""
     float_type = getattr(mx, planned.config.dtype)
-    drawn = random_params(planned.stored, planned.formats, mx.random.key(0))
+    own = replace(planned.stored, shard=planned.config.shard)
+    drawn = random_params(own, planned.formats, mx.random.key(0))
     params: Params = tree_map(
         lambda leaf: leaf.astype(float_type) if mx.issubdtype(leaf.dtype, mx.floating) else leaf, drawn
     )

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from subprocess import DEVNULL, run
 from typing import cast
@@ -15,7 +16,9 @@ import openai
 import pytest
 
 from dbrx_fn import generate, train
+from dbrx_fn.checkpoints.config_file import read_config
 from dbrx_fn.checkpoints.hub import SMALL
+from dbrx_fn.model.costs import decode_work
 from tests.support.kill_processes import Kind, dense_small, killed, killed_in, training
 from tests.support.processes import Finished, finished, free_ports, run_processes, started
 
@@ -64,6 +67,18 @@ def test_evaluation_is_that_of_one_process(model: Path, tmp_path: Path) -> None:
     assert shared["processes"] == 2
     found, expected = (said["models"][0]["nats_per_token"] for said in (shared, json.loads(alone.out)))
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_each_process_draws_and_measures_its_part() -> None:
+    options = ["--shape", "small", "--prompt", "8", "--context", "8", "--batch-size", "1"]
+    options += ["--tokens", "2", "--repeats", "1", "--json"]
+    shared = json.loads(both(["dbrx_fn.bench", "inference", *options]).out)
+    assert shared["processes"] == 2
+    (decoding,) = [figure for figure in shared["figures"] if figure["what"] == "decode"]
+    whole = decode_work(replace(read_config(SMALL), dtype="float32"), {}, 9, 1)
+    # All but the router and the norms is divided.
+    assert 0.5 < decoding["bytes"] / whole.bytes < 0.52
+    assert 0.5 < decoding["operations"] / whole.operations < 0.52
 
 
 def test_a_chat_goes_on_over_turns(model: Path) -> None:
