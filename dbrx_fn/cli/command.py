@@ -101,6 +101,8 @@ def run(
             with joined() as processes, _follows(processes):
                 # Only the leader handles signals. The others end when it does.
                 taken = [signal.SIGINT, *([signal.SIGTERM] if takes_sigterm else [])] if processes.leads else []
+                if processes.size > 1 and signal.SIGTERM not in taken:
+                    _end_late(processes)
                 status = _ended(started, taken, left, smaller)
                 processes.finish()
                 return status
@@ -153,6 +155,28 @@ def _follows(processes: Group) -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         yield
+
+
+def _end_late(processes: Group) -> None:
+    """Makes SIGTERM end this process only after its watchers had time to tell why.
+
+    mlx.launch sends it to all processes as soon as it notices that one has died.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def wait() -> None:
+        while os.read(reading, 1) != bytes([signal.SIGTERM]):
+            pass
+        processes.wait_for_watchers()
+        os._exit(TERMINATED)
+
+    threading.Thread(target=wait, daemon=True).start()
+    # Python writes the signal's number to the pipe at once, even while the main thread waits for the device.
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
 
 
 def _run(command: Callable[[], int]) -> int:

@@ -22,6 +22,9 @@ from dbrx_fn.model.costs import decode_work
 from tests.support.kill_processes import Kind, dense_small, killed, killed_in, training
 from tests.support.processes import Finished, finished, free_ports, run_processes, started
 
+ENDLESS = ["-m", "dbrx_fn.generate", "--prompt", "a", "--max-tokens", "2000", "--model"]
+"""A command that takes long enough for a signal."""
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -153,6 +156,29 @@ def furthest(one: Path, other: Path) -> float:
 def test_all_end_if_one_is_killed(kind: Kind, victim: int, model: Path, tmp_path: Path) -> None:
     problems, _ = killed_in(kind, model, tmp_path, 0.7, victim)
     assert not problems
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_death_is_told_although_mlx_launch_ends_the_other(victim: int, model: Path) -> None:
+    with started([*ENDLESS, str(model)]) as processes:
+        assert processes[0].stdout is not None
+        processes[0].stdout.read(1)
+        processes[victim].kill()
+        # mlx.launch sends it at once.
+        processes[1 - victim].terminate()
+        (other,) = finished(processes[1 - victim : 2 - victim])
+    assert other.status == 2
+    assert f"error: the process of rank {victim} has ended" in other.err
+
+
+def test_sigterm_for_another_process_than_the_first_ends_all(model: Path) -> None:
+    with started([*ENDLESS, str(model)]) as processes:
+        assert processes[0].stdout is not None
+        processes[0].stdout.read(1)
+        processes[1].terminate()
+        leader, other = finished(processes)
+    assert (leader.status, other.status) == (2, 143)
+    assert "error: the process of rank 1 has ended" in leader.err
 
 
 @pytest.mark.parametrize(
