@@ -34,6 +34,8 @@ _FIRST = 3
 Leaves = list[mx.array | None]
 _known: dict[tuple[bytes, Config], Launch | None] = {}
 """The launch for each signature; `None` if the kernel doesn't take it."""
+_MOST_KNOWN = 256
+"""A process that meets more signatures starts anew. One takes some 20 KB in a model of 40 layers."""
 
 
 class DecodeStep(NamedTuple):
@@ -64,9 +66,12 @@ class DecodeStep(NamedTuple):
         frequencies = inverse_frequencies(config.head_dim, config.attn.rope_theta)
         operands = Operands([_ids(tokens, config.vocab_size), places, frequencies, *leaves])
         key = operands.signature(), config
-        if key not in _known:
-            _known[key] = _launch(params, cache)
-        launch = _known[key]
+        if key in _known:
+            launch = _known[key]
+        else:
+            if len(_known) >= _MOST_KNOWN:
+                _known.clear()
+            launch = _known[key] = _launch(params, cache)
         return None if launch is None else cls(cache, launch, operands)
 
     def __call__(self, lengths: tuple[int, ...]) -> tuple[mx.array, Cache, mx.array]:
@@ -148,14 +153,15 @@ def _launch(params: Params, cache: Cache) -> Launch | None:
     leaves = _flat(params, cache)
     assert leaves is not None
     there = [leaf for leaf in leaves if leaf is not None]
-    place = {id(leaf): _FIRST + n for n, leaf in enumerate(there)}
+    # By place: layers may share an array, as those of an empty cache can.
+    cached = {id(array) for array in cache.keys + cache.values}
+    places = [_FIRST + n for n, leaf in enumerate(there) if id(leaf) in cached]
     outputs = [Output((batch, 1, config.vocab_size), dtype), Output((layers, batch, ffn.moe_top_k), mx.uint32)]
-    for keys, values in zip(cache.keys, cache.values, strict=True):
-        outputs += [Output(held, dtype, place[id(keys)]), Output(held, dtype, place[id(values)])]
+    outputs += [Output(held, dtype, place) for place in places]
     sizes = batch, cache.capacity, config.n_heads, attn.kv_n_heads, config.head_dim, ffn.moe_num_experts, ffn.moe_top_k
     numbers = [*sizes, DTYPES[dtype], layers, *(number for one in matrices if one is not None for number in one)]
     clip = math.inf if attn.clip_qkv is None else attn.clip_qkv
-    twin = Twin(_stock, (config, cache.capacity, tuple(leaf is not None for leaf in leaves)))
+    twin = Twin(_stock, (config, tuple(leaf is not None for leaf in leaves)))
     return Launch("decode_step", outputs, numbers=numbers, constants=[NORM_EPS, clip, order], twin=twin)
 
 
@@ -174,11 +180,12 @@ def _matrices(params: Params, config: Config) -> Iterator[tuple[Linear, int]]:
     yield params["lm_head"], wide
 
 
-def _stock(inputs: Sequence[mx.array], config: Config, capacity: int, there: tuple[bool, ...]) -> list[mx.array]:
+def _stock(inputs: Sequence[mx.array], config: Config, there: tuple[bool, ...]) -> list[mx.array]:
     """The kernel's twin."""
     tokens, places, _, *rest = inputs
     given = iter(rest)
-    leaves = iter([next(given) if one else None for one in there])
+    flat = [next(given) if one else None for one in there]
+    leaves = iter(flat)
 
     def matrix() -> Linear:
         found = {name: leaf for name in LEAVES if (leaf := next(leaves)) is not None}
@@ -188,6 +195,10 @@ def _stock(inputs: Sequence[mx.array], config: Config, capacity: int, there: tup
         return cast(mx.array, next(leaves))
 
     starts, real = mx.split(places, 2)
+    # The last layer's values. Behind them are norm_f's weight and the head's leaves.
+    values = flat[-2 - len(LEAVES)]
+    assert values is not None
+    capacity = values.shape[2]
     positions = in_cache(starts, real, time=1, capacity=capacity, attended=capacity, wraps=True, config=config.layer)
     x = embed(matrix(), tokens, real, config=config.layer)
     experts: list[mx.array] = []

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import dbrx_fn
 from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.generation.stream import stream_tokens
+from dbrx_fn.model import decode_step
 from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.decode_step import DecodeStep
@@ -20,6 +21,7 @@ from dbrx_fn.model.quantization import Quantization, dequantize, quantize
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import Format
+from dbrx_fn.ops.kernels.cpu import library
 from dbrx_fn.ops.kernels.cpu.library import default_threads, has_kernels, set_threads
 from dbrx_fn.runtime.device import as_if
 from tests.support import oracle
@@ -249,6 +251,32 @@ def test_the_old_cache_is_still_a_value() -> None:
     assert mx.array_equal(first, again)
     for array, held in zip(cache.keys + cache.values, before, strict=True):
         assert np.array_equal(np.array(array), held)
+
+
+def test_layers_of_an_empty_cache_may_share_their_arrays() -> None:
+    params, config = case().params, case().config
+    # A batch and a capacity that no other test has: the first cache of its kind decides how such steps are launched.
+    empty = init_cache(config, 7, 100)
+    shared = replace(empty, keys=empty.keys[:1] * config.n_layers, values=empty.keys[:1] * config.n_layers)
+    found = []
+    for kernels in (True, False):
+        cache = shared
+        with as_if(kernels=kernels):
+            for step in range(4):
+                logits, cache = forward(params, mx.full((7, 1), step), cache)
+        found.append(logits)
+    assert takes(params, mx.full((7, 1), 0), shared)
+    np.testing.assert_allclose(np.array(found[0]), np.array(found[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_process_knows_a_bounded_number_of_launches_and_one_twin_of_a_model() -> None:
+    params, config = case().params, case().config
+    assert takes(params, mx.zeros((1, 1), mx.int32), init_cache(config, 1, 1))
+    twins = len(library._twins)
+    for capacity in range(1, decode_step._MOST_KNOWN + 20):
+        assert takes(params, mx.zeros((1, 1), mx.int32), init_cache(config, 1, capacity))
+        assert len(decode_step._known) <= decode_step._MOST_KNOWN
+    assert len(library._twins) == twins
 
 
 def test_a_row_without_a_token_keeps_its_cache_and_changes_no_other() -> None:

@@ -127,12 +127,16 @@ def test_a_compiler_that_fails_is_told_in_its_words(tmp_path: Path, script: Call
 
 
 def test_a_compiler_that_hangs_is_ended(
-    tmp_path: Path, script: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    script: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", script(HANGS))
-    with pytest.raises(BuildError, match="takes too long"):
+    with pytest.raises(BuildError, match=r"takes longer than 0\.5 s"):
         built_library(limit=0.5)
+    assert capsys.readouterr().err.endswith("once for this machine... failed\n")
 
 
 @pytest.fixture
@@ -171,7 +175,7 @@ def test_a_cache_that_others_can_write_is_not_used(
     folder = tmp_path / "dbrx_fn"
     folder.mkdir()
     folder.chmod(0o777)
-    refused(tmp_path, monkeypatch, "for this process only", capsys)
+    refused(tmp_path, monkeypatch, f"for this process only, since {folder} can be written by others... ", capsys)
     folder.chmod(0o700)
     tmp_path.chmod(0o777)
     refused(tmp_path, monkeypatch, "can be written by others", capsys)
@@ -187,12 +191,13 @@ def test_a_cache_that_is_no_folder_or_is_full_is_not_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "dbrx_fn").write_text("")
-    refused(tmp_path, monkeypatch, "there is no cache folder", capsys)
+    refused(tmp_path, monkeypatch, "for this process only, since there is no cache folder", capsys)
     (tmp_path / "dbrx_fn").unlink()
     (tmp_path / "dbrx_fn").mkdir(mode=0o700)
     # Such a folder's files can't be made, as on a full disk or a read-only one.
     monkeypatch.setattr(build, "_key", lambda *arguments: "x" * 300)
-    refused(tmp_path, monkeypatch, "can't be written (File name too long)", capsys)
+    said = f"and the next process compiles again: {tmp_path / 'dbrx_fn'} can't be written (File name too long)\n"
+    refused(tmp_path, monkeypatch, said, capsys)
 
 
 @pytest.mark.usefixtures("compiled")

@@ -1,5 +1,8 @@
 """The CPU's kernel for rows times a matrix, against float64 and against its stock twin."""
 
+import subprocess
+import sys
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -51,6 +54,13 @@ def test_its_error_is_no_larger_than_the_twin_s(kind: Kind) -> None:
     assert errors[0] <= 1.1 * errors[1]
 
 
+def test_biases_of_another_dtype_than_the_scales_are_left_to_stock_operations() -> None:
+    held, x = matrix(Format(4, 64), (8, 128), mx.bfloat16), mx.random.normal((3, 128), key=mx.random.key(2))
+    expected = linear(held, x)
+    held["biases"] = held["biases"].astype(mx.float32)
+    assert mx.allclose(linear(held, x), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_row_among_more_than_pass_at_once_has_the_bits_that_it_has_alone(kind: Kind) -> None:
     held, x = matrix(kind, (70, 384)), mx.random.normal((700, 384), key=mx.random.key(2))
@@ -69,6 +79,28 @@ def test_bits_are_the_same_for_any_number_of_threads() -> None:
     finally:
         set_threads(default_threads())
     assert len(set(made)) == 1
+
+
+IN_LITTLE_MEMORY = """
+import resource
+from pathlib import Path
+import mlx.core as mx
+from dbrx_fn.ops.kernels.cpu.library import set_threads
+from dbrx_fn.ops.linear import linear
+held, x = {"weight": mx.random.normal((300, 64))}, mx.random.normal((5, 64))
+before = linear(held, x)
+mx.eval(before)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+set_threads(256)
+print(mx.array_equal(linear(held, x), before).item())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_process_that_may_not_have_all_threads_computes_with_fewer() -> None:
+    done = subprocess.run([sys.executable, "-c", IN_LITTLE_MEMORY], capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 def test_transformations_are_the_twin_s() -> None:

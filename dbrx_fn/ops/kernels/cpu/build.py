@@ -56,22 +56,25 @@ def built_library(limit: float = _LIMIT) -> tuple[Path, bool]:
     if folder is not None and (library := kept(folder, key, ".so")) is not None:
         return library, False
     work = Path(_work_folder())
-    _tell("dbrx_fn: compiling kernels for this CPU, once for this machine... ")
+    how_often = "once for this machine" if folder is not None else f"for this process only, since {problem}"
+    _tell(f"dbrx_fn: compiling kernels for this CPU, {how_often}... ")
     try:
         start = time.monotonic()
         made = _compiled(compiler, flags, work, start + limit)
         seconds = time.monotonic() - start
-        library, problem = (None, problem) if folder is None else keep(made.read_bytes(), folder, key, ".so")
+        library, problem = (None, "") if folder is None else keep(made.read_bytes(), folder, key, ".so")
+        _tell(f"{seconds:.1f} s, and the next process compiles again: {problem}\n" if problem else f"{seconds:.1f} s\n")
         if library is not None:
-            _tell(f"{seconds:.1f} s\n")
             return library, False
-        _tell(f"{seconds:.1f} s, for this process only: {problem}\n")
         alone = Path(_work_folder()) / made.name
         shutil.move(made, alone)
         return alone, True
     except (BuildError, KeyboardInterrupt) as error:
         _tell("failed\n" if isinstance(error, BuildError) else "stopped\n")
         raise
+    except subprocess.TimeoutExpired as error:
+        _tell("failed\n")
+        raise BuildError(f"the compiler {compiler[0]} takes longer than {limit:g} s") from error
     except OSError as error:
         _tell("failed\n")
         raise BuildError(f"their library can't be written ({error.strerror})") from error
@@ -184,8 +187,6 @@ def _run(commands: Sequence[Sequence[str]], deadline: float, work: Path) -> None
                 lines = log.read_text(errors="replace").splitlines() or [f"status {process.returncode}"]
                 said = next((line for line in lines if "error" in line.lower()), lines[-1])
                 raise BuildError(f"the compiler {commands[0][0]} fails ({said.strip()[:300]!r})")
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"the compiler {commands[0][0]} takes too long") from error
     finally:
         for process in running:
             if process.poll() is None:

@@ -46,7 +46,11 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Twin:
-    """A kernel's stock operations: `function(inputs, *static)` returns the outputs. MLX's transformations take them."""
+    """A kernel's stock operations: `function(inputs, *static)` returns the outputs. MLX's transformations take them.
+
+    A process keeps each twin that it has met. So `static` holds what a model determines, and no sizes of batches or
+    caches, which the inputs tell.
+    """
 
     function: Callable[..., Sequence[mx.array]]
     static: tuple[Hashable, ...] = ()
@@ -135,7 +139,10 @@ def launch(
 
 
 def set_threads(threads: int) -> None:
-    """Has kernels run in this many threads from now on. Results are the same bits for any number."""
+    """Has kernels run in this many threads from now on, or in as many as the machine gives this process.
+
+    Results are the same bits for any number.
+    """
     library = kernels()
     if library is not None:
         library.dbrx_set_threads(max(1, min(threads, _MOST_THREADS)))

@@ -29,7 +29,9 @@ def matrix_numbers(matrix: Linear, inner: int) -> tuple[int, ...] | None:
     if form.mode == "mxfp4":
         return _MXFP4, 0, form.group_size, weight.shape[-2], inner
     scale_kind = DTYPES.get(matrix["scales"].dtype)
-    if form.mode != "affine" or form.bits not in _AFFINE or scale_kind is None or "biases" not in matrix:
+    if form.mode != "affine" or form.bits not in _AFFINE or scale_kind is None:
+        return None
+    if "biases" not in matrix or matrix["biases"].dtype != matrix["scales"].dtype:
         return None
     return _AFFINE[form.bits], scale_kind, form.group_size, weight.shape[-2], inner
 

@@ -2,6 +2,8 @@
 
 #include <pthread.h>
 
+#include <exception>
+
 namespace dbrx {
 namespace {
 
@@ -50,10 +52,14 @@ void Pool::resize(int threads) {
   std::lock_guard<std::mutex> alone(mutex_);
   if (threads == count_) return;
   stop();
-  count_ = threads;
-  spins = threads <= int(std::thread::hardware_concurrency()) ? SPINS : 0;
+  count_ = 1;
   const uint32_t seen = job_.load();
-  for (int n = 1; n < threads; ++n) workers_.emplace_back([this, n, seen] { serve(n, seen); });
+  try {
+    for (int n = 1; n < threads; ++n, ++count_) workers_.emplace_back([this, n, seen] { serve(n, seen); });
+  } catch (const std::exception&) {
+    // A process may have only so many threads, or so much memory. Those that there are share the work.
+  }
+  spins = count_ <= int(std::thread::hardware_concurrency()) ? SPINS : 0;
 }
 
 void Pool::start() {
