@@ -1,6 +1,7 @@
-"""`python -m dbrx_fn.bench`: the speed of inference and training, as fractions of the machine's limits, and of serving.
+"""`python -m dbrx_fn.bench`: the speed of inference and training beside the machine's limits, speculation, and serving.
 
 python -m dbrx_fn.bench inference --shape dbrx --quantize 4 --layers 4
+python -m dbrx_fn.bench speculation --shape small
 python -m dbrx_fn.bench training --shape 1.3b --dtype bfloat16
 python -m dbrx_fn.bench serving --rate 1 2 4
 
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from dbrx_fn.benchmarks.inference import Figure, make_weights, measure_inference, our_program
 from dbrx_fn.benchmarks.llama_cpp import NAME as LLAMA_CPP
@@ -26,17 +27,23 @@ from dbrx_fn.benchmarks.mlx_lm import NAME as MLX_LM
 from dbrx_fn.benchmarks.mlx_lm import check_mlx_lm, mlx_lm_program
 from dbrx_fn.benchmarks.plan import Cases, Planned, check_cases, plan_checkpoint, plan_random
 from dbrx_fn.benchmarks.roofline import draw_roofline, roofline_points
+from dbrx_fn.benchmarks.speculation import check_texts, measure_speculation, speculation_table
 from dbrx_fn.benchmarks.tables import scaled, table, time_text
 from dbrx_fn.benchmarks.training import BILLION, measure_training, training_table
 from dbrx_fn.checkpoints.config_file import config_to_dict, read_config, read_config_file
 from dbrx_fn.checkpoints.hub import SMALL
-from dbrx_fn.cli.adapter_option import add_adapter_option
+from dbrx_fn.cli.bench_options import (
+    add_inference_options,
+    add_serving_options,
+    add_speculation_options,
+    add_training_options,
+)
 from dbrx_fn.cli.command import Parser, program, run
-from dbrx_fn.cli.quantize_options import FORMAT_HELP, add_quantize_options, chosen_quantization
+from dbrx_fn.cli.quantize_options import chosen_quantization
 from dbrx_fn.cli.terminal import print_result, size_text
 from dbrx_fn.drawing.figure import check_new_picture, write_picture
 from dbrx_fn.errors import InputError
-from dbrx_fn.model.config import DBRX, Config, Dtype
+from dbrx_fn.model.config import DBRX, Config
 from dbrx_fn.model.costs import weight_bytes
 from dbrx_fn.model.params import param_count
 from dbrx_fn.model.shard import own_shard
@@ -75,149 +82,15 @@ def _run(chosen: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = Parser(prog=program("bench"), description="Measure the speed of inference, training or serving.")
-    commands = options.add_subparsers(required=True, metavar="inference | training | serving")
-    _add_inference(commands)
-    _add_training(commands)
-    _add_serving(commands)
+    options = Parser(
+        prog=program("bench"), description="Measure the speed of inference, speculation, training or serving."
+    )
+    commands = options.add_subparsers(required=True, metavar="inference | speculation | training | serving")
+    add_inference_options(commands, _inference, peers=(MLX_LM, LLAMA_CPP))
+    add_speculation_options(commands, _speculation)
+    add_training_options(commands, _training)
+    add_serving_options(commands, _serving, KEY_VARIABLE)
     return options
-
-
-def _add_inference(commands: "argparse._SubParsersAction[Parser]") -> None:
-    inference = commands.add_parser(
-        "inference", help="prefill, first token, decoding, loading", description=f"Measure inference. {FORMAT_HELP}"
-    )
-    inference.set_defaults(run=_inference)
-    add = inference.add_argument
-    add(
-        "--model",
-        help="checkpoint: folder, GGUF file or Hugging Face repository (default: the small model of this package)",
-    )
-    add_adapter_option(inference, "bounds don't count them")
-    add("--shape", help="measure random weights instead: dbrx, small, 1.3b, or the path of a config.json")
-    add("--layers", type=int, help="keep only this many of the model's first layers")
-    add(
-        "--dtype",
-        choices=get_args(Dtype),
-        help="dtype of all floats (default: the model's own, but float32 on a CPU)",
-    )
-    add_quantize_options(inference)
-    add("--prompt", type=int, nargs="+", default=[128, 1024], help="prompt lengths in tokens (default: 128 1024)")
-    add(
-        "--context",
-        type=int,
-        nargs="+",
-        default=[256, 1024],
-        help="tokens in the cache before decoding (default: 256 1024)",
-    )
-    add("--batch-size", type=int, nargs="+", default=[1, 8], help="sequences decoded at once (default: 1 8)")
-    add(
-        "--together",
-        type=int,
-        nargs="+",
-        default=[1],
-        help="new tokens of each sequence in one decoding step, as when drafted tokens are verified (default: 1)",
-    )
-    add("--tokens", type=int, default=32, help="decoding steps per repetition (default: %(default)s)")
-    add(
-        "--repeats",
-        type=int,
-        default=5,
-        help="repetitions for the median, at most a minute of them (default: %(default)s)",
-    )
-    add(
-        "--peer",
-        choices=(MLX_LM, LLAMA_CPP),
-        nargs="+",
-        default=[],
-        help="other programs to measure on the same weights",
-    )
-    add(
-        "--picture",
-        type=Path,
-        metavar="FILE",
-        help="draw a roofline (speeds below the machine's limits) to a new .png or .svg",
-    )
-    add("--json", action="store_true", help="print JSON instead of a table")
-
-
-def _add_training(commands: "argparse._SubParsersAction[Parser]") -> None:
-    training = commands.add_parser("training", help="training steps", description="Measure the speed of training.")
-    training.set_defaults(run=_training)
-    add = training.add_argument
-    add(
-        "--shape",
-        nargs="+",
-        default=["small"],
-        help="models: small, 1.3b, or the path of a config.json (default: small)",
-    )
-    add("--batch-size", type=int, default=64, help="sequences per step (default: %(default)s)")
-    add("--sequence-length", type=int, default=256, help="tokens per sequence (default: %(default)s)")
-    add(
-        "--dtype",
-        nargs="+",
-        choices=("float32", "bfloat16"),
-        default=["float32"],
-        help="dtypes to compute in (default: float32)",
-    )
-    add("--recompute", action="store_true", help="save memory: compute activations again in the backward pass")
-    add("--steps", type=int, default=10, help="steps for the median (default: %(default)s)")
-    add("--json", action="store_true", help="print JSON instead of a table")
-
-
-def _add_serving(commands: "argparse._SubParsersAction[Parser]") -> None:
-    serving = commands.add_parser(
-        "serving",
-        help="a server's latencies under load",
-        description="Measure the latencies of a server under load, as its clients see them. Without --url it is"
-        f" {program('serve')}, started on a free port and ended afterwards.",
-    )
-    serving.set_defaults(run=_serving)
-    add_adapter_option(serving)
-    add = serving.add_argument
-    add(
-        "--model",
-        help="checkpoint to serve: folder, GGUF file or Hugging Face repository (default: the small model of this"
-        " package); with --url, the model's name in requests",
-    )
-    add(
-        "--url",
-        help="measure an OpenAI-compatible server that runs, such as http://127.0.0.1:8080/v1; the API key that it"
-        f" needs is {KEY_VARIABLE} in the environment",
-    )
-    add("--exact", action="store_true", help="serve in the exact mode")
-    add("--decode-concurrency", type=int, metavar="ROWS", help="texts that the started server generates at once")
-    add("--capacity", type=int, metavar="TOKENS", help="the longest text of the started server")
-    load = serving.add_mutually_exclusive_group()
-    load.add_argument(
-        "--rate",
-        type=float,
-        nargs="+",
-        metavar="R",
-        help="requests per second, arriving independently of each other (default: 1 2 4)",
-    )
-    load.add_argument("--clients", type=int, nargs="+", metavar="N", help="clients that each wait for their answers")
-    add("--requests", type=int, default=64, help="requests under each load (default: %(default)s)")
-    add("--prompt", type=int, default=128, help="median of the prompts' tokens (default: %(default)s)")
-    add("--tokens", type=int, default=64, help="median of the answers' tokens (default: %(default)s)")
-    add(
-        "--spread",
-        type=float,
-        default=0.5,
-        help="standard deviation of the lengths' logarithms; 0 means equal lengths (default: %(default)s)",
-    )
-    add("--temp", type=float, default=0.0, help="temperature (default: %(default)g)")
-    add("--seed", type=int, default=0, help="seed of arrivals, lengths and texts (default: %(default)s)")
-    add("--ttft", type=float, default=1.0, metavar="SECONDS", help="a good answer's first token (default: %(default)g)")
-    add(
-        "--gap",
-        type=float,
-        default=0.2,
-        metavar="SECONDS",
-        help="the longest time between a good answer's tokens (default: %(default)g)",
-    )
-    add("--picture", type=Path, metavar="FILE", help="draw latencies over the load to a new .png or .svg")
-    add("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _inference(chosen: argparse.Namespace) -> None:
@@ -271,6 +144,21 @@ def _inference(chosen: argparse.Namespace) -> None:
         # The highest rate of any point, so that no point is above the roof.
         bandwidth = max(limits.bandwidth(point.bytes) for point in points)
         write_picture(draw_roofline(points, limits.matmul_rate, bandwidth), chosen.picture)
+
+
+def _speculation(chosen: argparse.Namespace) -> None:
+    group().refuse_others("bench speculation")
+    shape, prompt, tokens = chosen.shape, chosen.prompt, chosen.tokens
+    planned = plan_random(shape, _config(shape), chosen.layers, chosen.dtype, chosen_quantization(chosen))
+    check_texts(planned.config, prompt, tokens)
+    check_cases(planned, Cases((prompt,), (prompt,), (1,), tokens, repeats=1))
+    params, _ = make_weights(planned)
+    speeds = measure_speculation(params, planned.config, planned.formats, prompt, tokens, chosen.repeats)
+    print_result(
+        json.dumps([asdict(speed) | {"gain": speed.gain} for speed in speeds], indent=2)
+        if chosen.json
+        else speculation_table(speeds)
+    )
 
 
 def _training(chosen: argparse.Namespace) -> None:
