@@ -1,12 +1,15 @@
 """How an engine looks up cached prefixes, without waiting for the disk while other requests compute."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.config import Config
 from dbrx_fn.serving.prefix_chunks import restored
 from dbrx_fn.serving.prefix_store import Lookup, PrefixStatistics, PrefixStore
 from dbrx_fn.serving.served import Served
+
+Requests = Mapping[int, Served]
+"""Requests by their numbers."""
 
 _AHEAD = 4
 """The most waiting requests whose prefixes are read from disk at once. It bounds memory."""
@@ -19,16 +22,19 @@ class Beginnings:
         self._store, self._config = store, config
         self._lookups: dict[int, Lookup] = {}
 
-    def ready(self, waiting: Iterable[Served], *, can_wait: bool) -> list[Served]:
+    def ready(self, waiting: Requests, reading: Requests, *, idle: bool) -> list[Served]:
         """The oldest waiting requests whose prefixes are in memory. Reading the others' from disk begins.
+
+        A request isn't ready while another one reads the same chunks, as the choices of one prompt would.
 
         Args:
             waiting: all requests without a cache.
-            can_wait: the engine has no other work, so it may wait for the disk. Then all of them are ready.
+            reading: those in prefill.
+            idle: the engine has no other work, so it may wait for the disk. Then all of them are ready.
         """
         if self._store is None:
-            return list(waiting)
-        oldest = sorted(waiting, key=lambda served: served.number)[:_AHEAD]
+            return list(waiting.values())
+        oldest = [waiting[number] for number in sorted(waiting)[:_AHEAD]]
         known, self._lookups = self._lookups, {}
         for served in oldest:
             # The prompt's log-probabilities are wanted, so the entire prompt must be computed.
@@ -37,7 +43,21 @@ class Beginnings:
                     served.tokens, served.adapter
                 )
         pending = {number for number, lookup in self._lookups.items() if not lookup.is_ready}
-        return [served for served in oldest if can_wait or served.number not in pending]
+        found: list[Served] = []
+        for served in oldest:
+            if (idle or served.number not in pending) and not self._is_read_by((*reading.values(), *found), served):
+                found.append(served)
+        return found
+
+    def _is_read_by(self, others: Iterable[Served], served: Served) -> bool:
+        """Whether one of the others reads all chunks that this request could take from the store."""
+        prompt = served.request.prompt
+        length = 0 if self._store is None else (len(prompt) - 1) // self._store.chunk * self._store.chunk
+        if not length or served.request.prompt_logprobs:
+            return False
+        return any(
+            other.adapter == served.adapter and other.request.prompt[:length] == prompt[:length] for other in others
+        )
 
     def cache(self, served: Served, capacity: int) -> Cache:
         """A cache of one row with the stored prefix of a request; empty unless `ready` has returned the request."""

@@ -296,7 +296,7 @@ class Engine:
         decoding = [(served, length) for one in self._decoding for served, _, length in one.held()]
         decoding += [(served, batch.cache.lengths[0]) for served, batch in self._joining]
         reading = [(served, served.reading.held) for served in self._reading.values() if served.reading is not None]
-        waiting = self._beginnings.ready(self._waiting.values(), can_wait=not (decoding or reading or self._launched))
+        waiting = self._beginnings.ready(self._waiting, self._reading, idle=not (decoding or reading or self._launched))
         return State(
             waiting=tuple(served.work(0) for served in waiting),
             reading=tuple(served.work(held) for served, held in reading),

@@ -103,6 +103,7 @@ class PrefixStore:
         for name, value, least in (("chunk", chunk, 1), ("memory", memory, 0), ("disk", disk, 0)):
             if value < least:
                 raise InputError(f"{name} is {value} where at least {least} is expected.")
+        self.chunk = chunk
         self._form = Form(config, fingerprint, chunk)
         self._folder = None if folder is None else PrefixFolder(folder, disk, self._form)
         self._held: dict[str, tuple[Chunk, KeysAndValues]] = {}

@@ -48,6 +48,16 @@ def test_a_second_turn_is_behind_the_first_ones_answer() -> None:
     assert said == list(stream_tokens(PARAMS, CONFIG, second.prompt, max_tokens=5))
 
 
+def test_requests_with_one_prompt_that_arrive_together_read_it_once() -> None:
+    asked = [Request(tokens(6, 300), max_tokens=9, seed=n, sampling=Sampling(temperature=1.0)) for n in range(4)]
+    other = Request((*tokens(6, 130), *tokens(7, 170)), max_tokens=9)
+    store = PrefixStore(CONFIG, "", chunk=FAST.chunk)
+    events = served(FAST, [*asked, other], list(range(5)), store)
+    cached = [event.cached_tokens for (event, *_) in events if isinstance(event, PromptRead)]
+    assert cached[:4] == [0, 256, 256, 256]
+    assert [made(one) for one in events] == [made(one) for one in served(FAST, [*asked, other], list(range(5)))]
+
+
 def test_greedy_answers_are_those_of_one_stream() -> None:
     asked = [replace(request, sampling=Sampling(), stop_tokens=frozenset()) for request in requests(12)]
     for request, events in zip(asked, served(FAST, asked, list(range(12))), strict=True):
