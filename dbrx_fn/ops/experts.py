@@ -115,13 +115,15 @@ def mix_experts(
     w1 = params["w1"]
     experts = w1["weight"].shape[0]
     form = format_of(w1, x.shape[-1]) if "scales" in w1 else None
-    rows = segment_rows(top_experts.size, experts, w1["weight"].dtype, form)
+    # The CPU's kernel takes each expert's rows together, without padding.
+    alone = cached and cpu_kernel.can_read(params, x)
+    rows = 1 if alone else segment_rows(top_experts.size, experts, w1["weight"].dtype, form)
     plan = dispatch(top_experts, experts=experts, rows=rows)
     w1, v1, w2 = (_of_slots(matrices, plan) for matrices in (w1, params["v1"], params["w2"]))
     segments = gather_segments(x, plan)
-    gate = ACTIVATIONS[activation](expert_linear(w1, segments, plan.segment_experts))
-    up = expert_linear(v1, segments, plan.segment_experts)
-    down = expert_linear(w2, gate * up, plan.segment_experts)
+    gate = ACTIVATIONS[activation](expert_linear(w1, segments, plan.segment_experts, cached=cached))
+    up = expert_linear(v1, segments, plan.segment_experts, cached=cached)
+    down = expert_linear(w2, gate * up, plan.segment_experts, cached=cached)
     return combine(down, expert_weights, plan)
 
 

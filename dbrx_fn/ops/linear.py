@@ -56,7 +56,11 @@ def _product(params: Linear, x: mx.array) -> mx.array:
 
 @typed
 def expert_linear(
-    params: Matrices, x: Float[mx.array, "segments rows inner"], segment_experts: Integer[mx.array, " segments"]
+    params: Matrices,
+    x: Float[mx.array, "segments rows inner"],
+    segment_experts: Integer[mx.array, " segments"],
+    *,
+    cached: bool = False,
 ) -> Float[mx.array, "segments rows outer"]:
     """`x[s] @ matrix[segment_experts[s]].T` for each segment `s`, in `x`'s dtype.
 
@@ -65,20 +69,23 @@ def expert_linear(
             Scales that differ between rows are `[segments rows rank]`.
         x: the segments.
         segment_experts: each segment's expert, ascending.
+        cached: whether there is a cache, so that no gradients are expected and a CPU's kernel may be used.
 
     Raises:
         CheckpointError: if the matrices have an unknown quantized format.
     """
-    product = _expert_product(params, x, segment_experts)
+    product = _expert_product(params, x, segment_experts, cached)
     if not is_adapted(params):
         return product
-    narrow = _expert_product({"weight": params["lora_a"]}, x, segment_experts)
+    narrow = _expert_product({"weight": params["lora_a"]}, x, segment_experts, cached)
     narrow = scaled(narrow, params["lora_scale"])
-    return product + _expert_product({"weight": params["lora_b"]}, narrow, segment_experts)
+    return product + _expert_product({"weight": params["lora_b"]}, narrow, segment_experts, cached)
 
 
-def _expert_product(params: Linear, x: mx.array, segment_experts: mx.array) -> mx.array:
+def _expert_product(params: Linear, x: mx.array, segment_experts: mx.array, cached: bool) -> mx.array:
     """The product with the matrices alone."""
+    if cached and products.fits(params, x):
+        return products.expert_linear(params, x, segment_experts)
     segments, rows, inner = x.shape
     experts = params["weight"].shape[0]
     weight = params["weight"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dbrx_fn.ops.formats import Format
 from dbrx_fn.ops.kernels.cpu import products
 from dbrx_fn.ops.kernels.cpu.library import default_threads, has_kernels, set_threads
-from dbrx_fn.ops.linear import linear
+from dbrx_fn.ops.linear import expert_linear, linear
 from dbrx_fn.runtime.device import as_if
 from tests.support.cpu_matrices import KINDS, Kind, in_float64, matrix
 
@@ -101,6 +101,41 @@ print(mx.array_equal(linear(held, x), before).item())
 def test_a_process_that_may_not_have_all_threads_computes_with_fewer() -> None:
     done = subprocess.run([sys.executable, "-c", IN_LITTLE_MEMORY], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+@settings(max_examples=40)
+@given(
+    kind=st.sampled_from(KINDS),
+    outer=st.integers(1, 70),
+    experts=st.integers(1, 5),
+    segments=st.integers(1, 12),
+    rows=st.sampled_from([1, 3, 16]),
+    seed=st.integers(0, 99),
+)
+def test_segments_times_their_experts_are_float64s_and_a_row_s_bits_are_its_own(
+    kind: Kind, outer: int, experts: int, segments: int, rows: int, seed: int
+) -> None:
+    inner = 2 * kind.group_size if isinstance(kind, Format) else 19
+    held = matrix(kind, (experts, outer, inner))
+    x = mx.random.normal((segments, rows, inner), key=mx.random.key(seed))
+    chosen = np.sort(np.random.default_rng(seed).integers(0, experts, segments))
+    found = expert_linear(held, x, mx.array(chosen.astype(np.int32)), cached=True)
+    floats, exact_x = in_float64(held, kind)[chosen], np.array(x).astype(np.float64)
+    exact, size = (np.einsum("soi,sri->sro", a, b) for a, b in ((floats, exact_x), (abs(floats), abs(exact_x))))
+    assert np.all(np.abs(np.array(found) - exact) <= 3e-7 * size)
+    for segment, expert in enumerate(chosen.tolist()):
+        own = {name: leaf[expert] for name, leaf in held.items()}  # type: ignore[index]
+        assert mx.array_equal(products.linear(own, x[segment]), found[segment])  # type: ignore[arg-type]
+
+
+def test_segments_of_more_rows_than_pass_at_once_have_the_bits_of_their_own_product() -> None:
+    held, x = matrix(Format(4, 64), (3, 70, 384)), mx.random.normal((9, 100, 384), key=mx.random.key(2))
+    found = expert_linear(held, x, mx.array([0, 0, 0, 0, 0, 2, 2, 2, 2]), cached=True)
+    own = {name: leaf[2] for name, leaf in held.items()}  # type: ignore[index]
+    assert mx.array_equal(products.linear(own, x[5:]), found[5:])  # type: ignore[arg-type]
+    with as_if(kernels=False):
+        stock = expert_linear(held, x, mx.array([0, 0, 0, 0, 0, 2, 2, 2, 2]), cached=True)
+    np.testing.assert_allclose(np.array(found), np.array(stock), atol=2e-4)
 
 
 def test_transformations_are_the_twin_s() -> None:

@@ -16,11 +16,17 @@ def fits(
     params: Mapping[str, Any], x: mx.array, expert_weights: mx.array, top_experts: mx.array, *, activation: str
 ) -> bool:
     """Whether the kernel takes these experts."""
-    if not has_kernels() or activation not in ("silu", "swish"):
+    if activation not in ("silu", "swish") or expert_weights.dtype != mx.float32:
         return False
-    if x.dtype != mx.float32 or expert_weights.dtype != mx.float32 or any(map(is_adapted, params.values())):
+    if any(map(is_adapted, params.values())):
         return False
-    return all(numbers is not None for numbers in _numbers(params, x.shape[-1]))
+    return can_read(params, x)
+
+
+def can_read(params: Mapping[str, Any], x: mx.array) -> bool:
+    """Whether kernels for the CPU can multiply these experts' matrices."""
+    readable = all(numbers is not None for numbers in _numbers(params, x.shape[-1]))
+    return has_kernels() and x.dtype == mx.float32 and readable
 
 
 def mix_experts(

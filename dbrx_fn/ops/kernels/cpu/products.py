@@ -1,4 +1,4 @@
-"""Rows times a matrix on a CPU. Quantized matrices are read as stored."""
+"""Rows times a matrix, or each segment's rows times its expert's, on a CPU. Quantized matrices are read as stored."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -25,6 +25,29 @@ def linear(matrix: Linear, x: mx.array) -> mx.array:
     twin = Twin(_stock, tuple(name for name in LEAVES if name in matrix))
     output = Output((*x.shape[:-1], outer), mx.float32)
     return launch("tiled_linear", [*leaves(matrix), x], [output], numbers=[*numbers, rows], twin=twin)[0]
+
+
+def expert_linear(matrices: Linear, x: mx.array, segment_experts: mx.array) -> mx.array:
+    """`dbrx_fn.ops.linear.expert_linear` without adapters, for a matrix and rows that `fits` accepts."""
+    segments, rows, inner = x.shape
+    numbers = matrix_numbers(matrices, inner)
+    assert numbers is not None
+    twin = Twin(_stock_of_experts, tuple(name for name in LEAVES if name in matrices))
+    return launch(
+        "tiled_expert_linear",
+        [*leaves(matrices), x, segment_experts.astype(mx.int32)],
+        [Output((segments, rows, numbers[3]), mx.float32)],
+        numbers=[*numbers, segments, rows, matrices["weight"].shape[0]],
+        twin=twin,
+    )[0]
+
+
+def _stock_of_experts(inputs: Sequence[mx.array], *names: str) -> list[mx.array]:
+    from dbrx_fn.ops import linear as operations
+
+    *parts, x, segment_experts = inputs
+    matrices = cast(Linear, dict(zip(names, parts, strict=True)))
+    return [operations.expert_linear(matrices, x, segment_experts)]
 
 
 def _stock(inputs: Sequence[mx.array], *names: str) -> list[mx.array]:

@@ -179,6 +179,40 @@ struct Sorted {
   }
 };
 
+// Sorted rows `start` to `start + count` - 1, all of one expert, packed from row `packed` on.
+struct Piece {
+  int64_t expert, start, count, packed;
+};
+
+// Pieces that pass by at once, and their blocks: a piece's number and the block's within it.
+struct Pass {
+  std::vector<Piece> pieces;
+  std::vector<std::pair<int64_t, int64_t>> blocks;
+};
+
+// All experts' rows, `each` to a pair, with at most `most` packed rows in a pass. So few rows need few passes, between
+// which threads wait for each other.
+std::vector<Pass> passes_of(const Sorted& sorted, int64_t each, int64_t most) {
+  std::vector<Pass> passes;
+  int64_t used = most;
+  for (int64_t expert = 0; expert + 1 < int64_t(sorted.starts.size()); ++expert) {
+    const int64_t end = sorted.starts[expert + 1] * each;
+    for (int64_t start = sorted.starts[expert] * each; start < end; start += most) {
+      const int64_t count = std::min(most, end - start), size = Packed::size(count, 1);
+      if (used + size > most) {
+        passes.emplace_back();
+        used = 0;
+      }
+      Pass& pass = passes.back();
+      const int64_t number = pass.pieces.size();
+      for (int64_t row = 0; row < count; row += MOST_ROWS) pass.blocks.emplace_back(number, row / MOST_ROWS);
+      pass.pieces.push_back({expert, start, count, used});
+      used += size;
+    }
+  }
+  return passes;
+}
+
 // gates = silu(gates) * ups, of `count` numbers in whole vectors.
 void swiglu(float* gates, const float* ups, int64_t count) {
   for (int64_t n = 0; n < count; n += LANES) {
@@ -235,6 +269,41 @@ DBRX_KERNEL(tiled_linear) {
         const int64_t width = std::min<int64_t>(TILE, m.outer - t * TILE);
         for (int64_t n = 0; n < rows.count; ++n) {
           std::memcpy(out + (start + n) * m.outer + t * TILE, products.at(n * TILE), width * sizeof(float));
+        }
+      });
+    }
+  });
+}
+
+// Segments of rows, each times its expert's matrix.
+// inputs: the matrices' leaves, x float32 `[segments rows inner]`, experts int32 `[segments]`. numbers: the matrices',
+// segments, rows, experts. output: float32 `[segments rows outer]`.
+DBRX_KERNEL(tiled_expert_linear) {
+  const int64_t* numbers = given.numbers;
+  const void* const* inputs = given.inputs;
+  const Matrix matrices = next_matrix(numbers, inputs);
+  const int64_t each = numbers[1], inner = matrices.inner, outer = matrices.outer;
+  const auto* x = static_cast<const float*>(inputs[0]);
+  const Sorted sorted(static_cast<const int32_t*>(inputs[1]), numbers[0], numbers[2]);
+  auto* out = static_cast<float*>(given.outputs[0]);
+  const auto place = [&](int64_t row) { return sorted.pairs[row / each] * each + row % each; };
+  const auto passes = passes_of(sorted, each, passing_rows(inner));
+  const Buffer packed(passing_rows(inner) * inner);
+  Pool::get().run([&](Member& me) {
+    const Buffer tile(TILE_SIZE), products(passing_rows(inner) * TILE);
+    for (const Pass& pass : passes) {
+      const auto rows_of = [&](const Piece& one) { return Packed{packed.at(one.packed * inner), inner, one.count}; };
+      me.spread(pass.blocks.size(), 1, [&](int64_t n, int64_t) {
+        const auto [number, block] = pass.blocks[n];
+        const Piece& piece = pass.pieces[number];
+        rows_of(piece).pack(block * MOST_ROWS, [&](int64_t row) { return x + place(piece.start + row) * inner; });
+      });
+      me.spread(pass.pieces.size() * tiles_of(matrices), 1, [&](int64_t n, int64_t) {
+        const Piece& piece = pass.pieces[n / tiles_of(matrices)];
+        const int64_t first = n % tiles_of(matrices) * TILE, width = std::min<int64_t>(TILE, outer - first);
+        multiply(rows_of(piece), matrices.of(piece.expert), first, tile.at(0), products.at(0));
+        for (int64_t row = 0; row < piece.count; ++row) {
+          std::memcpy(out + place(piece.start + row) * outer + first, products.at(row * TILE), width * sizeof(float));
         }
       });
     }
