@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
 from dbrx_fn.model.config import Config
-from dbrx_fn.model.tree import Params
+from dbrx_fn.model.tree import BlockParams, Params
 from dbrx_fn.runtime.device import backend
 
 CHUNK_SIZE = 2048
@@ -94,9 +97,18 @@ def traced_first(prompt_length: int, chunk_size: int, capacity: int) -> list[tup
 
 
 def shallow(params: Params, config: Config) -> tuple[Params, Config]:
-    """A model of the first and the last layer, which makes all traces that the whole model needs."""
+    """A model of few layers, which makes all traces that the whole model needs.
+
+    They are one of each kind, since layers may differ in formats and adapters, and then the last, whose traces differ.
+    """
     transformer = params["transformer"]
-    blocks = transformer["blocks"]
-    ends = [blocks[0], blocks[-1]][: len(blocks)]
-    tree: Params = {"transformer": {**transformer, "blocks": ends}, "lm_head": params["lm_head"]}
-    return tree, replace(config, n_layers=len(ends))
+    *before, last = transformer["blocks"]
+    kinds = {_shapes(block): block for block in reversed(before)}
+    few = [*kinds.values(), last]
+    tree: Params = {"transformer": {**transformer, "blocks": few}, "lm_head": params["lm_head"]}
+    return tree, replace(config, n_layers=len(few))
+
+
+def _shapes(block: BlockParams) -> tuple[object, ...]:
+    leaves: dict[str, mx.array] = dict(tree_flatten(block))
+    return tuple((path, leaf.shape, str(leaf.dtype)) for path, leaf in leaves.items())

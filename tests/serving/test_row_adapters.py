@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from dbrx_fn.errors import InputError
-from dbrx_fn.model.params import nest
+from dbrx_fn.model.params import init_params, nest
 from dbrx_fn.model.stacked_adapters import stack_adapters
 from dbrx_fn.runtime.device import Backend, as_if
 from dbrx_fn.serving.engine import Engine
@@ -127,6 +127,19 @@ def test_nothing_is_traced_after_the_warm_up_when_the_mix_changes(
                 for number, request in enumerate(mixed(30)):
                     engine.submit(replace(request, prompt=request.prompt[:400]), events.receiver(number))
                 events.wait(30)
+    assert {record.getMessage() for record in caplog.records} <= {"checking pick_last"}
+
+
+def test_layers_of_several_kinds_need_no_trace_after_the_warm_up(caplog: pytest.LogCaptureFixture) -> None:
+    """As mlx-lm's num_layers makes them: here the last two of three layers have adapters."""
+    config = replace(CONFIG, n_layers=3, max_seq_len=555)
+    whole = dict(tree_flatten(with_random_adapters(init_params(config, mx.random.key(0)), config, ("experts",))))
+    tree = nest({path: leaf for path, leaf in whole.items() if not ("lora_" in path and "blocks.0." in path)}, config)
+    limits = replace(EXACT, rows=2, capacity=256)
+    with as_if(backend="metal"):
+        warm_up(tree, config, limits)
+        with caplog.at_level("DEBUG", logger="dbrx_fn.compile"), Engine(tree, config, limits) as engine:
+            list(engine.answer(Request(tokens(0, 200), max_tokens=3)))
     assert {record.getMessage() for record in caplog.records} <= {"checking pick_last"}
 
 
