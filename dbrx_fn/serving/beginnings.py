@@ -1,6 +1,6 @@
 """How an engine looks up cached prefixes, without waiting for the disk while other requests compute."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from dbrx_fn.model.cache import Cache, init_cache
 from dbrx_fn.model.config import Config
@@ -21,6 +21,7 @@ class Beginnings:
     def __init__(self, store: PrefixStore | None, config: Config) -> None:
         self._store, self._config = store, config
         self._lookups: dict[int, Lookup] = {}
+        self._chunks: dict[int, tuple[object, ...]] = {}
 
     def ready(self, waiting: Requests, reading: Requests, *, idle: bool) -> list[Served]:
         """The oldest waiting requests whose prefixes are in memory. Reading the others' from disk begins.
@@ -34,7 +35,16 @@ class Beginnings:
         """
         if self._store is None:
             return list(waiting.values())
-        oldest = [waiting[number] for number in sorted(waiting)[:_AHEAD]]
+        self._chunks = {
+            number: self._chunks.get(number) or _whole_chunks(served, self._store.chunk)
+            for number, served in (*waiting.items(), *reading.items())
+        }
+        being_read = {self._chunks[number] for number in reading}
+        oldest: list[Served] = []
+        for number in sorted(waiting):
+            if self._chunks[number] not in being_read and len(oldest) < _AHEAD:
+                oldest.append(waiting[number])
+                being_read.add(self._chunks[number])
         known, self._lookups = self._lookups, {}
         for served in oldest:
             # The prompt's log-probabilities are wanted, so the entire prompt must be computed.
@@ -43,21 +53,7 @@ class Beginnings:
                     served.tokens, served.adapter
                 )
         pending = {number for number, lookup in self._lookups.items() if not lookup.is_ready}
-        found: list[Served] = []
-        for served in oldest:
-            if (idle or served.number not in pending) and not self._is_read_by((*reading.values(), *found), served):
-                found.append(served)
-        return found
-
-    def _is_read_by(self, others: Iterable[Served], served: Served) -> bool:
-        """Whether one of the others reads all chunks that this request could take from the store."""
-        prompt = served.request.prompt
-        length = 0 if self._store is None else (len(prompt) - 1) // self._store.chunk * self._store.chunk
-        if not length or served.request.prompt_logprobs:
-            return False
-        return any(
-            other.adapter == served.adapter and other.request.prompt[:length] == prompt[:length] for other in others
-        )
+        return [served for served in oldest if idle or served.number not in pending]
 
     def cache(self, served: Served, capacity: int) -> Cache:
         """A cache of one row with the stored prefix of a request; empty unless `ready` has returned the request."""
@@ -90,3 +86,12 @@ class Beginnings:
         self._lookups = {}
         if self._store is not None:
             self._store.close()
+
+
+def _whole_chunks(served: Served, chunk: int) -> tuple[object, ...]:
+    """What is equal for requests that could take the same chunks from the store, and different for all others."""
+    length = (len(served.request.prompt) - 1) // chunk * chunk
+    if not length or served.request.prompt_logprobs:
+        return (served.number,)
+    # A hash is compared in each turn faster than the tokens. If two were equal by chance, one request would only wait.
+    return served.adapter, length, hash(served.request.prompt[:length])

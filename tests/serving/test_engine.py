@@ -1,5 +1,6 @@
 """The engine, with real models: everybody gets what they would get alone, and it ends clean whatever happens."""
 
+import functools
 import gc
 import threading
 import time
@@ -56,6 +57,24 @@ def test_requests_with_one_prompt_that_arrive_together_read_it_once() -> None:
     cached = [event.cached_tokens for (event, *_) in events if isinstance(event, PromptRead)]
     assert cached[:4] == [0, 256, 256, 256]
     assert [made(one) for one in events] == [made(one) for one in served(FAST, [*asked, other], list(range(5)))]
+
+
+def test_a_short_prompt_does_not_wait_for_many_choices_of_a_long_one() -> None:
+    asked = [*[Request(tokens(6, 900), max_tokens=4) for _ in range(6)], Request(tokens(7, 20), max_tokens=4)]
+    order, done = list[int](), threading.Semaphore(0)
+
+    def receive(number: int, event: Event) -> None:
+        if isinstance(event, PromptRead):
+            order.append(number)
+            done.release()
+
+    with Engine(PARAMS, CONFIG, FAST, prefixes=PrefixStore(CONFIG, "", chunk=FAST.chunk)) as engine:
+        # They arrive together, during the warm-up.
+        for number, request in enumerate(asked):
+            engine.submit(request, functools.partial(receive, number))
+        for _ in asked:
+            done.acquire()
+    assert order.index(6) <= 1
 
 
 def test_greedy_answers_are_those_of_one_stream() -> None:
