@@ -131,7 +131,8 @@ class GgufArrays(Mapping[str, mx.array]):
     def __getitem__(self, name: str) -> mx.array:
         entry, tensor = self._headers[name]
         bits, dtype = self._read(entry, name, 0, _blocks_in(entry.type, entry.shape))
-        return mx.array(bits).view(dtype).reshape(tensor.shape)
+        # MLX takes no axis of 2**31 entries or more, so the shape comes first.
+        return mx.array(bits.reshape(tensor.shape)).view(dtype)
 
     def matrices(self, name: str) -> Iterator[Raw]:
         """Yields the bits of a stack's matrices `[expert outer inner]` one by one, as `gguf_headers` describes them."""

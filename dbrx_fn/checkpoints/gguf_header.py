@@ -25,6 +25,7 @@ _MOST_DIMENSIONS = 4
 # Far above what any file holds, and far below what would cost noticeable time or memory.
 _LONGEST_STRING = 2**26
 _MOST_KEYS = 2**16
+_MOST_KEY_BYTES = 2**24
 _MOST_TENSORS = 2**17
 _MOST_ARRAY_ITEMS = 2**22
 _LONGEST_STRING_KEPT = 2**10
@@ -93,6 +94,7 @@ class _Reader:
         self._size = os.fstat(opened.fileno()).st_size
         self._at = 0
         self._array_items = 0
+        self._key_bytes = 0
 
     def contents(self) -> Contents:
         tensors, keys = self._counts()
@@ -121,6 +123,9 @@ class _Reader:
 
     def _key_value(self) -> tuple[str, float | str | None]:
         key = self._text(_LONGEST_KEY, "metadata's key")
+        self._key_bytes += len(key)
+        if self._key_bytes > _MOST_KEY_BYTES:
+            raise self._damaged(f"its metadata's keys have more than {_MOST_KEY_BYTES} characters")
         return key, self._value(key, self._integer("<I", f"type of {key!r}"), f"metadata {key!r}")
 
     def _value(self, key: str, kind: int, what: str) -> float | str | None:

@@ -129,19 +129,31 @@ def _template(tokenizer: Tokenizer) -> str:
 
 
 def _sampling(folder: Path) -> dict[str, Value]:
-    """Settings of generation_config.json, if it asks for drawing tokens."""
+    """Settings of generation_config.json, if it asks for drawing tokens.
+
+    Raises:
+        TokenizerError: if one is no number that a GGUF file can hold.
+    """
+    file = folder / "generation_config.json"
     try:
-        settings = parse_json(read_bounded(folder / "generation_config.json"))
+        settings = parse_json(read_bounded(file))
     except (OSError, ValueError):
         return {}
     if not isinstance(settings, dict) or not settings.get("do_sample"):
         return {}
-    given = {f"general.sampling.{key}": settings.get(name) for key, name in SAMPLING.items()}
-    return {
-        key: int(value) if key.endswith("top_k") else float(value)
-        for key, value in given.items()
-        if isinstance(value, int | float) and value >= 0
-    }
+    found: dict[str, Value] = {}
+    for key, name in SAMPLING.items():
+        value, kind = settings.get(name), int if key == "top_k" else float
+        if value is None:
+            continue
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**31
+        if not is_number or kind(value) != value:
+            whole = "a whole number" if kind is int else "a number"
+            raise TokenizerError(
+                f"{file}: {name} is {shown(value)} where {whole} from 0 on, below 2**31, is expected: mend or remove it."
+            )
+        found[f"general.sampling.{key}"] = kind(value)
+    return found
 
 
 def _as_text(piece: bytes) -> str:

@@ -102,7 +102,7 @@ def _sampling(file: Path, given: Mapping[str, Any], draws: bool) -> Sampling:
             chosen[name] = value
     top_k = _checked(file, given, "top_k", (int, float), "a whole number")
     if top_k is not None:
-        if not float(top_k).is_integer():
+        if isinstance(top_k, float) and not top_k.is_integer():
             raise CheckpointError(f"{file}: top_k is {top_k} where a whole number is expected: mend or remove it.")
         chosen["top_k"] = int(top_k)
     if not draws:

@@ -31,7 +31,7 @@ class Beginnings:
         Args:
             waiting: all requests without a cache.
             reading: those in prefill.
-            idle: the engine has no other work, so it may wait for the disk. Then all of them are ready.
+            idle: the engine has no other work, so it may wait for the disk.
         """
         if self._store is None:
             return list(waiting.values())

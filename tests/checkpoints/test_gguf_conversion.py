@@ -1,5 +1,7 @@
 """GGUF files that are written: the gguf package reads the values and metadata that llama.cpp's converter writes."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -178,6 +180,31 @@ def test_a_tokenizer_that_llama_cpp_would_take_for_another_is_refused(tmp_path: 
         (tmp_path / "tokenizer.json").write_text(content.replace(old, new, 1))
         with pytest.raises(TokenizerError, match=rf"^{tmp_path} has a tokenizer that {words[:20]}.*--tokenizer\.$"):
             plan_gguf(open_checkpoint(SMALL), GgufRequest("f32", tokenizer=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 1e39),
+        ("temperature", float("inf")),
+        ("temperature", 10**400),
+        ("temperature", "warm"),
+        ("top_p", float("nan")),
+        ("top_p", True),
+        ("min_p", -0.1),
+        ("top_k", 2**40),
+        ("top_k", 2.5),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_a_setting_for_drawing_that_is_no_such_number_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    shutil.copytree(SMALL, tmp_path / "source")
+    file = tmp_path / "source" / "generation_config.json"
+    file.write_text(json.dumps({"do_sample": True, "temperature": 0.5, name: value}))
+    with pytest.raises(
+        TokenizerError, match=rf"^{file}: {name} is .*, below 2\*\*31, is expected: mend or remove it\.$"
+    ):
+        plan_gguf(open_checkpoint(tmp_path / "source"), GgufRequest(dequantize=True))
 
 
 def test_without_a_tokenizer_the_file_says_so(fused: Path, tmp_path: Path) -> None:

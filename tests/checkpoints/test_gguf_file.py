@@ -416,6 +416,12 @@ def test_two_metadata_of_a_key_are_refused(tmp_path: Path) -> None:
     assert "a metadata key is there twice" in error
 
 
+def test_long_keys_are_not_all_kept(tmp_path: Path) -> None:
+    keys = [string(f"{number:065535}") + struct.pack("<IB", 0, 1) for number in range(300)]
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(keys)) + b"".join(keys))
+    assert "its metadata's keys have more than 16777216 characters" in refusal(gguf_headers, tmp_path / "a.gguf")
+
+
 def test_a_truth_that_is_neither_is_refused(tmp_path: Path) -> None:
     file = with_value(with_metadata(tmp_path / "a.gguf", {"dbrx.some": True}), "dbrx.some", "<B", 2)
     assert "metadata 'dbrx.some' is 2 where it must be true or false" in refusal(gguf_config, file)

@@ -31,6 +31,7 @@ def written(folder: Path, content: object) -> Path:
         ({"temperature": 0.7, "top_p": 0.9, "top_k": 40}, Sampling(top_p=0.9, top_k=40)),
         ({"do_sample": True}, Sampling(temperature=1.0, top_k=50)),
         ({"do_sample": True, "top_k": 0}, Sampling(temperature=1.0)),
+        ({"top_k": 10**400}, Sampling(top_k=10**400)),
         (
             {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.01},
             Sampling(temperature=0.7, top_p=0.95, top_k=40, repetition_penalty=1.01),
