@@ -148,9 +148,9 @@ def _sampling(folder: Path) -> dict[str, Value]:
             continue
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**31
         if not is_number or kind(value) != value:
-            whole = "a whole number" if kind is int else "a number"
+            what = "a whole number" if kind is int else "a number"
             raise TokenizerError(
-                f"{file}: {name} is {shown(value)} where {whole} from 0 on, below 2**31, is expected: mend or remove it."
+                f"{file}: {name} is {shown(value)} where {what} from 0 on, below 2**31, is expected: mend or remove it."
             )
         found[f"general.sampling.{key}"] = kind(value)
     return found
