@@ -356,6 +356,27 @@ def test_the_page_asks_for_a_key_where_one_is_needed(opened: Browser) -> None:
     asked_urls(opened)
 
 
+def test_adapters_are_chosen_in_the_settings(opened: Browser) -> None:
+    with running_server(adapters=["hamlet", "lear"]) as several:
+        opened.get(several.url + "/")
+        opened.execute_script("localStorage.clear()")
+        opened.refresh()
+        until(lambda: shown(opened, "#model") == "small")
+        set_up(opened, seed=3, max_tokens=8)
+        plain = ask(opened, "Who goes there?")
+        press(opened, "Settings")
+        assert texts(opened, "[name=model] option") == ["small", "hamlet", "lear"]
+        one(opened, "[name=model]").send_keys("lear")
+        press(opened, "Save")
+        until(lambda: shown(opened, "#model") == "lear")
+        press(opened, "New conversation")
+        assert ask(opened, "Who goes there?") != plain
+        opened.refresh()
+        until(lambda: shown(opened, "#model") == "lear")
+        assert complaints(opened) == []
+    asked_urls(opened)
+
+
 def test_an_error_is_told_in_a_sentence(page: Browser) -> None:
     set_up(page, max_tokens=3, top_p=7)
     keys(page, "Hail", Keys.ENTER)

@@ -1,7 +1,7 @@
 """A server of the small model in this process, on a free port, for as long as a block lasts."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +12,7 @@ from dbrx_fn.errors import EngineError
 from dbrx_fn.generation.generation_config import read_generation_config
 from dbrx_fn.generation.structured import token_trie
 from dbrx_fn.model.config import Config
+from dbrx_fn.model.stacked_adapters import stack_adapters
 from dbrx_fn.model.tree import Params
 from dbrx_fn.serving.access import Access
 from dbrx_fn.serving.engine import Engine
@@ -19,6 +20,7 @@ from dbrx_fn.serving.limits import Limits
 from dbrx_fn.serving.served_model import ServedModel
 from dbrx_fn.serving.server import Server, Settings, bound
 from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
+from tests.support.adapters import with_random_adapters
 
 
 @cache
@@ -43,12 +45,22 @@ class Running:
 
 @contextmanager
 def running_server(
-    access: Access | None = None, *, rows: int = 8, queue: int = 64, drain: float = 0.0, most_open: int = 100
+    access: Access | None = None,
+    *,
+    rows: int = 8,
+    queue: int = 64,
+    drain: float = 0.0,
+    most_open: int = 100,
+    adapters: Sequence[str] = (),
 ) -> Iterator[Running]:
-    """Serves within the block. A text may have 2,048 tokens."""
+    """Serves within the block. A text may have 2,048 tokens. Adapters are random ones, by these names."""
     params, config, tokenizer = small_model()
+    trees = [with_random_adapters(params, config, ("attention",), seed=seed) for seed in range(len(adapters))]
+    params = stack_adapters(params, config, trees)
     limits = Limits(rows=rows, positions=1 << 20, capacity=2048, chunk=128)
-    engine = Engine(params, config, limits, trie=token_trie(tokenizer, config.vocab_size), queue=queue)
+    engine = Engine(
+        params, config, limits, trie=token_trie(tokenizer, config.vocab_size), queue=queue, adapters=adapters
+    )
     engine.wait_until_ready()
     model = ServedModel(
         name="small",
@@ -59,6 +71,7 @@ def running_server(
         defaults=read_generation_config(SMALL),
         max_tokens=24,
         most_choices=min(128, queue),
+        adapters=tuple(adapters),
     )
     server = Server(bound("127.0.0.1", 0), model, engine, Settings(access or Access(), most_open, drain))
     is_ready = threading.Event()
