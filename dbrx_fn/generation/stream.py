@@ -355,7 +355,7 @@ def warm_up(
     chunk_size: int = CHUNK_SIZE,
     speculation: Speculation | None = None,
 ) -> None:
-    """Traces and compiles everything that such a generation will run, by running two layers only.
+    """Traces and compiles everything that such a generation will run, by running few layers only.
 
     MLX builds CUDA kernels on first use, which takes seconds on a new machine. After this call the generation doesn't
     wait for that, and its time can be measured alone. On the CPU layers aren't compiled, so the call costs little.

@@ -1,7 +1,7 @@
 """Makes every trace that an engine may need, before the first request comes.
 
 Each shape needs one trace, and on CUDA a first trace can wait seconds for kernels. The limits determine the shapes: few
-batch sizes, capacities in buckets, prompts in chunks. The traces run two layers only.
+batch sizes, capacities in buckets, prompts in chunks. The traces run few layers only.
 """
 
 from collections.abc import Iterator
