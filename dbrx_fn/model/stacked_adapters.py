@@ -11,7 +11,7 @@ grows with the sum of the ranks, whatever the rows use.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
@@ -92,9 +92,15 @@ def choose_adapters(params: Params, rows: Sequence[int]) -> Params:
 
 def stacked_count(params: Params) -> int:
     """How many adapters are stacked beside the tree's weights."""
-    leaves: Leaves = dict(tree_flatten(params))
-    rows = [leaf.shape[0] for path, leaf in leaves.items() if path.endswith("lora_scale") and leaf.ndim]
-    return max(rows, default=1) - 1
+
+    def scales(part: Any) -> Iterator[mx.array]:
+        if isinstance(part, dict) and "lora_scale" in part:
+            yield part["lora_scale"]
+        elif isinstance(part, dict | list):
+            for one in part.values() if isinstance(part, dict) else part:
+                yield from scales(one)
+
+    return next((scale.shape[0] - 1 for scale in scales(params) if scale.ndim), 0)
 
 
 def _adapters_of(tree: Params, config: Config, number: int) -> Leaves:
