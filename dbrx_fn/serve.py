@@ -14,7 +14,8 @@ from types import ModuleType
 from urllib.parse import urlsplit
 
 import dbrx_fn
-from dbrx_fn.checkpoints.adapter_reader import load_adapters
+from dbrx_fn.checkpoints.adapter_reader import load_adapters, read_adapters
+from dbrx_fn.checkpoints.checkpoint import open_checkpoint
 from dbrx_fn.checkpoints.hub import SMALL, checkpoint_path, model_name
 from dbrx_fn.checkpoints.loader import computing_dtype, load
 from dbrx_fn.checkpoints.tokenizer_files import tokenizer_files
@@ -270,6 +271,9 @@ def _loaded(options: argparse.Namespace) -> tuple[ServedModel, Engine]:
 
 def _load(path: Path, dtype: Dtype | None, own: Path | None, others: Sequence[Path]) -> tuple[Params, Config]:
     """The tree, with the model's own adapters or with several that rows choose from."""
+    for folder in others:
+        # What can't be read is refused before the weights, which can take minutes.
+        read_adapters(folder, replace(open_checkpoint(path).config, shard=own_shard()))
     with byte_progress("loading") as progress:
         shared = group().share(dtype or computing_dtype(path))
         params, config = load(path, dtype=shared, progress=progress, shard=own_shard(), adapter_path=own)

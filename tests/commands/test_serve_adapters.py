@@ -19,6 +19,7 @@ from dbrx_fn.model.config import Config, FFNConfig
 from dbrx_fn.model.params import init_params
 from dbrx_fn.serve import main
 from tests.support.adapters import with_random_adapters, write_model_with_adapters
+from tests.support.processes import finished, started
 from tests.support.server_process import ServerProcess, server_process
 
 CONFIG = Config(
@@ -108,6 +109,14 @@ def test_an_unknown_model_is_told_the_names_there_are(server: ServerProcess, cli
         client.models.retrieve("othello")
     for name, status in (("mac", 200), ("othello", 404)):
         assert httpx.post(f"{server.url}/tokenize", json={"model": name, "prompt": "a"}).status_code == status
+
+
+def test_processes_that_share_a_model_refuse_adapters(folder: Path) -> None:
+    words = ["--model", str(folder / "model"), "--port", "0", f"--adapter-path=lear={folder / 'adapters-1'}"]
+    with started(["-m", "dbrx_fn.serve", *words]) as processes:
+        leader, other = finished(processes)
+    assert (leader.status, leader.out, other.err) == (2, "", "")
+    assert leader.err.startswith("error: Adapters can't be shared by several processes yet")
 
 
 @pytest.fixture
