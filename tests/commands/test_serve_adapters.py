@@ -15,7 +15,7 @@ from dbrx_fn.checkpoints.adapter_files import save_adapters
 from dbrx_fn.checkpoints.loader import load, load_tokenizer
 from dbrx_fn.generation.sampling import GREEDY
 from dbrx_fn.generation.stream import stream_text
-from dbrx_fn.model.config import Config, FFNConfig
+from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.model.params import init_params
 from dbrx_fn.serve import main
 from tests.support.adapters import with_random_adapters, write_model_with_adapters
@@ -23,7 +23,14 @@ from tests.support.processes import finished, started
 from tests.support.server_process import ServerProcess, server_process
 
 CONFIG = Config(
-    d_model=32, n_heads=2, n_layers=2, vocab_size=264, max_seq_len=2048, ffn=FFNConfig(16, 4, 2), dtype="float32"
+    d_model=32,
+    n_heads=2,
+    n_layers=2,
+    vocab_size=264,
+    max_seq_len=2048,
+    attn=AttnConfig(kv_n_heads=2),
+    ffn=FFNConfig(16, 4, 2),
+    dtype="float32",
 )
 PROMPT = "Who goes there?"
 LIMITS = ("--decode-concurrency", "4", "--capacity", "2048")
