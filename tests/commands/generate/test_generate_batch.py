@@ -27,7 +27,7 @@ from dbrx_fn.serving.batch_lines import LARGEST_LINE, read_batch_input
 from dbrx_fn.serving.batch_output import BatchOutput, batch_output
 from dbrx_fn.text.tokenizer import read_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIG = Config(
     d_model=32,
     n_heads=4,

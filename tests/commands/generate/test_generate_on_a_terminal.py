@@ -16,7 +16,7 @@ from dbrx_fn.random_checkpoint import write_random_checkpoint
 from dbrx_fn.text.tokenizer import read_tokenizer
 
 pty = pytest.importorskip("pty", reason="this system has no terminals of that kind")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIG = Config(d_model=16, n_heads=2, n_layers=1, vocab_size=264, ffn=FFNConfig(8, 2, 1), dtype="float32")
 DIM, BRIGHT = "\x1b[2m", "\x1b[22m"
 
