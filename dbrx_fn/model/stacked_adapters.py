@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from dbrx_fn.errors import InputError
+from dbrx_fn.files.json_file import shown
 from dbrx_fn.model.adapters import adapted, check_single
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.params import Leaf, check_params, nest, param_spec
@@ -62,6 +63,7 @@ def stack_adapters(params: Params, config: Config, trees: Sequence[Params]) -> P
     )
 
 
+@checked
 def choose_adapters(params: Params, rows: Sequence[int]) -> Params:
     """The tree for a batch whose rows use these adapters. It shares all leaves but the scales.
 
@@ -75,9 +77,9 @@ def choose_adapters(params: Params, rows: Sequence[int]) -> Params:
         InputError: if there is no such adapter.
     """
     count = stacked_count(params)
-    wrong = [row for row in rows if not 0 <= row <= count]
+    wrong = [row for row in rows if type(row) is not int or not 0 <= row <= count]
     if wrong:
-        raise InputError(f"rows names adapter {wrong[0]} where the tree has 1 to {count}, and 0 is none.")
+        raise InputError(f"rows names adapter {shown(wrong[0])} where the tree has 1 to {count}, and 0 is none.")
     if not count:
         return params
     index, taken = mx.array(list(rows), mx.int32), dict[int, mx.array]()

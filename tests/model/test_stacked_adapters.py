@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -119,8 +120,9 @@ def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
         fuse_adapters(stack, CONFIG)
     with pytest.raises(InputError, match=r"several adapters, where one at most is expected"):
         save_adapters("nowhere", stack, CONFIG)
-    for row in (4, -1):
-        with pytest.raises(InputError, match=rf"rows names adapter {row} where the tree has 1 to 3, and 0 is none"):
+    anything: Any = "lear"
+    for row in (4, -1, anything):
+        with pytest.raises(InputError, match=rf"rows names adapter {row!r} where the tree has 1 to 3, and 0 is none"):
             choose_adapters(stack, [0, row])
     with pytest.raises(CheckpointError, match=r"lora_scale is \[3, 2\] where \[5, 2\] \(rows rank\) is expected"):
         score(choose_adapters(stack, [0, 1, 2]), TOKENS, CONFIG)
