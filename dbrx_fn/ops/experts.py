@@ -123,8 +123,9 @@ def mix_experts(
     segments = gather_segments(x, plan)
     gate = ACTIVATIONS[activation](expert_linear(w1, segments, plan.segment_experts, cached=cached))
     up = expert_linear(v1, segments, plan.segment_experts, cached=cached)
-    down = expert_linear(w2, gate * up, plan.segment_experts, cached=cached)
-    return combine(down, expert_weights, plan)
+    # Weighted before the product, since w2 is linear. The gradients then don't need the product computed again.
+    hidden = gate * up * gather_weights(expert_weights, plan)
+    return combine(expert_linear(w2, hidden, plan.segment_experts, cached=cached), plan)
 
 
 def mix_any_experts(
@@ -145,7 +146,7 @@ def mix_any_experts(
 @typed
 def gather_segments(x: Float[mx.array, "tokens d_model"], plan: Dispatch) -> Float[mx.array, "segments rows d_model"]:
     """The rows of each segment. Padding is zeros, which can't overflow and spoil a gradient."""
-    return cast(mx.array, _tokens_to_slots(x, plan.slot_pairs, plan.pair_slots))
+    return cast(mx.array, _to_slots(x, plan.slot_pairs, plan.pair_slots))
 
 
 def _of_slots(matrices: Linear, plan: Dispatch) -> Linear:
@@ -158,43 +159,52 @@ def _of_slots(matrices: Linear, plan: Dispatch) -> Linear:
 
 
 @typed
-def combine(
-    down: Float[mx.array, "segments rows d_model"], expert_weights: Float[mx.array, "tokens top_k"], plan: Dispatch
-) -> Float[mx.array, "tokens d_model"]:
-    """Takes each pair's row out of its segment, and returns each token's weighted sum."""
-    chosen = cast(mx.array, _slots_to_pairs(down, plan.slot_pairs, plan.pair_slots))
-    return (chosen * expert_weights[..., None]).sum(axis=1)
+def gather_weights(
+    expert_weights: Float[mx.array, "tokens top_k"], plan: Dispatch
+) -> Float[mx.array, "segments rows 1"]:
+    """The weight of each slot's pair. Padding has weight 0."""
+    return cast(mx.array, _to_slots(expert_weights.reshape(-1, 1), plan.slot_pairs, plan.pair_slots.reshape(-1, 1)))
 
 
-# MLX's gradient of a gather is a scatter-add, whose writers collide. Each pair knows its slot and each slot its pair,
-# so both gradients can be gathers instead. They are faster, and their sums have a fixed order (`docs/architecture.md`).
+@typed
+def combine(down: Float[mx.array, "segments rows d_model"], plan: Dispatch) -> Float[mx.array, "tokens d_model"]:
+    """Takes each pair's row out of its segment, and returns each token's sum."""
+    return cast(mx.array, _from_slots(down, plan.slot_pairs, plan.pair_slots))
 
 
-@mx.custom_function
-def _tokens_to_slots(x: mx.array, slot_pairs: mx.array, pair_slots: mx.array) -> mx.array:
-    return _rows_or_zeros(x, slot_pairs // pair_slots.shape[1])
-
-
-@_tokens_to_slots.vjp
-def _tokens_to_slots_vjp(
-    primals: tuple[mx.array, mx.array, mx.array], cotangent: mx.array, output: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    _, slot_pairs, pair_slots = primals
-    of_pairs = cotangent.reshape(-1, cotangent.shape[-1])[pair_slots]
-    return of_pairs.sum(axis=1), mx.zeros_like(slot_pairs), mx.zeros_like(pair_slots)
+# MLX's gradient of a gather is a scatter-add, whose writers collide. Each row knows its slots and each slot its row, so
+# both gradients can be gathers instead. They are faster, and their sums have a fixed order (`docs/architecture.md`).
+# Each of the two functions is the other's gradient.
 
 
 @mx.custom_function
-def _slots_to_pairs(down: mx.array, slot_pairs: mx.array, pair_slots: mx.array) -> mx.array:
-    return down.reshape(-1, down.shape[-1])[pair_slots]
+def _to_slots(x: mx.array, slot_pairs: mx.array, pair_slots: mx.array) -> mx.array:
+    """Row n of `x` `[rows inner]` in each slot of `pair_slots[n]`, and zeros in padding."""
+    copies = pair_slots.shape[1]
+    return _rows_or_zeros(x, slot_pairs if copies == 1 else slot_pairs // copies)
 
 
-@_slots_to_pairs.vjp
-def _slots_to_pairs_vjp(
+@mx.custom_function
+def _from_slots(y: mx.array, slot_pairs: mx.array, pair_slots: mx.array) -> mx.array:
+    """In row n the sum of the slots `pair_slots[n]` of `y` `[segments rows inner]`."""
+    return y.reshape(-1, y.shape[-1])[pair_slots].sum(axis=1)
+
+
+@_to_slots.vjp
+def _to_slots_vjp(
     primals: tuple[mx.array, mx.array, mx.array], cotangent: mx.array, output: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     _, slot_pairs, pair_slots = primals
-    of_slots = _rows_or_zeros(cotangent.reshape(-1, cotangent.shape[-1]), slot_pairs)
+    of_rows = cast(mx.array, _from_slots(cotangent, slot_pairs, pair_slots))
+    return of_rows, mx.zeros_like(slot_pairs), mx.zeros_like(pair_slots)
+
+
+@_from_slots.vjp
+def _from_slots_vjp(
+    primals: tuple[mx.array, mx.array, mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    _, slot_pairs, pair_slots = primals
+    of_slots = cast(mx.array, _to_slots(cotangent, slot_pairs, pair_slots))
     return of_slots, mx.zeros_like(slot_pairs), mx.zeros_like(pair_slots)
 
 

@@ -82,6 +82,15 @@ def expert_linear(
     return product + _expert_product({"weight": params["lora_b"]}, narrow, segment_experts, cached)
 
 
+def _segments_kernel(params: Linear, x: mx.array, segment_experts: mx.array, cached: bool) -> mx.array:
+    return linears.segments_linear(params, x, segment_experts)
+
+
+def _has_segments_kernel(params: Linear, x: mx.array, segment_experts: mx.array, cached: bool) -> bool:
+    return "scales" in params and linears.fits_segments(params, x)
+
+
+@with_kernel(_segments_kernel, fits=_has_segments_kernel)
 def _expert_product(params: Linear, x: mx.array, segment_experts: mx.array, cached: bool) -> mx.array:
     """The product with the matrices alone."""
     if cached and products.fits(params, x):
@@ -100,7 +109,8 @@ def _expert_product(params: Linear, x: mx.array, segment_experts: mx.array, cach
                 group_size=form.group_size,
                 bits=form.bits,
                 mode=form.mode,
-                sorted_indices=backend() != "cuda",
+                # Without it, MLX adds the gradient's rows to zeros.
+                sorted_indices=backend() != "cuda" or rows > 1,
             )
             return product.astype(x.dtype)
         weight = as_floats(params, form)

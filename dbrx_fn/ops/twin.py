@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,20 +55,19 @@ def _with_gradients_of(
 
         return call
 
-    def weighed(cotangent: mx.array) -> Callable[..., mx.array]:
-        def call(*primals: Any) -> mx.array:
-            output: mx.array = by_primals(stock)(*primals)
-            return (output.astype(mx.float32) * cotangent.astype(mx.float32)).sum()
-
-        return call
-
     function = mx.custom_function(by_primals(kernel))
 
     def vjp(given: Any, cotangent: mx.array, output: mx.array) -> Any:
         # MLX passes a single primal bare, and several as a tuple.
-        if len(places) == 1:
-            return mx.grad(weighed(cotangent))(given)
-        return mx.grad(weighed(cotangent), argnums=list(range(len(places))))(*given)
+        primals = [given] if len(places) == 1 else list(given)
+        flat: dict[str, mx.array] = dict(tree_flatten(primals))
+
+        def of_leaves(*leaves: mx.array) -> list[mx.array]:
+            return [by_primals(stock)(*tree_unflatten(list(zip(flat, leaves, strict=True))))]
+
+        _, grads = mx.vjp(of_leaves, list(flat.values()), [cotangent])
+        nested = tree_unflatten(list(zip(flat, grads, strict=True)))
+        return nested[0] if len(places) == 1 else tuple(nested)
 
     function.vjp(vjp)
     return cast(mx.array, function(*(args[place] for place in places)))

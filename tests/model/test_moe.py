@@ -15,7 +15,7 @@ from dbrx_fn.model.config import Activation, Dtype, FFNConfig
 from dbrx_fn.model.layers.moe import moe
 from dbrx_fn.ops.activations import ACTIVATIONS
 from dbrx_fn.ops.dispatch import dispatch, segment_rows
-from dbrx_fn.ops.experts import combine, gather_segments, mix_experts
+from dbrx_fn.ops.experts import combine, gather_segments, gather_weights, mix_experts
 from dbrx_fn.ops.linear import expert_linear, linear
 from dbrx_fn.runtime.blas import FAST_BLAS
 from dbrx_fn.runtime.device import Backend, as_if, backend
@@ -50,7 +50,8 @@ def in_segments(params: Any, x: mx.array, expert_weights: mx.array, top_experts:
     segments = gather_segments(x, plan)
     gate = ACTIVATIONS["silu"](expert_linear(params["w1"], segments, plan.segment_experts))
     up = expert_linear(params["v1"], segments, plan.segment_experts)
-    return combine(expert_linear(params["w2"], gate * up, plan.segment_experts), expert_weights, plan)
+    hidden = gate * up * gather_weights(expert_weights, plan)
+    return combine(expert_linear(params["w2"], hidden, plan.segment_experts), plan)
 
 
 def in_a_loop(

@@ -21,7 +21,7 @@ from dbrx_fn.ops.experts import mix_experts
 from dbrx_fn.ops.formats import Format
 from dbrx_fn.ops.kernels import experts, linears, norm_router, segments
 from dbrx_fn.ops.kernels.cuda_module import on_hopper
-from dbrx_fn.ops.linear import linear
+from dbrx_fn.ops.linear import expert_linear, linear
 from dbrx_fn.runtime.device import as_if
 from tests.support import oracle
 from tests.support.kernel_operands import dense, error, matrix, normal
@@ -111,6 +111,24 @@ def test_mixed_experts(form: Format | None, tokens: int, measured: Any) -> None:
     found = error(mix_experts(params, x, weights, top_experts, activation="silu", cached=True), expected)
     twin = error(unwrap(mix_experts)(params, x, weights, top_experts, activation="silu"), expected)
     assert measured("kernels' error over their twin's, experts", found / twin) <= LIMIT
+
+
+@pytest.mark.parametrize("form", FORMATS[1:], ids=str)
+@pytest.mark.parametrize("rows", [64, 128])
+def test_segments_with_their_experts(form: Format, rows: int, measured: Any) -> None:
+    """An expert has none, some have fewer than a kernel's segment takes, and one has more."""
+    params, of_segments = matrix(form, 0, 6, 384, D_MODEL), [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3, 3, 4, 4, 4, 5]
+    x, segment_experts = normal(1, len(of_segments), rows, D_MODEL), mx.array(of_segments, mx.int32)
+    assert linears.fits_segments(params, x)
+    exact = dense(params, D_MODEL)[of_segments]
+    expected = as_float64(x) @ exact.swapaxes(1, 2)
+    with as_if(kernels=False):
+        twin = error(expert_linear(params, x, segment_experts), expected)
+    found = error(expert_linear(params, x, segment_experts), expected)
+    assert measured("kernel's error over its twin's, segments", found / twin) <= LIMIT
+    cotangent = normal(2, *expected.shape)
+    (gradient,) = mx.vjp(lambda x: [expert_linear(params, x, segment_experts)], [x], [cotangent])[1]
+    assert error(gradient, as_float64(cotangent) @ exact) <= 1e-2
 
 
 @every_format

@@ -1,4 +1,4 @@
-"""Products with one matrix by CUDA kernels. Quantized matrices are read as stored."""
+"""Products with one matrix, or with their experts' matrices, by CUDA kernels. Quantized ones are read as stored."""
 
 from typing import Literal
 
@@ -6,11 +6,13 @@ import mlx.core as mx
 
 from dbrx_fn.ops.formats import Linear
 from dbrx_fn.ops.kernels.cuda_module import on_gpu, on_hopper
+from dbrx_fn.ops.kernels.dispatch import plan
 from dbrx_fn.ops.kernels.segments import (
     INNER,
     LONG_ROWS,
     MATRIX_ROWS,
     MEDIUM_ROWS,
+    Segments,
     kernel_format,
     long_segments,
     medium_segments,
@@ -51,3 +53,29 @@ def linear(params: Linear, x: mx.array, residual: mx.array | None = None) -> mx.
         return long_segments(packed, params, tokens=tokens, residual=residual).reshape(shape)
     product = medium_segments(pack_rows(rows, params, rows=MEDIUM_ROWS), params, tokens=tokens).reshape(shape)
     return product if residual is None else residual + product
+
+
+def fits_segments(params: Linear, x: mx.array) -> bool:
+    """Whether `segments_linear` takes these matrices and these segments. It needs a Hopper GPU."""
+    _, rows, inner = x.shape
+    if not on_hopper() or x.dtype != mx.bfloat16 or rows < MEDIUM_ROWS or LONG_ROWS % rows:
+        return False
+    outer = params["weight"].shape[-2]
+    return inner % INNER == 0 and outer % MATRIX_ROWS["long"] == 0 and kernel_format(params, inner) is not None
+
+
+def segments_linear(params: Linear, x: mx.array, segment_experts: mx.array) -> mx.array:
+    """Segments `x` `[segments rows inner]` times their experts' matrices, as `[segments rows outer]`.
+
+    Neighbouring segments of the same expert are put together, until they are as long as the kernel's. All their rows
+    are computed, also those of padding.
+    """
+    count, rows, inner = x.shape
+    slots = count * rows
+    joined = plan(segment_experts[:, None], experts=params["weight"].shape[0], rows=LONG_ROWS // rows)
+    # The segment that stands in each part of a long one, and its rows. Padding has numbers from `slots` on.
+    slot_rows = (joined.slot_pairs[..., None] * rows + mx.arange(rows, dtype=mx.int32)).reshape(-1)
+    segments = Segments(slot_rows, joined.segment_experts, LONG_ROWS, slots, 1)
+    packed = pack_rows(x.reshape(slots, inner), params, segments, rows=LONG_ROWS)
+    product = long_segments(packed, params, segments=segments)
+    return product.reshape(-1, rows, product.shape[-1])[joined.pair_slots.reshape(-1)]
