@@ -101,7 +101,7 @@ def run(
             with joined() as processes, _follows(processes):
                 # Only the leader handles signals. The others end when it does.
                 taken = [signal.SIGINT, *([signal.SIGTERM] if takes_sigterm else [])] if processes.leads else []
-                if processes.size > 1 and signal.SIGTERM not in taken:
+                if processes.size > 1:
                     _end_late(processes)
                 status = _ended(started, taken, left, smaller)
                 processes.finish()
@@ -121,6 +121,7 @@ def _ended(
     except DbrxError as error:
         _tell(str(error))
     except KeyboardInterrupt as stop:
+        group().wait_for_watchers()
         if (said := left()) is not None:
             print_message(f"interrupted: {said}.")
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
@@ -158,7 +159,7 @@ def _follows(processes: Group) -> Iterator[None]:
 
 
 def _end_late(processes: Group) -> None:
-    """Makes SIGTERM end this process only after its watchers had time to tell why.
+    """Makes SIGTERM end this process only after its watchers had time to tell why, unless it is handled otherwise.
 
     mlx.launch sends it to all processes as soon as it notices that one has died.
     """
@@ -168,7 +169,7 @@ def _end_late(processes: Group) -> None:
     os.set_blocking(writing, False)
 
     def wait() -> None:
-        while os.read(reading, 1) != bytes([signal.SIGTERM]):
+        while os.read(reading, 1) != bytes([signal.SIGTERM]) or signal.getsignal(signal.SIGTERM) is not _later:
             pass
         processes.wait_for_watchers()
         os._exit(TERMINATED)
@@ -176,7 +177,11 @@ def _end_late(processes: Group) -> None:
     threading.Thread(target=wait, daemon=True).start()
     # Python writes the signal's number to the pipe at once, even while the main thread waits for the device.
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGTERM, _later)
+
+
+def _later(number: int, frame: object) -> None:
+    """The handler of a signal that another thread follows."""
 
 
 def _run(command: Callable[[], int]) -> int:
@@ -280,7 +285,7 @@ def _signals_raise(numbers: Sequence[signal.Signals]) -> Iterator[None]:
     told = sys.unraisablehook
     in_main = threading.current_thread() is threading.main_thread()
     found = {number: signal.getsignal(number) for number in numbers if in_main}
-    taken = [number for number, how in found.items() if how in (signal.SIG_DFL, signal.default_int_handler)]
+    taken = [number for number, how in found.items() if how in (signal.SIG_DFL, signal.default_int_handler, _later)]
     try:
         for number in taken:
             signal.signal(number, interrupt)

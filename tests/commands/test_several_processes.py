@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -158,13 +159,18 @@ def test_all_end_if_one_is_killed(kind: Kind, victim: int, model: Path, tmp_path
     assert not problems
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_death_is_told_although_mlx_launch_ends_the_other(victim: int, model: Path) -> None:
-    with started([*ENDLESS, str(model)]) as processes:
-        assert processes[0].stdout is not None
-        processes[0].stdout.read(1)
+@pytest.mark.parametrize(("kind", "victim", "later"), [("generate", 0, 0.1), ("generate", 1, 0), ("train", 1, 0)])
+def test_a_death_is_told_although_mlx_launch_ends_the_other(
+    kind: Kind, victim: int, later: float, model: Path, tmp_path: Path
+) -> None:
+    endless = [*ENDLESS, str(model)] if kind == "generate" else ["-m", *training(tmp_path / "run", "--steps", "4000")]
+    with started(endless) as processes:
+        first = processes[0].stdout if kind == "generate" else processes[0].stderr
+        assert first is not None
+        first.read(1)
         processes[victim].kill()
-        # mlx.launch sends it at once.
+        # mlx.launch sends it soon.
+        time.sleep(later)
         processes[1 - victim].terminate()
         (other,) = finished(processes[1 - victim : 2 - victim])
     assert other.status == 2
