@@ -44,8 +44,20 @@ def call(config: Config, starts: tuple[int, ...], time: int) -> Call:
     return 2 * mx.random.normal((len(starts), time, width), key=keys[2]), held, positions
 
 
+def test_values_of_another_dtype_than_the_keys_are_left_to_stock_operations() -> None:
+    config = config_of(1, 2, 8)
+    projected, (keys, values), positions = call(config, (20,), 3)
+    assert not kernel.fits(projected, keys, values.astype(mx.float16))
+    assert not kernel.fits(projected, keys, values[:, :, :8])
+    mixed, held = attn.attend(projected, (keys, values.astype(mx.float16)), positions, config=config.layer)
+    assert held is not None
+    assert held[1].dtype == mx.float16
+    expected, _ = attn.attend(projected, (keys, values), positions, config=config.layer)
+    assert mx.allclose(mixed, expected, atol=1e-2)
+
+
 def ours(args: Call, config: Config) -> list[mx.array]:
-    assert kernel.fits(args[0], args[1][0])
+    assert kernel.fits(args[0], *args[1])
     mixed, cache = attn.attend(*args, config=config.layer)
     assert cache is not None
     return [mixed, *cache]

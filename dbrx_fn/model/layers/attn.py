@@ -73,7 +73,7 @@ def _kernel(
 
 def _has_kernel(projected: mx.array, cache: LayerCache | None, positions: Positions, *, config: LayerConfig) -> bool:
     slots = positions["slots"]
-    return cache is not None and slots is not None and kernel.fits(projected, cache[0])
+    return cache is not None and slots is not None and kernel.fits(projected, *cache)
 
 
 @with_kernel(_kernel, fits=_has_kernel, gradients=False)

@@ -50,6 +50,7 @@ def fits(
     jitters = jitter_key is not None and config.ffn.moe_jitter_eps
     return (
         not jitters
+        and all(held.dtype == x.dtype for held in cache or ())
         and not any(map(is_adapted, (attn["Wqkv"], attn["out_proj"], ffn["router"]["layer"])))
         and linears.fits(attn["Wqkv"], x)
         and linears.fits(attn["out_proj"], x[..., : config.sizes["heads"]])

@@ -7,9 +7,10 @@ import mlx.core as mx
 from dbrx_fn.ops.kernels.cpu.library import Output, Twin, has_kernels, launch
 
 
-def fits(projected: mx.array, keys: mx.array) -> bool:
+def fits(projected: mx.array, keys: mx.array, values: mx.array) -> bool:
     """Whether the kernel takes these projections and this cache."""
-    return has_kernels() and projected.dtype == keys.dtype == mx.float32
+    are_float32 = projected.dtype == keys.dtype == values.dtype == mx.float32
+    return has_kernels() and are_float32 and keys.shape == values.shape
 
 
 def attend(
