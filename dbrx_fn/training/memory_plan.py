@@ -1,9 +1,11 @@
 """The memory that training will take, found by training the first layers.
 
 Activations depend on the machine: which operations are fused, how experts are cut into segments, what is dequantized
-for a product. Counting all that would repeat it. So the plan measures a step of the same model with two layers and one
-with three. The difference is what each layer adds. With recomputing that is little, and counted: a block's input, its
-routing and its state. The update may take more than the gradients, since it has the old state and the next one at once.
+for a product. Counting all that would repeat it. So the plan measures steps of the same model with two layers and with
+four. The difference is what two layers add. With recomputing that is little, and counted: a block's input, its routing,
+its state and its gradients. The update may take more than the gradients: it has the state, all gradients, and the next
+values of some leaves. Compiled, it has so few operations that MLX starts all of them before the first is done, so it
+has the next state as a whole.
 """
 
 from dataclasses import replace
@@ -15,12 +17,15 @@ from mlx.utils import tree_flatten
 
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.device import compiles
 from dbrx_fn.training.step import Recipe, init_state, train_step
 
-_IN_FLIGHT = 4
-"""The number of largest gradients that the update has beside two states."""
-_DEPTH = 3
-"""The number of layers of the deeper measured model."""
+_IN_FLIGHT = 12
+"""The number of largest leaves whose next values the update has beside the state and all gradients."""
+_SHALLOW, _DEEP = 2, 4
+"""The numbers of layers of the measured models."""
+_STEPS = 2
+"""Steps that are measured. The time decides when buffers are free, so one step can take less than the next."""
 
 
 class MemoryPlan(NamedTuple):
@@ -50,7 +55,7 @@ def plan_memory(
     batch_size: int,
     sequence_length: int,
 ) -> MemoryPlan:
-    """Measures what training will take. It runs a step of at most two and of at most three layers.
+    """Measures what training will take. It runs steps of at most two and of at most four layers.
 
     Args:
         trained: the parameters to train.
@@ -66,17 +71,19 @@ def plan_memory(
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(batch_size, sequence_length + 1))
     batch = mx.array(tokens.astype(np.int32))
     mask = mx.ones(batch.shape, mx.bool_)
-    deep = min(config.n_layers, _DEPTH)
+    deep = min(config.n_layers, _DEEP)
     peak = _peak(trained, frozen, deep, batch, mask, config, recipe)
     more = config.n_layers - deep
     if recipe.recompute:
         peak += more * _kept_by_layer(trained, config, recipe, batch_size * sequence_length)
     elif more:
-        peak += more * (peak - _peak(trained, frozen, deep - 1, batch, mask, config, recipe))
+        shallow = _peak(trained, frozen, _SHALLOW, batch, mask, config, recipe)
+        peak += more * (peak - shallow) // (_DEEP - _SHALLOW)
     sizes = [leaf.size for leaf in _leaves(trained)]
     state = 3 * 4 * sum(sizes)
     if more:
-        peak = max(peak, 2 * state + _IN_FLIGHT * 4 * max(sizes))
+        following = state if compiles() else _IN_FLIGHT * 4 * max(sizes)
+        peak = max(peak, state + 4 * sum(sizes) + following)
     return MemoryPlan(0 if frozen is None else sum(leaf.nbytes for leaf in _leaves(frozen)), state, peak - state)
 
 
@@ -86,7 +93,7 @@ def _kept_by_layer(trained: Params, config: Config, recipe: Recipe, tokens: int)
     routing = 4 * (config.ffn.moe_num_experts + config.ffn.moe_top_k)
     kept = tokens // recipe.micro_batches * (config.d_model * itemsize + routing)
     more, fewer = (sum(leaf.size for leaf in _leaves(_first_layers(trained, depth))) for depth in (2, 1))
-    return kept + 3 * 4 * (more - fewer)
+    return kept + 4 * 4 * (more - fewer)
 
 
 def _peak(
@@ -108,15 +115,16 @@ def _peak(
     del fresh
     mx.eval(state)
     mx.reset_peak_memory()
-    after, measured = train_step(
-        state,
-        batch,
-        mask,
-        config=replace(config, n_layers=depth),
-        recipe=recipe,
-        frozen=None if frozen is None else _first_layers(frozen, depth),
-    )
-    mx.eval(after, measured)
+    for _ in range(_STEPS):
+        state, measured = train_step(
+            state,
+            batch,
+            mask,
+            config=replace(config, n_layers=depth),
+            recipe=recipe,
+            frozen=None if frozen is None else _first_layers(frozen, depth),
+        )
+        mx.eval(state, measured)
     mx.synchronize()
     return mx.get_peak_memory() - before
 
