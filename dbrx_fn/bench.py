@@ -30,6 +30,7 @@ from dbrx_fn.benchmarks.roofline import draw_roofline, roofline_points
 from dbrx_fn.benchmarks.speculation import check_texts, measure_speculation, speculation_table
 from dbrx_fn.benchmarks.tables import scaled, table, time_text
 from dbrx_fn.benchmarks.training import BILLION, measure_training, training_table
+from dbrx_fn.checkpoints.adapter_reader import read_adapters
 from dbrx_fn.checkpoints.config_file import config_to_dict, read_config, read_config_file
 from dbrx_fn.checkpoints.hub import SMALL
 from dbrx_fn.cli.bench_options import (
@@ -124,6 +125,9 @@ def _inference(chosen: argparse.Namespace) -> None:
     if LLAMA_CPP in chosen.peer:
         check_llama_cpp(planned)
     # Before the weights are made, since the largest models' leave little memory.
+    if chosen.adapter_path is not None:
+        # Bad ones are refused before anything is measured.
+        read_adapters(chosen.adapter_path, planned.config)
     limits = measure_limits(planned.config.dtype)
     params, made = make_weights(planned)
     programs = [our_program(params, planned.config)]

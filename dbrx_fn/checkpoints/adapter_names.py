@@ -64,6 +64,16 @@ class Module:
         return self.name if self.layer is None else self.name.split(".", 3)[3]
 
 
+def names_of(module: Module, style: Style) -> Iterator[str]:
+    """The names by which a program's settings may mean a module: for PEFT, any of its last words."""
+    yield module.name
+    if style == "mlx-lm":
+        yield module.within_layer
+    else:
+        words = module.name.split(".")
+        yield from (".".join(words[start:]) for start in range(1, len(words)))
+
+
 def modules(config: Config, style: Style) -> Iterator[Module]:
     """Yields all modules that can have an adapter in a program, in the tree's order."""
     for path, leaf in param_spec(config).items():

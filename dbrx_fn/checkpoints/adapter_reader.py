@@ -7,12 +7,12 @@ from typing import cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from dbrx_fn.checkpoints.adapter_names import SETTINGS, TENSORS, Module, Style, modules, stored_shape
+from dbrx_fn.checkpoints.adapter_names import SETTINGS, TENSORS, Module, Style, modules, names_of, stored_shape
 from dbrx_fn.checkpoints.adapter_settings import AdapterSettings, read_settings
 from dbrx_fn.checkpoints.finite import is_finite
 from dbrx_fn.checkpoints.safetensors_file import PICKLES, Tensor, read_header
 from dbrx_fn.errors import CheckpointError, InputError
-from dbrx_fn.files.json_file import shown_path
+from dbrx_fn.files.json_file import shown, shown_path
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.params import check_params, listed, nest, param_spec
 from dbrx_fn.model.tree import Params
@@ -60,6 +60,12 @@ def read_adapters(folder: Path, config: Config) -> dict[str, mx.array]:
     settings = read_settings(folder / SETTINGS, style, config.n_layers)
     header = read_header(file)
     known = list(modules(config, style))
+    strays = (settings.names or frozenset[str]()) - {name for module in known for name in names_of(module, style)}
+    if strays:
+        raise CheckpointError(
+            f"{folder / SETTINGS} names {shown(min(strays))}, which is no linear of the model: give the model that the"
+            " adapters were made for, or leave the name out."
+        )
     if problems := _problems(header, known, settings, config):
         raise CheckpointError(
             f"{file}: {len(problems)} of the adapters' tensors don't fit the model and {SETTINGS}: {listed(problems)};"

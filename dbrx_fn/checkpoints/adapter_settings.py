@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from dbrx_fn.checkpoints.adapter_names import Module, Style
+from dbrx_fn.checkpoints.adapter_names import Module, Style, names_of
 from dbrx_fn.errors import CheckpointError
 from dbrx_fn.files.json_file import parse_json, read_bounded, shown
 
@@ -30,12 +30,14 @@ class AdapterSettings:
     """What the tensors' file doesn't say.
 
     `scale`: the factor of the product.
-    `has_adapter`: whether a module has one. `None` if the file leaves that to the tensors.
+    `has_adapter`: whether a module has one.
+    `names`: the names that the file gives for modules. `None` if it means all in the layers.
     """
 
     rank: int
     scale: float
     has_adapter: Callable[[Module], bool]
+    names: frozenset[str] | None
 
 
 def read_settings(file: Path, style: Style, n_layers: int) -> AdapterSettings:
@@ -86,7 +88,7 @@ def _mlx_lm(file: Path, found: dict[str, Any], n_layers: int) -> AdapterSettings
         whole = known is not None and module.name in known
         return whole or (module.layer >= first and (known is None or module.within_layer in known))
 
-    return AdapterSettings(_rank(file, "rank", parameters), _number(file, "scale", parameters), has_adapter)
+    return AdapterSettings(_rank(file, "rank", parameters), _number(file, "scale", parameters), has_adapter, known)
 
 
 def _peft(file: Path, found: dict[str, Any]) -> AdapterSettings:
@@ -113,14 +115,13 @@ def _peft(file: Path, found: dict[str, Any]) -> AdapterSettings:
     names = frozenset(cast(list[str], targets))
 
     def has_adapter(module: Module) -> bool:
-        words = module.name.split(".")
-        return any(".".join(words[start:]) in names for start in range(len(words)))
+        return any(name in names for name in names_of(module, "peft"))
 
     rank = _rank(file, "r", found)
     alpha = _number(file, "lora_alpha", found)
     if type(found.get("use_rslora", False)) is not bool:
         raise CheckpointError(f"{file} has use_rslora {shown(found['use_rslora'])} where true or false is expected.")
-    return AdapterSettings(rank, alpha / (math.sqrt(rank) if found.get("use_rslora") else rank), has_adapter)
+    return AdapterSettings(rank, alpha / (math.sqrt(rank) if found.get("use_rslora") else rank), has_adapter, names)
 
 
 def _are_names(value: object) -> bool:

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from dbrx_fn.checkpoints.config_file import read_config
 from dbrx_fn.checkpoints.gguf_file import GgufArrays, gguf_config, gguf_headers, open_gguf
-from dbrx_fn.checkpoints.hub import checkpoint_path
+from dbrx_fn.checkpoints.hub import checkpoint_path, refuse_adapters
 from dbrx_fn.checkpoints.layouts import (
     Layout,
     Source,
@@ -114,7 +114,7 @@ def config_of(path: Path) -> Config:
     if path.is_file():
         return gguf_config(path)
     _refuse_gguf_inside(path)
-    _refuse_adapters(path)
+    refuse_adapters(path)
     return read_config(path)
 
 
@@ -202,13 +202,6 @@ def _refuse_gguf_inside(folder: Path) -> None:
     files = sorted(file.name for file in folder.glob("*.gguf") if not is_hidden(file))
     if files and not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds no config.json but {listed(files, most=3)}: name the GGUF file itself.")
-
-
-def _refuse_adapters(folder: Path) -> None:
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise CheckpointError(
-            f"{folder} holds adapters and no model: give their model, and this folder with --adapter-path."
-        )
 
 
 def _lazy_arrays(checkpoint: Checkpoint) -> Mapping[str, mx.array]:

@@ -25,8 +25,24 @@ def checkpoint_path(path_or_repo: str | Path, *, weights: bool = True, revision:
         revision: branch, tag or commit of the repository. The main branch, if not given.
 
     Raises:
-        CheckpointError: if neither a checkpoint nor a repository of this name exists, or the download fails.
+        CheckpointError: if neither a checkpoint nor a repository of this name exists, or the download fails. With
+            `weights`, if it holds adapters in place of a model.
     """
+    path = _path(path_or_repo, weights, revision)
+    if weights:
+        refuse_adapters(path)
+    return path
+
+
+def refuse_adapters(folder: Path) -> None:
+    """Raises `CheckpointError` if a folder holds adapters in place of a model."""
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds adapters and no model: give their model, and this folder with --adapter-path."
+        )
+
+
+def _path(path_or_repo: str | Path, weights: bool, revision: str | None) -> Path:
     found = local_path(path_or_repo)
     if found is not None:
         if found.is_dir() or found.suffix.lower() == ".gguf":
