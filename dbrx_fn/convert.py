@@ -27,15 +27,15 @@ from dbrx_fn.checkpoints.gguf_conversion import (
     require_free_file,
     write_gguf,
 )
-from dbrx_fn.checkpoints.hub import checkpoint_folder, checkpoint_path
+from dbrx_fn.checkpoints.hub import checkpoint_path
 from dbrx_fn.checkpoints.layouts import WRITTEN
 from dbrx_fn.checkpoints.shards import SHARD_BYTES
+from dbrx_fn.checkpoints.tokenizer_files import readable_tokenizer
 from dbrx_fn.cli.command import Parser, program, run
 from dbrx_fn.cli.quantize_options import FORMAT_HELP, add_quantize_options, chosen_quantization
 from dbrx_fn.cli.terminal import byte_progress, print_message, print_result, size_text
 from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import Dtype
-from dbrx_fn.text.tokenizer import read_tokenizer
 
 GGUF = "gguf"
 _NOT_OF_ADAPTERS = ("type", "dequantize", "dtype", "shard_size", "tokenizer", "check", "dry_run", "json")
@@ -121,7 +121,7 @@ def _run(chosen: argparse.Namespace) -> None:
         dtype=chosen.dtype,
         shard_bytes=SHARD_BYTES if chosen.shard_size is None else int(chosen.shard_size * 10**9),
         check=chosen.check,
-        tokenizer=None if chosen.tokenizer is None else _tokenizer_folder(chosen.tokenizer),
+        tokenizer=None if chosen.tokenizer is None else str(readable_tokenizer(chosen.tokenizer)),
     )
     if not chosen.dry_run:
         # Before a checkpoint is downloaded.
@@ -150,7 +150,7 @@ def _run_gguf(chosen: argparse.Namespace) -> None:
         dequantize=chosen.dequantize,
         dtype=chosen.dtype,
         check=chosen.check,
-        tokenizer=None if chosen.tokenizer is None else Path(_tokenizer_folder(chosen.tokenizer)),
+        tokenizer=None if chosen.tokenizer is None else readable_tokenizer(chosen.tokenizer),
     )
     if not chosen.dry_run:
         require_free_file(chosen.folder)
@@ -209,13 +209,6 @@ def _gguf_table(plan: GgufPlan) -> str:
             f"{plan.source.layout} to gguf: {size_text(plan.nbytes)}, {plan.bits_per_weight:.2f} bits a weight",
         ]
     )
-
-
-def _tokenizer_folder(path_or_repo: str) -> str:
-    folder = checkpoint_folder(path_or_repo, weights=False).resolve()
-    # A tokenizer that can't be read is reported here, before hours of work.
-    read_tokenizer(folder)
-    return str(folder)
 
 
 def described(conversion: Conversion) -> dict[str, Any]:

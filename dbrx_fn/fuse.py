@@ -9,6 +9,7 @@ from dbrx_fn.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dbrx_fn.checkpoints.conversion import Request, convert, plan_conversion, require_free
 from dbrx_fn.checkpoints.hub import SMALL
 from dbrx_fn.checkpoints.layouts import WRITTEN, Written
+from dbrx_fn.checkpoints.tokenizer_files import readable_tokenizer
 from dbrx_fn.cli.command import Parser, program, run
 from dbrx_fn.cli.terminal import byte_progress, print_message, print_result, size_text
 
@@ -42,6 +43,12 @@ def parser() -> argparse.ArgumentParser:
     add("--out", "--save-path", dest="out", type=Path, required=True, metavar="FOLDER", help="new folder to write")
     add("--layout", choices=WRITTEN, help="layout of the tensors (default: the model's, or split)")
     add("--dequantize", action="store_true", help="turn quantized matrices into floats")
+    add(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="folder or repository with the tokenizer to copy, such as a run's, which has the chat template that it was"
+        " trained with (default: the model's)",
+    )
     return options
 
 
@@ -51,6 +58,7 @@ def _run(chosen: argparse.Namespace) -> None:
     request = Request(
         layout=chosen.layout or _layout(source, chosen.dequantize),
         dequantize=chosen.dequantize,
+        tokenizer=None if chosen.tokenizer is None else str(readable_tokenizer(chosen.tokenizer)),
         adapters=str(chosen.adapter_path.resolve()),
     )
     conversion = plan_conversion(source, request)

@@ -3,39 +3,25 @@
 Left out are the lines that install or run nox, since the tests are run by those. Training takes 2 steps instead of 200.
 """
 
-import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from dbrx_fn.__main__ import COMMANDS
+from tests.support import pages
+from tests.support.pages import ROOT, environment
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 LEFT_OUT = ("pip install", "nox")
 
 
 def blocks(language: str) -> list[str]:
-    found: list[str] = re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    return found
+    return [block.code for block in pages.blocks(README) if block.language == language]
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """Where `python` is the one that runs the tests, as if its environment were active."""
-    python = tmp_path / "bin" / "python"
-    python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-
-
-def test_commands_can_be_pasted_into_one_shell(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_commands_can_be_pasted_into_one_shell(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     shutil.copytree(ROOT / "docs", clone / "docs")
     shutil.copy(ROOT / "README.md", clone)
@@ -46,7 +32,12 @@ def test_commands_can_be_pasted_into_one_shell(tmp_path: Path, environment: dict
     short = [line.replace("--steps 200", "--steps 2") for line in commands]
     assert short != commands
     ended = subprocess.run(
-        ["sh", "-ec", "\n".join(short)], cwd=clone, env=environment, capture_output=True, text=True, timeout=500
+        ["sh", "-ec", "\n".join(short)],
+        cwd=clone,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert ended.returncode == 0, ended.stderr
     assert "Traceback" not in ended.stderr
@@ -62,12 +53,12 @@ def test_what_installs_leaves_its_environment_active() -> None:
         assert line.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install "), line
 
 
-def test_the_script_runs(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_the_script_runs(tmp_path: Path) -> None:
     [script] = blocks("python")
-    said = []
+    given, said = environment(tmp_path), []
     for _ in range(2):
         ended = subprocess.run(
-            [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+            [sys.executable, "-c", script], cwd=tmp_path, env=given, capture_output=True, text=True, timeout=200
         )
         assert (ended.returncode, ended.stderr) == (0, "")
         said.append(ended.stdout)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dbrx_fn.checkpoints.gguf_tokenizer import gguf_tokenizer
+from dbrx_fn.checkpoints.hub import checkpoint_folder
 from dbrx_fn.errors import DbrxError, TokenizerError
 from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer
 
@@ -30,6 +31,18 @@ class TokenizerFiles:
             return tokenizer
         source = f"The chat template in {self.checkpoint}"
         return replace(tokenizer, chat_format=replace(tokenizer.chat_format, source=source))
+
+
+def readable_tokenizer(path_or_repo: str) -> Path:
+    """The folder of a tokenizer to copy. It is read once, so that a bad one is reported before hours of work.
+
+    Raises:
+        CheckpointError: as in `checkpoint_folder`.
+        TokenizerError: as in `read_tokenizer`.
+    """
+    folder = checkpoint_folder(path_or_repo, weights=False).resolve()
+    read_tokenizer(folder)
+    return folder
 
 
 @contextlib.contextmanager
