@@ -1,5 +1,6 @@
 """What `nox` runs: `tests`, `typecheck`, `lint`, and beside them the sessions that `docs/contributing.md` lists."""
 
+import platform
 import shutil
 import sys
 import tempfile
@@ -36,6 +37,13 @@ COMPILED = [
     "tests/generation/test_generation.py",
     "tests/runtime/test_compile.py",
 ]
+
+# What runs every kernel of the CPU.
+CPU_KERNELS = [
+    *(f"tests/ops/test_cpu_{name}.py" for name in ("experts", "products")),
+    *(f"tests/model/test_{name}.py" for name in ("cpu_attention", "decode_step")),
+]
+SANITIZER = ("libasan.so", "libstdc++.so.6")
 
 
 def install(session: nox.Session, group: str) -> None:
@@ -101,6 +109,25 @@ def compiled(session: nox.Session) -> None:
         # A CPU's own kernels would take the stock operations' place, which are what a Mac compiles.
         environment = {"DBRX_FN_COMPILE": "1", "DBRX_FN_KERNELS": "0", "TMPDIR": kernels}
         session.run("pytest", "-n", "auto", "--dist", "loadfile", *(session.posargs or COMPILED), env=environment)
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """The tests of the CPU's kernels, which are compiled to find wrong reads, writes and arithmetic; g++, Linux."""
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        session.skip("it needs Linux and g++")
+    install(session, "tests")
+    found = [session.run("g++", f"-print-file-name={name}", external=True, silent=True) for name in SANITIZER]
+    targets = ["-march=native", "-march=x86-64-v3", "-march=x86-64"] if platform.machine() == "x86_64" else [""]
+    for target in targets:
+        flags = f"{target} -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+        environment = {"DBRX_FN_CPU_FLAGS": flags, "XDG_CACHE_HOME": session.create_tmp()}
+        # This takes about a minute of one core, too long for a test that is timed.
+        build = "from dbrx_fn.ops.kernels.cpu.build import built_library; built_library(limit=600)"
+        session.run("python", "-c", build, env=environment)
+        environment |= {"LD_PRELOAD": " ".join(str(path).strip() for path in found)}
+        environment |= {"ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
+        session.run("pytest", *(session.posargs or CPU_KERNELS), env=environment)
 
 
 @nox.session

@@ -178,8 +178,9 @@ inline void dots_of(const Matrix& m, int64_t row, const Row* const* rows, float*
   if (m.kind == BFLOAT16) return dense_dots<BFLOAT16, ROWS>(m, weight, rows, out);
   if (m.kind == FLOAT16) return dense_dots<FLOAT16, ROWS>(m, weight, rows, out);
   const int64_t start = row * m.groups() * m.scale_bytes();
-  const char *scales = m.scales + start, *biases = m.biases + start;
+  const char* scales = m.scales + start;
   if (m.kind == MXFP4) return nibble_dots<MXFP4, MXFP4, ROWS>(m, weight, scales, nullptr, rows, out);
+  const char* biases = m.biases + start;
   if (m.kind == AFFINE8) {
     if (m.scale_kind == FLOAT32) return byte_dots<FLOAT32, ROWS>(m, weight, scales, biases, rows, out);
     if (m.scale_kind == BFLOAT16) return byte_dots<BFLOAT16, ROWS>(m, weight, scales, biases, rows, out);
