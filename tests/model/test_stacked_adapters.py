@@ -80,8 +80,9 @@ def test_an_adapter_that_overflows_changes_only_its_own_rows() -> None:
     stack = stack_adapters(PARAMS, CONFIG, [nest(wild, CONFIG), adapted_trees(PARAMS)[0]])
     logits = as_float64(score(choose_adapters(stack, [2, 1, 0, 2, 0]), TOKENS, CONFIG)[0])
     assert np.isnan(logits[1]).all()
-    expected = score(choose_adapters(stack, [2, 0, 0, 2, 0]), TOKENS, CONFIG)[0]
-    np.testing.assert_array_equal(np.delete(logits, 1, 0), np.delete(as_float64(expected), 1, 0))
+    expected = as_float64(score(choose_adapters(stack, [2, 0, 0, 2, 0]), TOKENS, CONFIG)[0])
+    # Not bitwise: OpenBLAS's AVX2 kernels round a row by its place, and the row that overflowed chose other experts.
+    assert relative_error(np.delete(logits, 1, 0), np.delete(expected, 1, 0)) <= 5e-6
 
 
 def test_another_mix_needs_no_other_trace(caplog: pytest.LogCaptureFixture) -> None:
