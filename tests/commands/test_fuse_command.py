@@ -1,5 +1,6 @@
 """`python -m dbrx_fn.fuse`: the model with its adapters merged."""
 
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from dbrx_fn.checkpoints.adapter_files import save_adapters
 from dbrx_fn.checkpoints.checkpoint import open_checkpoint
+from dbrx_fn.checkpoints.hub import SMALL
 from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.checkpoints.saver import save
 from dbrx_fn.fuse import main
@@ -90,3 +92,22 @@ def test_what_cannot_be_merged_leaves_nothing(tmp_path: Path, capsys: pytest.Cap
     assert main(words(tmp_path)) == 2
     assert "exists already" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_tokenizer_of_a_run_is_copied_with_its_chat_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path, None, "split")
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    shutil.copy(SMALL / "tokenizer.json", tokenizer)
+    shutil.copy(SMALL / "tokenizer_config.json", tokenizer)
+    (tokenizer / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert main([*words(tmp_path), "--tokenizer", str(tokenizer)]) == 0
+    for file in tokenizer.iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    shutil.rmtree(tmp_path / "out")
+    capsys.readouterr()
+    assert main([*words(tmp_path), "--tokenizer", str(tmp_path / "adapters")]) == 2
+    assert "has no tokenizer.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
