@@ -127,7 +127,8 @@ def sanitize(session: nox.Session) -> None:
         session.run("python", "-c", build, env=environment)
         environment |= {"LD_PRELOAD": " ".join(str(path).strip() for path in found)}
         environment |= {"ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
-        session.run("pytest", *(session.posargs or CPU_KERNELS), env=environment)
+        # A report goes to the process's own standard error.
+        session.run("pytest", "--capture=sys", *(session.posargs or CPU_KERNELS), env=environment)
 
 
 @nox.session
