@@ -35,7 +35,7 @@ from dbrx_fn.runs.start import model_sums, start_parts
 from dbrx_fn.runs.together import Parallel, own_plan, whole_plan
 from dbrx_fn.runtime.device import memory_size
 from dbrx_fn.runtime.group import group
-from dbrx_fn.runtime.memory import limited, wired
+from dbrx_fn.runtime.memory import wired
 from dbrx_fn.training.memory_plan import plan_memory
 from dbrx_fn.training.shared_state import whole_state
 from dbrx_fn.training.step import Measured, State, init_state, learning_rate, train_step
@@ -81,13 +81,12 @@ def train(folder: RunFolder, plan: Plan, steps: int | None = None, parallel: Par
             folder.change_steps(steps)
     _tell(whole_plan(plan), data, start, planned, trained=sum(array.size for _, array in leaves(state["params"])))
     # Processes that share a run take less, each.
-    alone = start < done and group().size == 1
-    within = limited(_told_memory(plan, state["params"], frozen)) if alone else nullcontext()
+    if start < done and group().size == 1:
+        _tell_memory(plan, state["params"], frozen)
     # Only the loop may hold the first state. Another reference would keep its memory until the last step.
     first = [state]
     del state
-    with within:
-        state = _go_on(folder, plan, data, first.pop, frozen, start, replica)
+    state = _go_on(folder, plan, data, first.pop, frozen, start, replica)
     state = whole_state(state, plan.config)
     if group().leads:
         _finish(folder, whole_plan(plan), state, frozen)
@@ -142,8 +141,8 @@ def _tell(plan: Plan, data: _Data, start: int, planned: int | None, *, trained: 
         )
 
 
-def _told_memory(plan: Plan, trained: Params, frozen: Params | None) -> int:
-    """Prints what the steps will take, and returns its bytes."""
+def _tell_memory(plan: Plan, trained: Params, frozen: Params | None) -> None:
+    """Prints what the steps will take."""
     with _within_memory():
         needed = plan_memory(
             trained,
@@ -160,7 +159,6 @@ def _told_memory(plan: Plan, trained: Params, frozen: Params | None) -> int:
     )
     if needed.peak > memory_size():
         print_message(f"warning: this machine has {_size(memory_size())}: take {_SMALLER}")
-    return needed.peak
 
 
 def _size(nbytes: int) -> str:
@@ -270,9 +268,13 @@ def _go_on(
         _journal(folder, plan, data.batches, start) as journal,
     ):
         for step in range(start + 1, plan.recipe.steps + 1):
-            state, measured = _step(state, frozen, data.batches, step, plan, replica)
-            # Nobody has the state from before now, so its memory is free for the next one's.
-            _begin(state, measured, wait=step == start + 1)
+            # The first step is waited for, since it shows whether memory is enough.
+            with _within_memory() if step == start + 1 else nullcontext():
+                state, measured = _step(state, frozen, data.batches, step, plan, replica)
+                # Nobody has the state from before now, so its memory is free for the next one's.
+                mx.async_eval(state, measured)
+                if step == start + 1:
+                    mx.eval(measured)
             # The previous step's results are read while this one runs.
             if previous is not None:
                 _check_finite(previous, step - 1, folder)
@@ -317,14 +319,6 @@ def _step(
         frozen=frozen,
         replica=replica,
     )
-
-
-def _begin(state: State, measured: Measured, *, wait: bool) -> None:
-    """Begins a step. The first one is waited for, since it shows whether memory is enough."""
-    with _within_memory() if wait else nullcontext():
-        mx.async_eval(state, measured)
-        if wait:
-            mx.eval(measured)
 
 
 def _check_finite(measured: Measured, step: int, folder: RunFolder) -> None:
