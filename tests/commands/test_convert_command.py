@@ -359,17 +359,6 @@ class Interrupted:
         return answer
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator["subprocess.Popen[str]"]:
-    if sys.platform != "linux":
-        pytest.skip("forking a process that has imported MLX is only known to work there")
-    command = [sys.executable, "-m", "tests.support.convert_and_kill"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
-
-
 @pytest.fixture
 def interrupted(server: "subprocess.Popen[str]", tmp_path: Path) -> Interrupted:
     (tmp_path / "disturbed").mkdir()

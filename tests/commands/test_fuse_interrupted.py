@@ -4,8 +4,6 @@ import json
 import random
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +24,6 @@ from tests.support.trees import case_of
 
 CASE = case_of(QUANTIZABLE, np.random.default_rng(0))
 CONFIG, FORM = CASE.config, Format(4, 32)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator["subprocess.Popen[str]"]:
-    if sys.platform != "linux":
-        pytest.skip("forking a process that has imported MLX is only known to work there")
-    command = [sys.executable, "-m", "tests.support.convert_and_kill"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
 
 
 @pytest.fixture
