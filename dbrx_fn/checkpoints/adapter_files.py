@@ -1,6 +1,7 @@
 """Writes adapters as mlx-lm's folder, `adapters.safetensors` and `adapter_config.json`, or as PEFT's."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,21 +113,29 @@ def _write(folder: Path, leaves: dict[str, mx.array], config: Config, rank: int,
             f"{min(lost)} is an expert's adapter, which PEFT can't have since transformers' experts are no linears:"
             " save it for mlx-lm, merge it (python -m dbrx_fn.fuse), or train only --lora-targets attention."
         )
-    settings = _mlx_lm_settings if style == "mlx-lm" else _peft_settings
+    names = _names(written, config)
+    settings = _mlx_lm_settings(names, config, rank, scale) if style == "mlx-lm" else _peft_settings(names, rank, scale)
     write_tensors(folder / TENSORS[style], tensors, {"format": "mlx" if style == "mlx-lm" else "pt"})
-    (folder / SETTINGS).write_text(json.dumps(settings(written, config, rank, scale), indent=2) + "\n")
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _mlx_lm_settings(written: list[Module], config: Config, rank: int, scale: float) -> dict[str, Any]:
-    keys = sorted({module.within_layer for module in written})
+def _names(written: list[Module], config: Config) -> list[str]:
+    """What the settings call the modules: names within a layer, or whole names if only some layers have the module."""
+    layers = Counter(module.within_layer for module in written if module.layer is not None)
+    return sorted(
+        {module.within_layer if layers[module.within_layer] == config.n_layers else module.name for module in written}
+    )
+
+
+def _mlx_lm_settings(names: list[str], config: Config, rank: int, scale: float) -> dict[str, Any]:
     return {
         "fine_tune_type": "lora",
         "num_layers": config.n_layers,
-        "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
+        "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": names},
     }
 
 
-def _peft_settings(written: list[Module], config: Config, rank: int, scale: float) -> dict[str, Any]:
+def _peft_settings(names: list[str], rank: int, scale: float) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -136,5 +145,5 @@ def _peft_settings(written: list[Module], config: Config, rank: int, scale: floa
         "lora_alpha": scale * rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({module.within_layer for module in written}),
+        "target_modules": names,
     }

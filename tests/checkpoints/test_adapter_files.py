@@ -23,7 +23,7 @@ from dbrx_fn.model.params import Kind
 from dbrx_fn.model.quantization import Quantization, quantize
 from dbrx_fn.model.shard import Shard
 from dbrx_fn.ops.formats import Format
-from tests.support.adapters import with_random_adapters
+from tests.support.adapters import with_random_adapters, without_first_layer
 from tests.support.checkpoints import QUANTIZABLE
 from tests.support.trees import case_of
 
@@ -101,6 +101,16 @@ def test_adapters_of_the_last_layers_leave_the_others_alone(tmp_path: Path) -> N
     with_adapter = {path for path in found if "lora" in path}
     assert len(with_adapter) == 3 * 5
     assert all(".blocks.1." in path for path in with_adapter)
+
+
+@styles
+def test_adapters_of_the_last_layers_alone_are_written_and_read(style: Style, tmp_path: Path) -> None:
+    adapted = without_first_layer(with_random_adapters(PARAMS, CONFIG, TARGETS[style], rank=3), CONFIG)
+    save_adapters(tmp_path / "adapters", adapted, CONFIG, style=style)
+    found = leaves(load_adapters(tmp_path / "adapters", PARAMS, CONFIG))
+    assert list(found) == list(leaves(adapted))
+    for path, leaf in leaves(adapted).items():
+        np.testing.assert_array_equal(np.array(found[path]), np.array(leaf), err_msg=path)
 
 
 def test_experts_are_refused_for_peft(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from dbrx_fn.model.cache import init_cache
 from dbrx_fn.model.params import Kind
 from dbrx_fn.model.transformer import forward
 from tests.peers import reference
-from tests.support.adapters import with_random_adapters
+from tests.support.adapters import with_random_adapters, without_first_layer
 from tests.support.checkpoints import QUANTIZABLE
 from tests.support.trees import as_float64, case_of, relative_error
 
@@ -77,12 +77,15 @@ def test_what_peft_writes_is_loaded_here(rank_stabilized: bool, model: Path, tmp
     assert relative_error(ours(model, None), here) > 0.01
 
 
+@pytest.mark.parametrize("layers", ["all", "last"])
 def test_adapters_converted_by_the_command_say_the_same_in_all_three(
-    model: Path, tmp_path: Path, measured: Any
+    layers: str, model: Path, tmp_path: Path, measured: Any
 ) -> None:
     """From here to PEFT, and from PEFT to mlx-lm."""
     params, config = load(model)
     adapted = with_random_adapters(params, config, ("attention", "router", "embedding", "head"))
+    if layers == "last":
+        adapted = without_first_layer(adapted, config)
     save_adapters(tmp_path / "mlx-lm", adapted, config)
     command = [str(model), str(tmp_path / "peft"), "--adapter-path", str(tmp_path / "mlx-lm"), "--layout", "peft"]
     assert convert.main(command) == 0

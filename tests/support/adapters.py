@@ -39,3 +39,9 @@ def with_random_adapters(
             drawn = rng.standard_normal(leaf.shape) / np.sqrt(3 * rank)
             leaves[path] = mx.array(drawn.astype(np.float32)).astype(leaf.dtype)
     return nest(leaves, config)
+
+
+def without_first_layer(params: Params, config: Config) -> Params:
+    """The tree without the first layer's adapters, as mlx-lm trains the last layers alone by default."""
+    leaves: dict[str, mx.array] = dict(tree_flatten(params))
+    return nest({path: leaf for path, leaf in leaves.items() if not (".blocks.0." in path and "lora_" in path)}, config)
