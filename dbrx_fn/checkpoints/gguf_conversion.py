@@ -166,6 +166,13 @@ def check_llama_cpp_model(config: Config) -> None:
     ):
         if not ok:
             raise InputError(f"{name} is {value!r}, and llama.cpp computes DBRX only with the released model's.")
+    attn = config.attn
+    for name, number in ("clip_qkv", attn.clip_qkv), ("rope_theta", attn.rope_theta):
+        # In the file 0 would mean no clamp, and a larger number doesn't fit.
+        if number is not None and not 2.0**-126 <= number < 2.0**127:
+            raise InputError(
+                f"attn_config.{name} is {number:g}, which float32 can't hold as GGUF must: mend config.json."
+            )
 
 
 def _wanted_kind(request: GgufRequest, config: Config, path: str, shape: tuple[int, ...]) -> BlockType:

@@ -27,6 +27,8 @@ ENDS_BY_TEXT = ("<|im_end|>", "<|endoftext|>")
 """Control tokens that llama.cpp stops at whatever the file says; those that DBRX's vocabularies have."""
 SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 """Settings of generation_config.json under `general.sampling.`."""
+_UNFOLLOWED = {"penalty_repeat": 1, "xtc_probability": 0, "mirostat": 0}
+"""Other settings there that change texts, each with the value that has no effect."""
 
 
 def gguf_tokenizer_kind(file: Path) -> str:
@@ -77,7 +79,7 @@ def _read(file: Path) -> tuple[dict[str, Any], str | None]:
     return {
         "tokenizer.json": _definition(file, words, tokens, kinds, merges, processor),
         "tokenizer_config.json": settings,
-        "generation_config.json": {"eos_token_id": _ends(file, named, tokens, kinds)} | _sampling(contents),
+        "generation_config.json": {"eos_token_id": _ends(file, named, tokens, kinds)} | _sampling(file, contents),
     }, name
 
 
@@ -229,9 +231,16 @@ def _processor(
     }
 
 
-def _sampling(contents: Contents) -> dict[str, Any]:
-    """Settings for drawing tokens. Only numbers count; a temperature above 0 means drawing."""
-    found = {name: contents.metadata.get(f"general.sampling.{key}") for key, name in SAMPLING.items()}
+def _sampling(file: Path, contents: Contents) -> dict[str, Any]:
+    """Settings for drawing tokens. Only numbers count; a temperature above 0 means drawing. Warns of other settings."""
+    given = contents.metadata.get
+    names = [f"general.sampling.{key}" for key in _UNFOLLOWED]
+    asked = [name for name, neutral in zip(names, _UNFOLLOWED.values(), strict=True) if given(name, neutral) != neutral]
+    if asked:
+        warnings.warn(
+            f"{file} asks for {', '.join(asked)}: not supported here, so texts are made without.", stacklevel=4
+        )
+    found = {name: given(f"general.sampling.{key}") for key, name in SAMPLING.items()}
     # A float32 as the decimal number that it stands for.
     numbers = {
         name: value if isinstance(value, int) else float(f"{value:.7g}")

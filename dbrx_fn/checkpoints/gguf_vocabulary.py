@@ -22,6 +22,12 @@ from dbrx_fn.text.vocabulary import BYTES, Vocabulary
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _NAMES = {"bos_token": "bos", "pad_token": "padding", "unk_token": "unknown"}
+_DRAWING: dict[str, tuple[float, int]] = {
+    "temperature": (1.0, 2**31 - 1), "top_k": (50, 2**31 - 1), "top_p": (1.0, 1), "min_p": (0.0, 1)
+}  # fmt: skip
+"""Each setting's default in transformers, and the highest value that is written."""
+_LOST: dict[str, object] = {"repetition_penalty": 1, "max_new_tokens": None, "stop_strings": []}
+"""Settings that are followed here and have no key, each with a value that has no effect."""
 _CHARACTERS = {byte: character for character, byte in BYTES.items()}
 
 
@@ -129,7 +135,9 @@ def _template(tokenizer: Tokenizer) -> str:
 
 
 def _sampling(folder: Path) -> dict[str, Value]:
-    """Settings of generation_config.json, if it asks for drawing tokens.
+    """Settings of generation_config.json, if it asks for drawing tokens. Warns of what a GGUF file can't hold.
+
+    Settings that aren't given are written too, since llama.cpp has other defaults.
 
     Raises:
         TokenizerError: if one is no number that a GGUF file can hold.
@@ -139,18 +147,22 @@ def _sampling(folder: Path) -> dict[str, Value]:
         settings = parse_json(read_bounded(file))
     except (OSError, ValueError):
         return {}
-    if not isinstance(settings, dict) or not settings.get("do_sample"):
+    if not isinstance(settings, dict):
+        return {}
+    if lost := [name for name, neutral in _LOST.items() if settings.get(name) not in (None, neutral)]:
+        warnings.warn(f"A GGUF file can't hold {', '.join(lost)} of {file}: the new file is without.", stacklevel=4)
+    if not settings.get("do_sample"):
         return {}
     found: dict[str, Value] = {}
     for key, name in SAMPLING.items():
-        value, kind = settings.get(name), int if key == "top_k" else float
-        if value is None:
-            continue
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**31
+        default, highest = _DRAWING[name]
+        value, kind = settings.get(name), type(default)
+        value = default if value is None else value
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= highest
         if not is_number or kind(value) != value:
             what = "a whole number" if kind is int else "a number"
             raise TokenizerError(
-                f"{file}: {name} is {shown(value)} where {what} from 0 on, below 2**31, is expected: mend or remove it."
+                f"{file}: {name} is {shown(value)} where {what} from 0 to {highest} is expected: mend or remove it."
             )
         found[f"general.sampling.{key}"] = kind(value)
     return found

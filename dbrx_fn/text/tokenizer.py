@@ -212,7 +212,7 @@ def _read_chat_format(folder: Path, settings: Settings, vocabulary: Vocabulary) 
     else:
         template, source = _read_template(settings), f"'chat_template' in {settings.path}"
     return ChatFormat(
-        template=template,
+        template=None if template is None else _valid(template),
         default_system=settings.flag("use_default_system_prompt", True),
         special_tokens=vocabulary.named,
         source=source,

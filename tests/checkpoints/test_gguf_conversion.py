@@ -24,7 +24,9 @@ from dbrx_fn.checkpoints.gguf_quantize import blocks_of_floats
 from dbrx_fn.checkpoints.gguf_types import TYPES
 from dbrx_fn.checkpoints.hub import SMALL
 from dbrx_fn.checkpoints.loader import load, load_tokenizer
+from dbrx_fn.checkpoints.tokenizer_files import tokenizer_files
 from dbrx_fn.errors import CheckpointError, InputError, TokenizerError
+from dbrx_fn.generation.generation_config import read_generation_config
 from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.quantization import Quantization, dequantize
 from dbrx_fn.ops.formats import Format
@@ -191,6 +193,7 @@ def test_a_tokenizer_that_llama_cpp_would_take_for_another_is_refused(tmp_path: 
         ("temperature", "warm"),
         ("top_p", float("nan")),
         ("top_p", True),
+        ("top_p", 1.5),
         ("min_p", -0.1),
         ("top_k", 2**40),
         ("top_k", 2.5),
@@ -202,9 +205,52 @@ def test_a_setting_for_drawing_that_is_no_such_number_is_refused(tmp_path: Path,
     file = tmp_path / "source" / "generation_config.json"
     file.write_text(json.dumps({"do_sample": True, "temperature": 0.5, name: value}))
     with pytest.raises(
-        TokenizerError, match=rf"^{file}: {name} is .*, below 2\*\*31, is expected: mend or remove it\.$"
+        TokenizerError, match=rf"^{file}: {name} is .* from 0 to (1|2147483647) is expected: mend or remove it\.$"
     ):
         plan_gguf(open_checkpoint(tmp_path / "source"), GgufRequest(dequantize=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True},
+        {"do_sample": True, "top_p": 0.875, "temperature": None},
+        {"do_sample": True, "temperature": 0.5, "top_k": 0, "min_p": 0.125},
+        {"do_sample": False, "temperature": 0.5},
+    ],
+    ids=json.dumps,
+)
+def test_tokens_are_drawn_from_the_file_as_from_its_source(tmp_path: Path, settings: dict[str, object]) -> None:
+    shutil.copytree(SMALL, tmp_path / "source")
+    (tmp_path / "source" / "generation_config.json").write_text(json.dumps(settings))
+    with tokenizer_files(written(tmp_path / "source", tmp_path / "new.gguf", GgufRequest(dequantize=True))) as files:
+        assert read_generation_config(files.folder) == read_generation_config(tmp_path / "source")
+
+
+def test_settings_that_a_file_cannot_hold_give_a_warning(tmp_path: Path) -> None:
+    shutil.copytree(SMALL, tmp_path / "source")
+    settings = {"repetition_penalty": 1.3, "max_new_tokens": 9, "stop_strings": ["O"]}
+    (tmp_path / "source" / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.warns(UserWarning, match="can't hold repetition_penalty, max_new_tokens, stop_strings of .*source/gen"):
+        plan_gguf(open_checkpoint(tmp_path / "source"), GgufRequest(dequantize=True))
+
+
+@pytest.mark.parametrize(("name", "value"), [("rope_theta", 1e39), ("clip_qkv", 1e39), ("clip_qkv", 1e-60)])
+def test_a_number_that_float32_cannot_hold_is_refused(tmp_path: Path, name: str, value: float) -> None:
+    raw = RAW | {"attn_config": RAW["attn_config"] | {name: value}}
+    checkpoints.write_fused(tmp_path / "odd", raw, checkpoints.random_tensors(RAW, np.random.default_rng(1)))
+    with pytest.raises(InputError, match=rf"^attn_config.{name} is 1e.*, and float32, as GGUF has it, can't hold that"):
+        plan_gguf(open_checkpoint(tmp_path / "odd"), GgufRequest("f32"))
+
+
+def test_a_template_with_half_a_character_is_written_as_it_is_rendered(tmp_path: Path) -> None:
+    shutil.copytree(SMALL, tmp_path / "source")
+    settings = tmp_path / "source" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": "\ud800{{ messages }}"}))
+    found = load_tokenizer(written(tmp_path / "source", tmp_path / "new.gguf", GgufRequest("q8_0")))
+    assert (
+        found.chat_format.template == load_tokenizer(tmp_path / "source").chat_format.template == "\ufffd{{ messages }}"
+    )
 
 
 def test_without_a_tokenizer_the_file_says_so(fused: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,15 @@ def test_settings_for_drawing_are_read(tmp_path: Path) -> None:
         with tokenizer_files(written(tmp_path, changes)) as files:
             sampling = read_generation_config(files.folder).sampling
         assert (sampling.temperature, sampling.top_p, sampling.top_k) == expected
+
+
+def test_settings_that_are_not_followed_give_a_warning(tmp_path: Path) -> None:
+    neutral = {"general.sampling.penalty_repeat": 1.0, "general.sampling.mirostat": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_tokenizer(written(tmp_path, neutral))
+    with pytest.warns(UserWarning, match=r"asks for general\.sampling\.penalty_repeat: not supported here"):
+        load_tokenizer(written(tmp_path, {**neutral, "general.sampling.penalty_repeat": 1.1}))
 
 
 TOKENS = small_metadata()["tokenizer.ggml.tokens"]
