@@ -171,7 +171,7 @@ def check_llama_cpp_model(config: Config) -> None:
         # In the file 0 would mean no clamp, and a larger number doesn't fit.
         if number is not None and not 2.0**-126 <= number < 2.0**127:
             raise InputError(
-                f"attn_config.{name} is {number:g}, which float32 can't hold as GGUF must: mend config.json."
+                f"attn_config.{name} is {number:g}, and float32, as GGUF has it, can't hold that: mend config.json."
             )
 
 
