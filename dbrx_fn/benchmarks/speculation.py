@@ -56,7 +56,7 @@ class SpeculationSpeed:
 
 
 def check_texts(config: Config, prompt: int, tokens: int) -> None:
-    """Raises `InputError` if a vocabulary or a context is too small for texts of `prompt + tokens` tokens."""
+    """Raises `InputError` if a vocabulary or a context is too small for such texts, or a prompt is too short."""
     longest = min(config.vocab_size - _CYCLE, config.max_seq_len)
     if prompt + tokens > longest:
         raise InputError(
@@ -65,6 +65,11 @@ def check_texts(config: Config, prompt: int, tokens: int) -> None:
         )
     if tokens < 2:
         raise InputError(f"--tokens is {tokens} where it must be at least 2: the first one isn't timed.")
+    if prompt < _CYCLE:
+        raise InputError(
+            f"--prompt is {prompt} where it must be at least {_CYCLE}: the text that copies itself begins again after"
+            " that many tokens."
+        )
 
 
 def following(params: Params, config: Config, formats: Formats, after: NDArray[np.integer]) -> Params:

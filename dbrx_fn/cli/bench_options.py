@@ -168,7 +168,7 @@ def add_speculation_options(commands: Commands, run: Run) -> None:
     add("--layers", type=int, help="keep only this many of the model's first layers")
     add("--dtype", choices=get_args(Dtype), help="dtype of all floats (default: the model's own, but float32 on a CPU)")
     add_quantize_options(speculation)
-    add("--prompt", type=int, default=512, help="tokens before a text (default: %(default)s)")
+    add("--prompt", type=int, default=512, help="tokens before a text, at least 300 (default: %(default)s)")
     add("--tokens", type=int, default=400, help="tokens of a text (default: %(default)s)")
     add("--repeats", type=int, default=3, help="repetitions for the median (default: %(default)s)")
     add("--json", action="store_true", help="print JSON instead of a table")
