@@ -143,6 +143,8 @@ def write_gguf(plan: GgufPlan, file: Path, *, progress: Callable[[int, int], Non
                     progress(done, plan.nbytes)
             out.write(bytes(tensor.padding))
             done += tensor.padding
+        # Somebody may have made it in the hours that this took.
+        require_free_file(file)
 
 
 def require_free_file(file: Path) -> None:

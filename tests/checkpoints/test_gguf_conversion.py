@@ -291,6 +291,18 @@ def test_a_file_appears_whole_or_not_at_all(fused: Path, tmp_path: Path) -> None
         write_gguf(plan, file.with_suffix(""))
 
 
+def test_a_file_of_somebody_else_that_appears_meanwhile_is_kept(fused: Path, tmp_path: Path) -> None:
+    plan, file = plan_gguf(open_checkpoint(fused), GgufRequest("q4_0")), tmp_path / "new.gguf"
+
+    def make(done: int, total: int) -> None:
+        file.write_text("mine")
+
+    with pytest.raises(InputError, match=r"new\.gguf exists already"):
+        write_gguf(plan, file, progress=make)
+    assert file.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_check_names_the_tensor_that_is_not_finite(tmp_path: Path) -> None:
     tensors = {name: tensor.copy() for name, tensor in TENSORS.items()}
     tensors["transformer.blocks.1.ffn.experts.mlp.v1"][300, 5] = np.nan
