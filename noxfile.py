@@ -41,7 +41,7 @@ COMPILED = [
 # What runs every kernel of the CPU.
 CPU_KERNELS = [
     *(f"tests/ops/test_cpu_{name}.py" for name in ("experts", "products")),
-    *(f"tests/model/test_{name}.py" for name in ("cpu_attention", "decode_step")),
+    *(f"tests/model/test_{name}.py" for name in ("cpu_attention", "decode_step", "adapted_decode_step")),
 ]
 SANITIZER = ("libasan.so", "libstdc++.so.6")
 

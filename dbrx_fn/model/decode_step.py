@@ -18,16 +18,19 @@ from dbrx_fn.model.layers.ends import embed, head
 from dbrx_fn.model.layers.rotary import inverse_frequencies
 from dbrx_fn.model.params import check_params
 from dbrx_fn.model.positions import in_cache
+from dbrx_fn.model.stacked_adapters import choose_adapters
 from dbrx_fn.model.tree import BlockParams, Params
-from dbrx_fn.ops.formats import LEAVES, Linear
+from dbrx_fn.ops.formats import ADAPTER_LEAVES, LEAVES, Linear
 from dbrx_fn.ops.kernels.cpu.library import Launch, Operands, Output, Twin, has_kernels
-from dbrx_fn.ops.kernels.cpu.matrix import DTYPES, matrix_numbers
+from dbrx_fn.ops.kernels.cpu.matrix import DTYPES, MATRIX_NUMBERS, adapter_numbers, matrix_numbers
 from dbrx_fn.runtime.bounded import within
 
 MOST_ROWS = 64
 """The most rows of a step; `MOST_ROWS` in experts.h."""
 _WIDEST_HEAD = 1024
 """`WIDEST_HEAD` in decode_step.cpp."""
+_NAMES = (*LEAVES, *ADAPTER_LEAVES)
+"""A matrix's leaves, in the kernel's order."""
 _FIRST = 3
 """The kernel's inputs before the tree: tokens, positions, frequencies."""
 
@@ -83,8 +86,8 @@ class DecodeStep(NamedTuple):
 
 def is_one_kernel(params: Params, config: Config) -> bool:
     """Whether steps of at most `MOST_ROWS` rows are one kernel, so that a row's bits don't depend on the others."""
-    tokens = mx.zeros((1, 1), mx.int32)
-    return DecodeStep.of(params, tokens, init_cache(config, 1, 1), (1,)) is not None
+    tokens, cache = mx.zeros((1, 1), mx.int32), init_cache(config, 1, 1)
+    return DecodeStep.of(choose_adapters(params, [0]), tokens, cache, (1,)) is not None
 
 
 def _ids(tokens: mx.array, vocab_size: int) -> mx.array:
@@ -116,14 +119,16 @@ def _flat(params: Params, cache: Cache) -> Leaves | None:
         known &= len(transformer["norm_f"]) == 1 and _add(leaves, params["lm_head"])
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    return leaves if known and all(leaf is None or isinstance(leaf, mx.array) for leaf in leaves) else None
+    return leaves if known and set(map(type, leaves)) <= {mx.array, type(None)} else None
 
 
 def _add(leaves: Leaves, matrix: Linear) -> bool:
-    """Adds a matrix's leaves. Returns whether it has no others, such as an adapter's."""
+    """Adds a matrix's leaves. Returns whether it has no others."""
     scales, biases = matrix.get("scales"), matrix.get("biases")
-    leaves += matrix["weight"], scales, biases
-    return len(matrix) == 1 + (scales is not None) + (biases is not None)
+    a, b, scale = matrix.get("lora_a"), matrix.get("lora_b"), matrix.get("lora_scale")
+    leaves += matrix["weight"], scales, biases, a, b, scale
+    count = 1 + (scales is not None) + (biases is not None) + (a is not None) + (b is not None) + (scale is not None)
+    return len(matrix) == count
 
 
 def _launch(params: Params, cache: Cache) -> Launch | None:
@@ -143,8 +148,9 @@ def _launch(params: Params, cache: Cache) -> Launch | None:
     except CheckpointError:
         # The stock operations raise it, too.
         return None
-    matrices = [matrix_numbers(matrix, inner) for matrix, inner in _matrices(params, config)]
-    if None in matrices or any(matrices[4 + 6 * layer] != matrices[5 + 6 * layer] for layer in range(layers)):
+    matrices = [_numbers(matrix, inner, batch) for matrix, inner in _matrices(params, config)]
+    own = [None if numbers is None else numbers[:MATRIX_NUMBERS] for numbers in matrices]
+    if None in own or any(own[4 + 6 * layer] != own[5 + 6 * layer] for layer in range(layers)):
         return None
     dtype: mx.Dtype = getattr(mx, config.dtype)
     held = (batch, attn.kv_n_heads, cache.capacity, config.head_dim)
@@ -163,6 +169,12 @@ def _launch(params: Params, cache: Cache) -> Launch | None:
     clip = math.inf if attn.clip_qkv is None else attn.clip_qkv
     twin = Twin(_stock, (config, tuple(leaf is not None for leaf in leaves)))
     return Launch("decode_step", outputs, numbers=numbers, constants=[NORM_EPS, clip, order], twin=twin)
+
+
+def _numbers(matrix: Linear, inner: int, batch: int) -> tuple[int, ...] | None:
+    """The numbers of a matrix and its adapter, or `None` if the kernel doesn't take them."""
+    own, adapter = matrix_numbers(matrix, inner), adapter_numbers(matrix, batch)
+    return None if own is None or adapter is None else own + adapter
 
 
 def _matrices(params: Params, config: Config) -> Iterator[tuple[Linear, int]]:
@@ -188,7 +200,7 @@ def _stock(inputs: Sequence[mx.array], config: Config, there: tuple[bool, ...]) 
     leaves = iter(flat)
 
     def matrix() -> Linear:
-        found = {name: leaf for name in LEAVES if (leaf := next(leaves)) is not None}
+        found = {name: leaf for name in _NAMES if (leaf := next(leaves)) is not None}
         return cast(Linear, found)
 
     def norm() -> mx.array:
@@ -196,7 +208,7 @@ def _stock(inputs: Sequence[mx.array], config: Config, there: tuple[bool, ...]) 
 
     starts, real = mx.split(places, 2)
     # The last layer's values. Behind them are norm_f's weight and the head's leaves.
-    values = flat[-2 - len(LEAVES)]
+    values = flat[-2 - len(_NAMES)]
     assert values is not None
     capacity = values.shape[2]
     positions = in_cache(starts, real, time=1, capacity=capacity, attended=capacity, wraps=True, config=config.layer)

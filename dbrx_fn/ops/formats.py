@@ -44,7 +44,7 @@ ADAPTER_LEAVES = ("lora_a", "lora_b", "lora_scale")
 
 
 def is_adapted(matrix: Linear) -> bool:
-    """Whether there is an adapter beside the matrix. No kernel knows adapters."""
+    """Whether there is an adapter beside the matrix. Only the kernel for single tokens on a CPU knows adapters."""
     return "lora_a" in matrix
 
 

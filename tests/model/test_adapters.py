@@ -54,7 +54,7 @@ def test_fresh_adapters_leave_the_logits_bitwise_as_they_were(form: Format | Non
     plain = in_format(form)
     fresh = add_adapters(plain, CONFIG, Adapters(4, targets=KINDS), KEY)
     assert len(adapted(fresh)) == len([path for path in param_spec(CONFIG) if kind_of(path)])
-    # Kernels don't know adapters, so one tree would be computed by them and the other wouldn't.
+    # Most kernels don't know adapters, so one tree would be computed by them and the other wouldn't.
     with as_if(kernels=False):
         for logits in (token_by_token, lambda params: score(params, TOKENS, CONFIG)[0]):
             np.testing.assert_array_equal(np.array(logits(fresh)), np.array(logits(plain)))

@@ -1,6 +1,5 @@
 """The CPU's kernel for single tokens: as exact as its stock twin, and each row's bits are its own."""
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +14,7 @@ from dbrx_fn.checkpoints.loader import load
 from dbrx_fn.generation.stream import stream_tokens
 from dbrx_fn.model import decode_step
 from dbrx_fn.model.cache import Cache, init_cache
-from dbrx_fn.model.config import Config
-from dbrx_fn.model.decode_step import DecodeStep
-from dbrx_fn.model.quantization import Quantization, dequantize, quantize
+from dbrx_fn.model.quantization import dequantize
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import Format
@@ -25,67 +22,22 @@ from dbrx_fn.ops.kernels.cpu import library
 from dbrx_fn.ops.kernels.cpu.library import default_threads, has_kernels, set_threads
 from dbrx_fn.runtime.device import as_if
 from tests.support import oracle
-from tests.support.adapters import with_random_adapters
+from tests.support.single_tokens import (
+    FORMATS,
+    LENGTHS,
+    SHORT,
+    TOKENS,
+    VOCAB,
+    case,
+    in_format,
+    prompted,
+    raw_config,
+    takes,
+    tokens_at,
+)
 from tests.support.trees import Case, as_float64, case_of, tensors_of
 
 pytestmark = pytest.mark.skipif(not has_kernels(), reason="this machine has no kernels for its CPU")
-
-FORMATS = [None, *(Format(bits, group) for bits in (4, 8) for group in (32, 64, 128)), Format(4, 32, "mxfp4")]
-LENGTHS = (300, 3, 120, 255, 256)
-"""Below, at and above the bounds of the kernel's chunks of positions."""
-SHORT = (20, 3, 9)
-VOCAB = 90
-TOKENS = np.random.default_rng(0).integers(0, VOCAB, (len(LENGTHS), max(LENGTHS) + 8))
-
-
-def raw_config(**changes: Any) -> dict[str, Any]:
-    raw: dict[str, Any] = {
-        "model_type": "dbrx",
-        "d_model": 256,
-        "n_heads": 4,
-        "n_layers": 2,
-        "max_seq_len": 512,
-        "vocab_size": VOCAB,
-    }
-    attn: Any = {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 5e5}
-    ffn: dict[str, Any] = {
-        "ffn_hidden_size": 128,
-        "moe_num_experts": 8,
-        "moe_top_k": 3,
-        "moe_normalize_expert_weights": 1.0,
-    }
-    ffn["ffn_act_fn"] = {"name": "silu"}
-    attn |= {name: changes.pop(name) for name in list(changes) if name in attn}
-    ffn |= {name: changes.pop(name) for name in list(changes) if name in ffn}
-    made: dict[str, Any] = raw | changes | {"attn_config": attn, "ffn_config": ffn}
-    return made
-
-
-@functools.cache
-def case() -> Case:
-    return case_of(raw_config(), np.random.default_rng(1))
-
-
-def in_format(made: Case, form: Format | None) -> Params:
-    return made.params if form is None else quantize(made.params, made.config, Quantization(*[form] * 4))
-
-
-def tokens_at(offsets: tuple[int, ...], step: int = 0) -> mx.array:
-    return mx.array([[int(TOKENS[row, length + step])] for row, length in enumerate(offsets)], mx.int32)
-
-
-def prompted(params: Params, config: Config, lengths: tuple[int, ...], capacity: int = 384) -> Cache:
-    """A cache of stock operations."""
-    cache = init_cache(config, len(lengths), capacity)
-    with as_if(kernels=False):
-        prompts = mx.array(TOKENS[: len(lengths), : max(lengths)])
-        _, cache = forward(params, prompts, cache, lengths=lengths, last_only=True)
-    mx.eval(cache.keys, cache.values)
-    return cache
-
-
-def takes(params: Params, tokens: mx.array, cache: Cache) -> bool:
-    return DecodeStep.of(params, tokens, cache, (1,) * len(tokens)) is not None
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -331,7 +283,6 @@ def test_stock_operations_take_what_the_kernel_cannot() -> None:
     assert takes(params, tokens, cache)
     assert not takes(params, mx.concatenate([tokens, tokens], axis=1), cache)
     assert not takes(params, tokens, init_cache(config, len(LENGTHS), 0))
-    assert not takes(with_random_adapters(params, config, ["head"]), tokens, cache)
     for form in (Format(6, 64), Format(8, 32, "mxfp8"), Format(4, 16, "nvfp4")):
         assert not takes(in_format(case(), form), tokens, cache)
     gelu = replace(config, ffn=replace(config.ffn, ffn_act_fn="gelu"))

@@ -67,7 +67,7 @@ def test_each_row_has_the_logits_of_its_own_adapter(params: Params) -> None:
 
 def test_a_row_without_an_adapter_is_bitwise_that_of_the_model_alone() -> None:
     chosen = choose_adapters(stack_adapters(PARAMS, CONFIG, adapted_trees(PARAMS)), MIX)
-    # Kernels don't know adapters, so one tree would be computed by them and the other wouldn't.
+    # Most kernels don't know adapters, so one tree would be computed by them and the other wouldn't.
     with as_if(kernels=False):
         for logits in (token_by_token, lambda params, tokens: score(params, tokens, CONFIG)[0]):
             found, expected = (np.array(logits(params, TOKENS)[1]) for params in (chosen, PARAMS))

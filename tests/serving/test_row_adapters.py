@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from dbrx_fn.errors import InputError
 from dbrx_fn.model.params import init_params, nest
 from dbrx_fn.model.stacked_adapters import stack_adapters
+from dbrx_fn.ops.kernels.cpu.library import has_kernels
 from dbrx_fn.runtime.device import Backend, as_if
 from dbrx_fn.serving.engine import Engine
 from dbrx_fn.serving.fingerprint import fingerprint
@@ -78,6 +79,14 @@ def test_exact_answers_are_the_same_bits_in_any_mix() -> None:
     # Beside others of its own kind only.
     alike = [replace(asked[5], seed=seed) for seed in range(8)]
     assert served(EXACT, [asked[5], *alike[:7]], list(range(8)))[0] == alone[5]
+
+
+@pytest.mark.skipif(not has_kernels(), reason="this machine has no kernels for its CPU")
+def test_the_cpu_s_kernel_computes_many_rows_alike() -> None:
+    limits, asked = replace(EXACT, rows=24), mixed(24)
+    alone = [served(limits, [request], [0])[0] for request in asked[:4]]
+    order = np.random.default_rng(0).permutation(len(asked)).tolist()
+    assert served(limits, asked, order)[:4] == alone
 
 
 def test_an_adapter_s_prefix_is_never_found_by_another(tmp_path: Path) -> None:

@@ -33,18 +33,44 @@ class Arranged {
   // Has room for rows of this matrix's input width. Called for each matrix before `make`.
   void need(const Matrix& m) {
     stride_ = std::max(stride_, arranged_size(m) + sums_size(m));
+    need_narrow(m);
+  }
+
+  // Has room for what this matrix's adapter makes of rows that are arranged elsewhere.
+  void need_narrow(const Matrix& m) {
+    narrow_stride_ = std::max(narrow_stride_, narrow_size(m));
   }
 
   void make(Scratch& scratch, int64_t count) {
     room_ = scratch.take(count * stride_);
+    narrow_room_ = scratch.take(count * narrow_stride_);
     rows_.resize(count);
     places_.resize(count);
     for (int64_t n = 0; n < count; ++n) places_[n] = &rows_[n];
   }
 
-  void set(const Matrix& m, int64_t n, const float* x) {
+  // Arranges `x`, of row `row` of the batch.
+  void set(const Matrix& m, int64_t n, const float* x, int64_t row) {
+    set(m, n, x);
+    set_narrow(m, n, x, row);
+  }
+
+  // As above, without what the adapter makes of `x`.
+  const Row& set(const Matrix& m, int64_t n, const float* x) {
     float* to = room_ + n * stride_;
-    rows_[n] = arrange(m, x, to, to + arranged_size(m));
+    return rows_[n] = arrange(m, x, to, to + arranged_size(m));
+  }
+
+  void share(int64_t n, const Row& arranged) {
+    rows_[n] = arranged;
+  }
+
+  // What the adapter makes of `x`, of which row `n` is arranged.
+  void set_narrow(const Matrix& m, int64_t n, const float* x, int64_t row) {
+    if (!m.adapter.rank) return;
+    float* to = narrow_room_ + n * narrow_stride_;
+    narrow(m, x, row, to);
+    rows_[n].narrow = to;
   }
 
   const Row* const* rows() const {
@@ -52,8 +78,9 @@ class Arranged {
   }
 
  private:
-  int64_t stride_ = 0;
+  int64_t stride_ = 0, narrow_stride_ = 0;
   float* room_ = nullptr;
+  float* narrow_room_ = nullptr;
   std::vector<Row> rows_;
   std::vector<const Row*> places_;
 };

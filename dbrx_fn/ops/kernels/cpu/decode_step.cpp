@@ -60,21 +60,21 @@ class Step {
     frequencies_ = static_cast<const float*>(*inputs++);
     logits_ = *outputs++;
     top_experts_ = static_cast<uint32_t*>(*outputs++);
-    wte_ = next_matrix(numbers, inputs);
+    wte_ = next_adapted(numbers, inputs, dtype_);
     for (auto& layer : layers_) {
       layer.norm_1 = *inputs++;
-      layer.wqkv = next_matrix(numbers, inputs);
-      layer.out_proj = next_matrix(numbers, inputs);
+      layer.wqkv = next_adapted(numbers, inputs, dtype_);
+      layer.out_proj = next_adapted(numbers, inputs, dtype_);
       layer.norm_2 = *inputs++;
-      layer.router = next_matrix(numbers, inputs);
-      layer.w1 = next_matrix(numbers, inputs);
-      layer.v1 = next_matrix(numbers, inputs);
-      layer.w2 = next_matrix(numbers, inputs);
+      layer.router = next_adapted(numbers, inputs, dtype_);
+      layer.w1 = next_adapted(numbers, inputs, dtype_);
+      layer.v1 = next_adapted(numbers, inputs, dtype_);
+      layer.w2 = next_adapted(numbers, inputs, dtype_);
       inputs += 2;
       layer.keys = *outputs++, layer.values = *outputs++;
     }
     norm_f_ = *inputs++;
-    head_ = next_matrix(numbers, inputs);
+    head_ = next_adapted(numbers, inputs, dtype_);
     d_model_ = wte_.inner;
     ffn_ = layers_[0].w1.outer;
     count_ = int64_t(rows_.size());
@@ -88,14 +88,14 @@ class Step {
     Pool::get().run([&](Member& me) {
       Own own;
       own.norm_weight.resize(d_model_);
-      own.room.resize(std::max(d_model_, experts_));
+      own.room.resize(experts_);
       me.spread(count_, 1, [&](int64_t n, int64_t) { embed(n); });
       for (size_t n = 0; n < layers_.size(); ++n) {
         attention_half(me, own, layers_[n]);
         expert_half(me, own, layers_[n], top_experts_ + int64_t(n) * batch_ * top_k_);
       }
       const float* weight = floats_of(dtype_, norm_f_, d_model_, own.norm_weight.data());
-      me.spread(count_, 1, [&](int64_t n, int64_t) { head_rows_.set(head_, n, normed(own, weight, n)); });
+      me.spread(count_, 1, [&](int64_t n, int64_t) { head_rows_.set(head_, n, normed(weight, n), rows_[n]); });
       product(me, head_, head_rows_, [&](int64_t n, int64_t j, float y) {
         put(dtype_, logits_, rows_[n] * head_.outer + j, y);
       });
@@ -108,6 +108,7 @@ class Step {
     const int64_t chunks = *std::max_element(positions_.begin(), positions_.end()) / CHUNK + 1;
     chunks_ = chunks;
     x_ = scratch.take(count_ * d_model_);
+    normed_ = scratch.take(count_ * d_model_);
     turns_ = scratch.take(count_ * head_dim_);
     qkv_ = scratch.take(count_ * (n_heads_ + 2 * kv_heads_) * head_dim_);
     attended_ = scratch.take(count_ * n_heads_ * head_dim_);
@@ -121,11 +122,13 @@ class Step {
       out_rows_.need(layer.out_proj);
       router_rows_.need(layer.router);
       gate_rows_.need(layer.w1);
+      gate_pairs_.need_narrow(layer.w1);
+      up_pairs_.need_narrow(layer.v1);
       down_rows_.need(layer.w2);
     }
     head_rows_.need(head_);
     for (auto* rows : {&qkv_rows_, &out_rows_, &router_rows_, &gate_rows_, &head_rows_}) rows->make(scratch, count_);
-    down_rows_.make(scratch, count_ * top_k_);
+    for (auto* rows : {&gate_pairs_, &up_pairs_, &down_rows_}) rows->make(scratch, count_ * top_k_);
   }
 
   // Calls `put(n, j, y)` for output j of each row n.
@@ -140,9 +143,10 @@ class Step {
     });
   }
 
-  const float* normed(Own& own, const float* weight, int64_t n) {
-    layer_norm(x_ + n * d_model_, weight, d_model_, eps_, own.room.data());
-    return own.room.data();
+  const float* normed(const float* weight, int64_t n) {
+    float* to = normed_ + n * d_model_;
+    layer_norm(x_ + n * d_model_, weight, d_model_, eps_, to);
+    return to;
   }
 
   // The token's row, and the rotation at its position. An unknown id makes the row NaN.
@@ -150,7 +154,7 @@ class Step {
     const uint32_t token = tokens_[rows_[n]];
     float* x = x_ + n * d_model_;
     if (token < uint64_t(wte_.outer)) {
-      as_floats(wte_, token, x);
+      adapted_as_floats(wte_, token, rows_[n], x);
     } else {
       std::fill_n(x, d_model_, std::numeric_limits<float>::quiet_NaN());
     }
@@ -166,7 +170,7 @@ class Step {
   void attention_half(Member& me, Own& own, const Layer& layer) {
     const int64_t width = (n_heads_ + 2 * kv_heads_) * head_dim_;
     const float* weight = floats_of(dtype_, layer.norm_1, d_model_, own.norm_weight.data());
-    me.spread(count_, 1, [&](int64_t n, int64_t) { qkv_rows_.set(layer.wqkv, n, normed(own, weight, n)); });
+    me.spread(count_, 1, [&](int64_t n, int64_t) { qkv_rows_.set(layer.wqkv, n, normed(weight, n), rows_[n]); });
     product(me, layer.wqkv, qkv_rows_, [&](int64_t n, int64_t j, float y) {
       qkv_[n * width + j] = y < -clip_ ? -clip_ : y > clip_ ? clip_ : y;
     });
@@ -180,7 +184,7 @@ class Step {
         const float* parts = parts_ + (n * n_heads_ + h) * chunks_ * size;
         merge(parts, positions_[n] / CHUNK + 1, size, head_dim_, attended + h * head_dim_);
       }
-      out_rows_.set(layer.out_proj, n, attended);
+      out_rows_.set(layer.out_proj, n, attended, rows_[n]);
     });
     product(me, layer.out_proj, out_rows_, [&](int64_t n, int64_t j, float y) { x_[n * d_model_ + j] += y; });
   }
@@ -213,16 +217,34 @@ class Step {
   void expert_half(Member& me, Own& own, const Layer& layer, uint32_t* top_experts) {
     const float* weight = floats_of(dtype_, layer.norm_2, d_model_, own.norm_weight.data());
     me.spread(count_, 1, [&](int64_t n, int64_t) {
-      const float* x = normed(own, weight, n);
-      router_rows_.set(layer.router, n, x);
-      gate_rows_.set(layer.w1, n, x);
+      const float* x = normed(weight, n);
+      router_rows_.set(layer.router, n, x, rows_[n]);
+      const Row row = gate_rows_.set(layer.w1, n, x);
+      for (int64_t pair = n * top_k_; pair < (n + 1) * top_k_; ++pair) {
+        gate_pairs_.share(pair, row);
+        up_pairs_.share(pair, row);
+      }
       route(own, layer.router, n);
       std::copy_n(&top_[n * top_k_], top_k_, top_experts + rows_[n] * top_k_);
     });
+    if (layer.w1.adapter.rank || layer.v1.adapter.rank) {
+      spread_pairs(me, [&](int64_t pair, int64_t expert, int64_t n) {
+        gate_pairs_.set_narrow(layer.w1.of(expert), pair, normed_ + n * d_model_, rows_[n]);
+        up_pairs_.set_narrow(layer.v1.of(expert), pair, normed_ + n * d_model_, rows_[n]);
+      });
+    }
     own.chosen.sort(top_.data(), count_ * top_k_, experts_);
-    hidden_of(me, layer.w1, layer.v1, own.chosen, gate_rows_.rows(), top_k_, gate_, up_);
-    me.spread(count_ * top_k_, 1, [&](int64_t pair, int64_t) { down_rows_.set(layer.w2, pair, gate_ + pair * ffn_); });
+    hidden_of(me, layer.w1, layer.v1, own.chosen, gate_pairs_.rows(), up_pairs_.rows(), gate_, up_);
+    spread_pairs(me, [&](int64_t pair, int64_t expert, int64_t n) {
+      down_rows_.set(layer.w2.of(expert), pair, gate_ + pair * ffn_, rows_[n]);
+    });
     add_outputs(me, layer.w2, own.chosen, down_rows_.rows(), weights_, top_k_, x_);
+  }
+
+  // Calls `work(pair, its expert, its row)` for each row's choices.
+  template <class Work>
+  void spread_pairs(Member& me, const Work& work) {
+    me.spread(count_ * top_k_, 1, [&](int64_t pair, int64_t) { work(pair, top_[pair], pair / top_k_); });
   }
 
   void route(Own& own, const Matrix& router, int64_t n) {
@@ -243,9 +265,9 @@ class Step {
   uint32_t* top_experts_;
   // The rows that have a token, and its position in each.
   std::vector<int64_t> rows_, positions_;
-  float *x_, *turns_, *qkv_, *attended_, *parts_, *weights_, *gate_, *up_;
+  float *x_, *normed_, *turns_, *qkv_, *attended_, *parts_, *weights_, *gate_, *up_;
   std::vector<uint32_t> top_;
-  Arranged qkv_rows_, out_rows_, router_rows_, gate_rows_, down_rows_, head_rows_;
+  Arranged qkv_rows_, out_rows_, router_rows_, gate_rows_, gate_pairs_, up_pairs_, down_rows_, head_rows_;
 };
 
 }  // namespace

@@ -24,11 +24,11 @@ inline void gate_up(float* gate, const float* up, int64_t count) {
   std::memcpy(gate + n, rest, (count - n) * sizeof(float));
 }
 
-// `gate` `[pairs ffn]` gets the hidden activations of each pair (row, choice). `up` is room of that size. An expert's
-// weights are read once for all its rows.
+// `gate` `[pairs ffn]` gets the hidden activations of each pair (row, choice). `up` is room of that size. Both matrices
+// have a row for each pair. An expert's weights are read once for all its rows.
 inline void hidden_of(
-    Member& me, const Matrix& w1, const Matrix& v1, const Chosen& chosen, const Row* const* rows, int64_t top_k,
-    float* gate, float* up) {
+    Member& me, const Matrix& w1, const Matrix& v1, const Chosen& chosen, const Row* const* gate_rows,
+    const Row* const* up_rows, float* gate, float* up) {
   const int64_t ffn = w1.outer, distinct = int64_t(chosen.experts.size());
   const int64_t piece = grain(w1, distinct * ffn, me.count), pieces = (ffn + piece - 1) / piece;
   me.spread(distinct * pieces, 1, [&](int64_t unit, int64_t) {
@@ -37,15 +37,15 @@ inline void hidden_of(
     const Matrix gates = w1.of(chosen.experts[place]), ups = v1.of(chosen.experts[place]);
     const Row* own[MOST_ROWS];
     float out[MOST_ROWS];
-    for (int64_t n = 0; n < count; ++n) own[n] = rows[chosen.pairs[begin + n] / top_k];
-    const auto multiply = [&](const Matrix& m, float* to) {
+    const auto multiply = [&](const Matrix& m, const Row* const* rows, float* to) {
+      for (int64_t n = 0; n < count; ++n) own[n] = rows[chosen.pairs[begin + n]];
       for (int64_t j = first; j < last; ++j) {
         dots(m, j, own, count, out);
         for (int64_t n = 0; n < count; ++n) to[chosen.pairs[begin + n] * ffn + j] = out[n];
       }
     };
-    multiply(gates, gate);
-    multiply(ups, up);
+    multiply(gates, gate_rows, gate);
+    multiply(ups, up_rows, up);
     for (int64_t n = 0; n < count; ++n) {
       const int64_t start = chosen.pairs[begin + n] * ffn + first;
       gate_up(gate + start, up + start, last - first);

@@ -4,10 +4,12 @@ from typing import cast
 
 import mlx.core as mx
 
-from dbrx_fn.ops.formats import LEAVES, Linear, format_or_problem
+from dbrx_fn.ops.formats import LEAVES, Linear, format_or_problem, is_adapted
 
 DTYPES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
 """The numbers of float dtypes in C++ (`Kind` in weights.h)."""
+MATRIX_NUMBERS = 5
+"""How many numbers `matrix_numbers` returns."""
 _AFFINE = {8: 3, 4: 4}
 _MXFP4 = 5
 
@@ -34,6 +36,22 @@ def matrix_numbers(matrix: Linear, inner: int) -> tuple[int, ...] | None:
     if "biases" not in matrix or matrix["biases"].dtype != matrix["scales"].dtype:
         return None
     return _AFFINE[form.bits], scale_kind, form.group_size, weight.shape[-2], inner
+
+
+def adapter_numbers(matrix: Linear, batch: int) -> tuple[int, int] | None:
+    """The numbers of its adapter, where a kernel takes adapters (`next_adapted` in weights.h).
+
+    Args:
+        matrix: as above, its leaves of the right shapes.
+        batch: rows of the batch.
+
+    Returns:
+        The rank, 0 without an adapter, and whether scales differ between rows; `None` if they are another batch's.
+    """
+    if not is_adapted(matrix):
+        return 0, 0
+    scales = matrix["lora_scale"].shape
+    return None if scales and scales[0] != batch else (matrix["lora_a"].shape[-2], len(scales) > 0)
 
 
 def leaves(matrix: Linear) -> list[mx.array]:

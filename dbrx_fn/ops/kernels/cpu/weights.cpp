@@ -51,12 +51,41 @@ inline Floats spread_scales(const char* scales, int64_t place, int64_t groups, i
 #endif
 }
 
-// Products of one row of a matrix with ROWS rows of activations.
+// Up to LANES short or long floats from `place` on, then zeros.
+template <Kind KIND>
+inline Floats floats_at(const char* from, int64_t place, int64_t count) {
+  if constexpr (KIND == FLOAT32) return load_part(reinterpret_cast<const float*>(from) + place, count);
+  const auto* halves = reinterpret_cast<const uint16_t*>(from) + place;
+  uint16_t part[LANES] = {};
+  if (count < LANES) {
+    std::memcpy(part, halves, count * sizeof(uint16_t));
+    halves = part;
+  }
+  return KIND == BFLOAT16 ? from_bfloat16(halves) : from_float16(halves);
+}
 
 template <Kind KIND, int ROWS>
-inline void dense_dots(const Matrix& m, const char* weight, const Row* const* rows, float* out) {
-  Floats total[ROWS];
-  for (auto& t : total) t = splat(0);
+inline void add_narrow(const Adapter& adapter, int64_t row, const Row* const* rows, Floats* total) {
+  for (int64_t n = 0; n < adapter.rank; n += LANES) {
+    const Floats b = floats_at<KIND>(adapter.b, row * adapter.rank + n, adapter.rank - n);
+    for (int r = 0; r < ROWS; ++r) total[r] = fma(b, load(rows[r]->narrow + n), total[r]);
+  }
+}
+
+// Sums that products are added to: those of the adapter. With lora_b of zeros they are zeros.
+template <int ROWS>
+inline void begin(const Matrix& m, int64_t row, const Row* const* rows, Floats* total) {
+  for (int r = 0; r < ROWS; ++r) total[r] = splat(0);
+  if (!m.adapter.rank) return;
+  if (m.adapter.kind == FLOAT32) return add_narrow<FLOAT32, ROWS>(m.adapter, row, rows, total);
+  if (m.adapter.kind == BFLOAT16) return add_narrow<BFLOAT16, ROWS>(m.adapter, row, rows, total);
+  add_narrow<FLOAT16, ROWS>(m.adapter, row, rows, total);
+}
+
+// Products of one row of a matrix with ROWS rows of activations, added to `total`.
+
+template <Kind KIND, int ROWS>
+inline void dense_dots(const Matrix& m, const char* weight, const Row* const* rows, Floats* total, float* out) {
   const int64_t whole = m.inner / LANES * LANES;
   const auto at = [weight](int64_t n) {
     if constexpr (KIND == FLOAT32) return load(reinterpret_cast<const float*>(weight) + n);
@@ -75,22 +104,9 @@ inline void dense_dots(const Matrix& m, const char* weight, const Row* const* ro
     if constexpr (KIND == FLOAT32) w = load_as<Floats>(part);
     if constexpr (KIND == BFLOAT16) w = from_bfloat16(reinterpret_cast<const uint16_t*>(part));
     if constexpr (KIND == FLOAT16) w = from_float16(reinterpret_cast<const uint16_t*>(part));
-    for (int r = 0; r < ROWS; ++r) total[r] = fma(w, load(rows[r]->x + whole), total[r]);
+    for (int r = 0; r < ROWS; ++r) total[r] = fma(w, load_part(rows[r]->x + whole, m.inner - whole), total[r]);
   }
   for (int r = 0; r < ROWS; ++r) out[r] = sum(total[r]);
-}
-
-// Up to LANES scales from `place` on, then zeros.
-template <Kind SCALES>
-inline Floats scales_at(const char* scales, int64_t place, int64_t count) {
-  if constexpr (SCALES == FLOAT32) return load_part(reinterpret_cast<const float*>(scales) + place, count);
-  const auto* halves = reinterpret_cast<const uint16_t*>(scales) + place;
-  uint16_t part[LANES] = {};
-  if (count < LANES) {
-    std::memcpy(part, halves, count * sizeof(uint16_t));
-    halves = part;
-  }
-  return SCALES == BFLOAT16 ? from_bfloat16(halves) : from_float16(halves);
 }
 
 // What the biases of a row of the matrix add. `middle` is what was taken from each quantized number.
@@ -100,7 +116,7 @@ inline void add_biases(
   Floats total[ROWS];
   for (auto& t : total) t = splat(0);
   for (int64_t g = 0, groups = m.groups(); g < groups; g += LANES) {
-    const Floats scale = scales_at<SCALES>(scales, g, groups - g), bias = scales_at<SCALES>(biases, g, groups - g);
+    const Floats scale = floats_at<SCALES>(scales, g, groups - g), bias = floats_at<SCALES>(biases, g, groups - g);
     const Floats low = fma(scale, splat(middle), bias);
     for (int r = 0; r < ROWS; ++r) total[r] = fma(low, load(rows[r]->sums + g), total[r]);
   }
@@ -121,9 +137,8 @@ inline void fetch_scales(const Matrix& m, const char* scales, const char* biases
 
 template <Kind SCALES, int ROWS>
 inline void byte_dots(
-    const Matrix& m, const char* weight, const char* scales, const char* biases, const Row* const* rows, float* out) {
-  Floats total[ROWS];
-  for (auto& t : total) t = splat(0);
+    const Matrix& m, const char* weight, const char* scales, const char* biases, const Row* const* rows, Floats* total,
+    float* out) {
   const auto* bytes = reinterpret_cast<const uint8_t*>(weight);
   fetch_scales(m, scales, biases);
   for (int64_t g = 0, n = 0, groups = m.groups(); g < groups; ++g) {
@@ -143,9 +158,8 @@ inline void byte_dots(
 
 template <Kind KIND, Kind SCALES, int ROWS>
 inline void nibble_dots(
-    const Matrix& m, const char* weight, const char* scales, const char* biases, const Row* const* rows, float* out) {
-  Floats total[ROWS];
-  for (auto& t : total) t = splat(0);
+    const Matrix& m, const char* weight, const char* scales, const char* biases, const Row* const* rows, Floats* total,
+    float* out) {
   const int64_t all = m.inner / WORD, words = m.group / WORD, groups = m.groups();
   const auto add = [&](Ints w, int64_t word, Floats scale) {
     Floats inside[ROWS];
@@ -174,21 +188,23 @@ inline void nibble_dots(
 template <int ROWS>
 inline void dots_of(const Matrix& m, int64_t row, const Row* const* rows, float* out) {
   const char* weight = m.weight + row * m.row_bytes();
-  if (m.kind == FLOAT32) return dense_dots<FLOAT32, ROWS>(m, weight, rows, out);
-  if (m.kind == BFLOAT16) return dense_dots<BFLOAT16, ROWS>(m, weight, rows, out);
-  if (m.kind == FLOAT16) return dense_dots<FLOAT16, ROWS>(m, weight, rows, out);
+  Floats total[ROWS];
+  begin<ROWS>(m, row, rows, total);
+  if (m.kind == FLOAT32) return dense_dots<FLOAT32, ROWS>(m, weight, rows, total, out);
+  if (m.kind == BFLOAT16) return dense_dots<BFLOAT16, ROWS>(m, weight, rows, total, out);
+  if (m.kind == FLOAT16) return dense_dots<FLOAT16, ROWS>(m, weight, rows, total, out);
   const int64_t start = row * m.groups() * m.scale_bytes();
   const char* scales = m.scales + start;
-  if (m.kind == MXFP4) return nibble_dots<MXFP4, MXFP4, ROWS>(m, weight, scales, nullptr, rows, out);
+  if (m.kind == MXFP4) return nibble_dots<MXFP4, MXFP4, ROWS>(m, weight, scales, nullptr, rows, total, out);
   const char* biases = m.biases + start;
   if (m.kind == AFFINE8) {
-    if (m.scale_kind == FLOAT32) return byte_dots<FLOAT32, ROWS>(m, weight, scales, biases, rows, out);
-    if (m.scale_kind == BFLOAT16) return byte_dots<BFLOAT16, ROWS>(m, weight, scales, biases, rows, out);
-    return byte_dots<FLOAT16, ROWS>(m, weight, scales, biases, rows, out);
+    if (m.scale_kind == FLOAT32) return byte_dots<FLOAT32, ROWS>(m, weight, scales, biases, rows, total, out);
+    if (m.scale_kind == BFLOAT16) return byte_dots<BFLOAT16, ROWS>(m, weight, scales, biases, rows, total, out);
+    return byte_dots<FLOAT16, ROWS>(m, weight, scales, biases, rows, total, out);
   }
-  if (m.scale_kind == FLOAT32) return nibble_dots<AFFINE4, FLOAT32, ROWS>(m, weight, scales, biases, rows, out);
-  if (m.scale_kind == BFLOAT16) return nibble_dots<AFFINE4, BFLOAT16, ROWS>(m, weight, scales, biases, rows, out);
-  return nibble_dots<AFFINE4, FLOAT16, ROWS>(m, weight, scales, biases, rows, out);
+  if (m.scale_kind == FLOAT32) return nibble_dots<AFFINE4, FLOAT32, ROWS>(m, weight, scales, biases, rows, total, out);
+  if (m.scale_kind == BFLOAT16) return nibble_dots<AFFINE4, BFLOAT16, ROWS>(m, weight, scales, biases, rows, total, out);
+  return nibble_dots<AFFINE4, FLOAT16, ROWS>(m, weight, scales, biases, rows, total, out);
 }
 
 }  // namespace
@@ -227,6 +243,20 @@ void dots(const Matrix& m, int64_t row, const Row* const* rows, int64_t count, f
   for (; n < count; ++n) dots_of<1>(m, row, rows + n, out + n);
 }
 
+void narrow(const Matrix& m, const float* x, int64_t n, float* to) {
+  const Matrix a = m.lora_a();
+  const Row row{x, nullptr};
+  const Row* rows = &row;
+  for (int64_t k = 0; k < a.outer; ++k) {
+    const float scale = m.adapter.scale(n, k);
+    to[k] = 0;
+    if (scale == 0) continue;
+    dots(a, k, &rows, 1, to + k);
+    to[k] *= scale;
+  }
+  for (int64_t k = a.outer; k % LANES; ++k) to[k] = 0;
+}
+
 void as_floats(const Matrix& m, int64_t row, float* to) {
   const char* weight = m.weight + row * m.row_bytes();
   const auto* halves = reinterpret_cast<const uint16_t*>(weight);
@@ -245,6 +275,20 @@ void as_floats(const Matrix& m, int64_t row, float* to) {
     if (m.kind == AFFINE8) to[n] = std::fma(float(bytes[n]), scale(m.scales, n), scale(m.biases, n));
     if (m.kind == AFFINE4) to[n] = std::fma(float(four), scale(m.scales, n), scale(m.biases, n));
     if (m.kind == MXFP4) to[n] = E2M1[four] * scale(m.scales, n);
+  }
+}
+
+void adapted_as_floats(const Matrix& m, int64_t row, int64_t n, float* to) {
+  as_floats(m, row, to);
+  if (!m.adapter.rank) return;
+  const Matrix a = m.lora_a();
+  std::vector<float> factors(a.outer), numbers(m.inner);
+  as_floats(m.lora_b(), row, factors.data());
+  for (int64_t k = 0; k < a.outer; ++k) {
+    const float scale = m.adapter.scale(n, k);
+    if (scale == 0) continue;
+    as_floats(a, k, numbers.data());
+    for (int64_t i = 0; i < m.inner; ++i) to[i] = std::fma(factors[k] * scale, numbers[i], to[i]);
   }
 }
 
