@@ -31,7 +31,7 @@ from dbrx_fn.checkpoints.layouts import Source, Written, sources
 from dbrx_fn.checkpoints.raw import Raw, of_raw, raw
 from dbrx_fn.checkpoints.saver import check_layout, header_texts, small_files
 from dbrx_fn.checkpoints.shards import SHARD_BYTES, Shard, ShardSum, plan_shards, write_shard
-from dbrx_fn.checkpoints.tokenizer_files import tokenizer_files
+from dbrx_fn.checkpoints.tokenizer_files import fitting_tokenizer, tokenizer_files
 from dbrx_fn.errors import CheckpointError, InputError, TokenizerError
 from dbrx_fn.files.work_folder import WorkFolder, hidden
 from dbrx_fn.model.config import Config, Dtype
@@ -114,12 +114,13 @@ class _NotFiniteError(CheckpointError):
 
 
 def plan_conversion(source: Checkpoint, request: Request) -> Conversion:
-    """Plans a conversion and checks that it is possible. Only headers and adapters are read.
+    """Plans a conversion and checks that it is possible. Only headers, adapters and a given tokenizer are read.
 
     Raises:
         InputError: if the layout can't hold the formats, a format doesn't fit a matrix, or a matrix that is quantized
             already would be quantized again.
         CheckpointError: if the checkpoint's tensors don't fit its config, or adapters don't fit them.
+        TokenizerError: if the given tokenizer can't be read, or has more tokens than the model.
     """
     require_fit(source, one_dtype=request.dtype is None)
     config = replace(source.config, dtype=request.dtype or source.config.dtype)
@@ -135,6 +136,8 @@ def plan_conversion(source: Checkpoint, request: Request) -> Conversion:
     check_layout(request.layout, formats)
     table = sources(config, request.layout, formats)
     adapters = {} if request.adapters is None else _adapters(Path(request.adapters), config)
+    if request.tokenizer is not None:
+        fitting_tokenizer(Path(request.tokenizer), config.vocab_size)
     texts = header_texts(request.layout) | {
         "layout": request.layout,
         "converted_from": f"{source.layout}, {_formats_in_words(source.formats, source.config)}",

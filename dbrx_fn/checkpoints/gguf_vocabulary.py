@@ -13,10 +13,11 @@ from typing import Any
 from dbrx_fn.checkpoints.gguf_tokenizer import ENDS_BY_TEXT, SAMPLING
 from dbrx_fn.checkpoints.gguf_words import DBRX_WORDS, is_gpt4, name_of_words
 from dbrx_fn.checkpoints.gguf_writer import Value
+from dbrx_fn.checkpoints.tokenizer_files import fitting_tokenizer
 from dbrx_fn.errors import TokenizerError
 from dbrx_fn.files.json_file import parse_json, read_bounded, shown
 from dbrx_fn.text.chatml_template import chatml_template
-from dbrx_fn.text.tokenizer import Tokenizer, read_tokenizer, read_vocabulary
+from dbrx_fn.text.tokenizer import Tokenizer, read_vocabulary
 from dbrx_fn.text.tokenizer_settings import Settings
 from dbrx_fn.text.vocabulary import BYTES, Vocabulary
 
@@ -41,12 +42,8 @@ def vocabulary_metadata(folder: Path, vocab_size: int) -> dict[str, Value]:
     Raises:
         TokenizerError: if it can't be read, or llama.cpp would make other tokens.
     """
-    tokenizer = read_tokenizer(folder)
+    tokenizer = fitting_tokenizer(folder, vocab_size)
     vocabulary = read_vocabulary(folder, Settings(folder / "tokenizer_config.json"))
-    if tokenizer.vocab_size > vocab_size:
-        raise TokenizerError(
-            f"{folder} has a tokenizer of {tokenizer.vocab_size} tokens and the model has {vocab_size}: take its own."
-        )
     definition = _definition(folder, vocabulary)
     words = name_of_words(definition["pre_tokenizer"], whole=bool(definition["model"].get("ignore_merges")))
     if words is None or definition["normalizer"] is not None:

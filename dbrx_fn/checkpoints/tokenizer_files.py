@@ -45,6 +45,20 @@ def readable_tokenizer(path_or_repo: str) -> Path:
     return folder
 
 
+def fitting_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer in a folder, for a model with a vocabulary of `vocab_size`.
+
+    Raises:
+        TokenizerError: as in `read_tokenizer`; or if it has more tokens than the model.
+    """
+    tokenizer = read_tokenizer(folder)
+    if tokenizer.vocab_size > vocab_size:
+        raise TokenizerError(
+            f"{folder} has a tokenizer of {tokenizer.vocab_size} tokens and the model has {vocab_size}: take its own."
+        )
+    return tokenizer
+
+
 @contextlib.contextmanager
 def tokenizer_files(path: Path) -> Iterator[TokenizerFiles]:
     """Yields a checkpoint's tokenizer files.

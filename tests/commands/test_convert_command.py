@@ -282,7 +282,7 @@ def test_memory_is_that_of_few_tensors(
 
 
 def test_a_gguf_file_gets_another_checkpoints_tokenizer(tmp_path: Path, done: Done, refused: Refused) -> None:
-    config = QUANTIZABLE | {"vocab_size": 260}
+    config = QUANTIZABLE | {"vocab_size": 4096}
     file = tmp_path / "dbrx.gguf"
     write_gguf(file, config, checkpoints.random_tensors(config, np.random.default_rng(0)), quantization="q8_0")
     done(file, tmp_path / "bare")

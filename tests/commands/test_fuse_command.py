@@ -20,24 +20,25 @@ from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import Format
 from tests.support.adapters import with_random_adapters
 from tests.support.checkpoints import QUANTIZABLE
-from tests.support.trees import case_of
+from tests.support.trees import Case, case_of
 
 CASE = case_of(QUANTIZABLE, np.random.default_rng(0))
 CONFIG = CASE.config
+WITH_WORDS = case_of(QUANTIZABLE | {"vocab_size": 4096}, np.random.default_rng(0))
 
 
 def leaves(params: Params) -> dict[str, mx.array]:
     return dict(tree_flatten(params))
 
 
-def written(folder: Path, bits: int | None, layout: str) -> Params:
+def written(folder: Path, bits: int | None, layout: str, case: Case = CASE) -> Params:
     """A model and adapters for all of its matrices. Returns the tree of both."""
-    form, params = Format(bits or 4, 32), CASE.params
+    form, params, config = Format(bits or 4, 32), case.params, case.config
     if bits is not None:
-        params = quantize(params, CONFIG, Quantization(form, form, form, form, form))
-    save(folder / "model", params, CONFIG, layout=layout)  # type: ignore[arg-type]
-    adapted = with_random_adapters(params, CONFIG, ("attention", "experts", "router", "embedding", "head"))
-    save_adapters(folder / "adapters", adapted, CONFIG)
+        params = quantize(params, config, Quantization(form, form, form, form, form))
+    save(folder / "model", params, config, layout=layout)  # type: ignore[arg-type]
+    adapted = with_random_adapters(params, config, ("attention", "experts", "router", "embedding", "head"))
+    save_adapters(folder / "adapters", adapted, config)
     return adapted
 
 
@@ -97,7 +98,7 @@ def test_what_cannot_be_merged_leaves_nothing(tmp_path: Path, capsys: pytest.Cap
 def test_the_tokenizer_of_a_run_is_copied_with_its_chat_template(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    written(tmp_path, None, "split")
+    written(tmp_path, None, "split", WITH_WORDS)
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     shutil.copy(SMALL / "tokenizer.json", tokenizer)
@@ -110,4 +111,13 @@ def test_the_tokenizer_of_a_run_is_copied_with_its_chat_template(
     capsys.readouterr()
     assert main([*words(tmp_path), "--tokenizer", str(tmp_path / "adapters")]) == 2
     assert "has no tokenizer.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path, None, "split")
+    assert main([*words(tmp_path), "--tokenizer", str(SMALL)]) == 2
+    assert f"has a tokenizer of 4096 tokens and the model has {CONFIG.vocab_size}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
