@@ -6,10 +6,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 from dbrx_fn.errors import InputError
-from dbrx_fn.model.params import init_params, nest
+from dbrx_fn.model.params import init_params
 from dbrx_fn.model.stacked_adapters import stack_adapters
 from dbrx_fn.ops.kernels.cpu.library import has_kernels
 from dbrx_fn.runtime.device import Backend, as_if
@@ -20,14 +19,12 @@ from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.request import Event, PromptRead, Request, TokenMade
 from dbrx_fn.serving.row_adapters import RowAdapters
 from dbrx_fn.serving.warm_up import warm_up
-from tests.support.adapters import with_random_adapters
+from tests.support.adapters import with_random_adapters, without_first_layer
 from tests.support.engine_requests import CONFIG, EXACT, FAST, PARAMS, Events, made, requests, tokens, without_prompts
 
 HAMLET = with_random_adapters(PARAMS, CONFIG, ("attention", "experts"), rank=4, seed=1)
 LEAR = with_random_adapters(PARAMS, CONFIG, ("experts", "router", "head", "embedding"), rank=3, seed=2)
-_WHOLE = dict(tree_flatten(with_random_adapters(PARAMS, CONFIG, ("attention",), rank=2, seed=3)))
-# As mlx-lm's num_layers leaves them: in the last layer only.
-MACBETH = nest({path: leaf for path, leaf in _WHOLE.items() if not ("lora_" in path and ".blocks.0." in path)}, CONFIG)
+MACBETH = without_first_layer(with_random_adapters(PARAMS, CONFIG, ("attention",), rank=2, seed=3), CONFIG)
 TREES = {"hamlet": HAMLET, "lear": LEAR, "macbeth": MACBETH}
 NAMES = [None, *TREES]
 STACK = stack_adapters(PARAMS, CONFIG, list(TREES.values()))
@@ -142,8 +139,8 @@ def test_nothing_is_traced_after_the_warm_up_when_the_mix_changes(
 def test_layers_of_several_kinds_need_no_trace_after_the_warm_up(caplog: pytest.LogCaptureFixture) -> None:
     """As mlx-lm's num_layers makes them: here the last two of three layers have adapters."""
     config = replace(CONFIG, n_layers=3, max_seq_len=555)
-    whole = dict(tree_flatten(with_random_adapters(init_params(config, mx.random.key(0)), config, ("experts",))))
-    tree = nest({path: leaf for path, leaf in whole.items() if not ("lora_" in path and "blocks.0." in path)}, config)
+    whole = with_random_adapters(init_params(config, mx.random.key(0)), config, ("experts",))
+    tree = without_first_layer(whole, config)
     limits = replace(EXACT, rows=2, capacity=256)
     with as_if(backend="metal"):
         warm_up(tree, config, limits)
