@@ -24,8 +24,10 @@ class RowAdapters:
             names: one for each adapter of the stack, in its order.
 
         Raises:
-            InputError: if a name is there twice, or their number differs from the stack's.
+            InputError: if a name is no text or is there twice, or their number differs from the stack's.
         """
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"adapters is {shown(names)} where a list of names is expected.")
         twice = [name for place, name in enumerate(names) if name in names[:place]]
         if twice:
             raise InputError(f"adapters has {shown(twice[0])} twice: give each adapter a name of its own.")

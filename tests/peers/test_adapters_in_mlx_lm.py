@@ -21,7 +21,7 @@ from dbrx_fn.model.quantization import Quantization, quantize
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.ops.formats import Format
 from tests.peers import reference
-from tests.support.adapters import with_random_adapters
+from tests.support.adapters import with_random_adapters, without_first_layer
 from tests.support.checkpoints import QUANTIZABLE
 from tests.support.trees import as_float64, case_of, relative_error
 
@@ -44,14 +44,18 @@ def ours(model: Path, adapters: Path | None) -> Any:
     return as_float64(logits[0])
 
 
+@pytest.mark.parametrize("layers", ["all", "last"])
 @pytest.mark.parametrize(
     "targets", [("attention",), ("experts",), ("attention", "experts", "router", "embedding", "head")], ids="-".join
 )
 def test_mlx_lm_loads_what_is_written_here(
-    targets: tuple[Kind, ...], model: Path, tmp_path: Path, measured: Any
+    targets: tuple[Kind, ...], layers: str, model: Path, tmp_path: Path, measured: Any
 ) -> None:
     params, config = load(model)
-    save_adapters(tmp_path / "adapters", with_random_adapters(params, config, targets), config)
+    adapted = with_random_adapters(params, config, targets)
+    if layers == "last":
+        adapted = without_first_layer(adapted, config)
+    save_adapters(tmp_path / "adapters", adapted, config)
     theirs = load_adapters_in_mlx_lm(reference.mlx_lm_model(model), str(tmp_path / "adapters"))
     theirs.eval()
     logits = reference.mlx_lm_logits(theirs, TOKENS)

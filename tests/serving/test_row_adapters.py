@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -166,3 +167,9 @@ def test_what_cannot_be_served_is_refused_in_one_sentence() -> None:
     for tree, names in ((STACK, ["hamlet"]), (PARAMS, ["hamlet"]), (HAMLET, ["hamlet"]), (STACK, [])):
         with pytest.raises(InputError, match=rf"adapters has {len(names)} names and the tree (0|3) adapters"):
             Engine(tree, CONFIG, FAST, adapters=names)
+
+
+@pytest.mark.parametrize("names", ["abc", ["hamlet", "lear", 3]], ids=str)
+def test_names_that_are_no_list_of_texts_are_refused(names: Any) -> None:
+    with pytest.raises(InputError, match=r"^adapters is .* where a list of names is expected\.$"):
+        Engine(STACK, CONFIG, FAST, adapters=names)
