@@ -28,6 +28,7 @@ from dbrx_fn.checkpoints.gguf_types import BlockType
 from dbrx_fn.checkpoints.raw import Raw, raw
 from dbrx_fn.checkpoints.safetensors_file import Tensor
 from dbrx_fn.errors import CheckpointError, ConfigError
+from dbrx_fn.files.json_file import shown
 from dbrx_fn.model.config import AttnConfig, Config, Dtype, FFNConfig
 from dbrx_fn.model.params import listed
 
@@ -64,7 +65,7 @@ def gguf_config(file: Path) -> Config:
     architecture = metadata.get("general.architecture")
     if architecture != "dbrx":
         raise CheckpointError(
-            f"{file} has general.architecture {architecture!r}, not 'dbrx': only DBRX files can be loaded here."
+            f"{file} has general.architecture {shown(architecture)}, not 'dbrx': only DBRX files can be loaded here."
         )
     embedding = next((entry.shape for entry in contents.entries if entry.name == "token_embd.weight"), ())
     needed = ["dbrx." + key for key in _KEYS]
@@ -74,7 +75,7 @@ def gguf_config(file: Path) -> Config:
     if len(embedding) != 2:
         raise CheckpointError(f"{file} lacks token_embd.weight, a matrix of a row for each token: convert it again.")
     wrong = [
-        f"{key} is {metadata[key]!r}"
+        f"{key} is {shown(metadata[key])}"
         for key in needed
         if not isinstance(metadata[key], int | float) or isinstance(metadata[key], bool)
     ]
@@ -232,7 +233,7 @@ def _refuse_other_models(config: Config, metadata: Mapping[str, float | str | No
     }.items():
         value = metadata.get(f"dbrx.{key}", only)
         if value != only:
-            raise ConfigError(f"dbrx.{key} is {value!r} where it must be {only!r}.")
+            raise ConfigError(f"dbrx.{key} is {shown(value)} where it must be {only!r}.")
 
 
 def _dtype(entries: tuple[Entry, ...]) -> Dtype:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from dbrx_fn.checkpoints.gguf_types import NAMES, REFUSED, TYPES, BlockType
 from dbrx_fn.errors import CheckpointError
-from dbrx_fn.files.json_file import LARGEST_VOCABULARY, POINTER, refuse_pointer
+from dbrx_fn.files.json_file import LARGEST_VOCABULARY, POINTER, refuse_pointer, shown
 
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
@@ -126,7 +126,8 @@ class _Reader:
         self._key_bytes += len(key)
         if self._key_bytes > _MOST_KEY_BYTES:
             raise self._damaged(f"its metadata's keys have more than {_MOST_KEY_BYTES} characters")
-        return key, self._value(key, self._integer("<I", f"type of {key!r}"), f"metadata {key!r}")
+        what = f"metadata {shown(key)}"
+        return key, self._value(key, self._integer("<I", f"type of {what}"), what)
 
     def _value(self, key: str, kind: int, what: str) -> float | str | None:
         if kind in _NUMBERS:
@@ -171,7 +172,7 @@ class _Reader:
     def _alignment(self, metadata: Mapping[str, float | str | None]) -> int:
         value = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(value, int) or value < 8 or value.bit_count() != 1:
-            raise self._damaged(f"general.alignment is {value!r} where it must be a power of 2, at least 8")
+            raise self._damaged(f"general.alignment is {shown(value)} where it must be a power of 2, at least 8")
         return value
 
     def _tensor_info(self) -> tuple[str, BlockType, tuple[int, ...], int]:

@@ -1,6 +1,7 @@
 """GGUF files as llama.cpp's own package writes them, and files that are damaged, lie, or hold what can't be read."""
 
 import os
+import re
 import struct
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
@@ -420,6 +421,12 @@ def test_long_keys_are_not_all_kept(tmp_path: Path) -> None:
     keys = [string(f"{number:065535}") + struct.pack("<IB", 0, 1) for number in range(300)]
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(keys)) + b"".join(keys))
     assert "its metadata's keys have more than 16777216 characters" in refusal(gguf_headers, tmp_path / "a.gguf")
+
+
+def test_an_error_shows_only_the_beginning_of_a_long_key(tmp_path: Path) -> None:
+    key = string("k" * 65535) + struct.pack("<I", 99)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key)
+    assert re.search(r"metadata 'k{50,90}…'? is of type 99, which", refusal(gguf_headers, tmp_path / "a.gguf"))
 
 
 def test_a_truth_that_is_neither_is_refused(tmp_path: Path) -> None:
