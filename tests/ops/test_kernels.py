@@ -19,7 +19,7 @@ from dbrx_fn.model.quantization import Quantization, dequantize, quantize
 from dbrx_fn.model.transformer import forward
 from dbrx_fn.ops.experts import mix_experts
 from dbrx_fn.ops.formats import Format
-from dbrx_fn.ops.kernels import experts, linears, norm_router, segments
+from dbrx_fn.ops.kernels import experts, layer_norm, linears, norm_router, segments
 from dbrx_fn.ops.kernels.cuda_module import on_hopper
 from dbrx_fn.ops.linear import expert_linear, linear
 from dbrx_fn.runtime.device import as_if
@@ -90,6 +90,36 @@ def test_a_token_of_mixed_experts_keeps_its_bits(tokens: int) -> None:
         found.append(experts.mix_experts(params, neighbours, weights, top_experts)[11])
     assert mx.array_equal(found[0], found[1])
     assert mx.array_equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("tokens", [17, 24, 64, 130])
+@pytest.mark.parametrize(("d_model", "ffn_hidden"), [(512, 1024), (1536, 512)])
+def test_experts_whose_rows_are_read_in_long_stretches(
+    d_model: int, ffn_hidden: int, tokens: int, group_size: int, measured: Any
+) -> None:
+    shapes = {"w1": (6, ffn_hidden, d_model), "v1": (6, ffn_hidden, d_model), "w2": (6, d_model, ffn_hidden)}
+    form = Format(4, group_size)
+    params: Any = {name: matrix(form, seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    x, weights = normal(7, tokens, d_model), normal(8, tokens, 2)
+    top_experts = mx.random.randint(0, 6, (tokens, 2), key=mx.random.key(9)).astype(mx.uint32)
+    w1, v1, w2 = (dense(params[name], shape[-1]) for name, shape in shapes.items())
+    expected = oracle.moe(
+        as_float64(x), as_float64(weights), np.array(top_experts), w1, v1, w2, oracle.ACTIVATIONS["silu"]
+    )
+    found = error(mix_experts(params, x, weights, top_experts, activation="silu", cached=True), expected)
+    twin = error(unwrap(mix_experts)(params, x, weights, top_experts, activation="silu"), expected)
+    assert measured("kernels' error over their twin's, experts", found / twin) <= LIMIT
+
+
+@pytest.mark.parametrize("form", [Format(4, 64), Format(8, 64), Format(4, 32, "mxfp4")], ids=str)
+@pytest.mark.parametrize("rows", [9, 32, 100, 300])
+def test_a_norm_packs_its_rows_as_their_product_reads_them(form: Format, rows: int) -> None:
+    params, weight, x = matrix(form, 0, 384, D_MODEL), normal(3, D_MODEL), normal(1, rows, D_MODEL)
+    if linears.is_short(params, x):
+        pytest.skip("short segments normalize in their own kernel")
+    expected = linears.linear(params, layer_norm.layer_norm(weight, x, eps=1e-5))
+    assert mx.array_equal(linears.normed_linear(weight, params, x, eps=1e-5), expected)
 
 
 @every_format

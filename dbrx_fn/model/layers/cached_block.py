@@ -78,7 +78,8 @@ def cached_block(
     first, ffn, slots = params["norm_attn_norm"], params["ffn"], positions["slots"]
     assert cache is not None
     assert slots is not None
-    q, k, v = (_queries_of_few if _are_few(x) else _queries_of_many)(first, x, slots, config)
+    at_once = x.shape[0] * x.shape[1] <= project_qkv.ROWS or linears.is_short(first["attn"]["Wqkv"], x)
+    q, k, v = (_queries_of_few if at_once else _queries_of_many)(first, x, slots, config)
     keys = write(cache[0], k, slots["index"], slots["kept"])
     values = write(cache[1], v, slots["index"], slots["kept"])
     starts = slots["starts"]
@@ -134,8 +135,13 @@ def _queries_of_many(
     params: NormAttnNormParams, x: mx.array, slots: Slots, config: LayerConfig
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Queries, keys and values of many tokens, whose product is a kernel of its own."""
+    weight, matrix = params["norm_1"]["weight"], params["attn"]["Wqkv"]
+    if "scales" in matrix:
+        projected = linears.normed_linear(weight, matrix, x, eps=NORM_EPS)
+    else:
+        projected = linear(matrix, layer_norm(weight, x, eps=NORM_EPS))
     return split_heads.split_heads(
-        linear(params["attn"]["Wqkv"], layer_norm(params["norm_1"]["weight"], x, eps=NORM_EPS)),
+        projected,
         slots["starts"],
         inverse_frequencies(config.head_dim, config.attn.rope_theta),
         kv_n_heads=config.local_kv_heads,

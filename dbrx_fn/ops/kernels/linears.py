@@ -7,6 +7,7 @@ import mlx.core as mx
 from dbrx_fn.ops.formats import Linear
 from dbrx_fn.ops.kernels.cuda_module import on_gpu, on_hopper
 from dbrx_fn.ops.kernels.dispatch import plan
+from dbrx_fn.ops.kernels.layer_norm import packed_layer_norm
 from dbrx_fn.ops.kernels.segments import (
     INNER,
     LONG_ROWS,
@@ -48,11 +49,24 @@ def linear(params: Linear, x: mx.array, residual: mx.array | None = None) -> mx.
     if length == "short":
         return short_dense(x, params, residual)
     shape, rows = (*x.shape[:-1], -1), x.reshape(tokens, inner)
-    if length == "long":
-        packed = pack_rows(rows, params, rows=LONG_ROWS)
-        return long_segments(packed, params, tokens=tokens, residual=residual).reshape(shape)
-    product = medium_segments(pack_rows(rows, params, rows=MEDIUM_ROWS), params, tokens=tokens).reshape(shape)
-    return product if residual is None else residual + product
+    multiply, most = (medium_segments, MEDIUM_ROWS) if length == "medium" else (long_segments, LONG_ROWS)
+    return multiply(pack_rows(rows, params, rows=most), params, tokens=tokens, residual=residual).reshape(shape)
+
+
+def is_short(params: Linear, x: mx.array) -> bool:
+    """Whether short segments multiply these rows."""
+    inner = x.shape[-1]
+    return _length(params, x.size // inner, inner) == "short"
+
+
+def normed_linear(weight: mx.array, params: Linear, x: mx.array, *, eps: float) -> mx.array:
+    """`linear` of the rows of `x` after LayerNorm with `weight`. They must be too many for short segments."""
+    inner = x.shape[-1]
+    tokens = x.size // inner
+    medium = _length(params, tokens, inner) == "medium"
+    multiply, most = (medium_segments, MEDIUM_ROWS) if medium else (long_segments, LONG_ROWS)
+    packed = packed_layer_norm(weight, x.reshape(tokens, inner), params, eps=eps, rows=most)
+    return multiply(packed, params, tokens=tokens).reshape(*x.shape[:-1], -1)
 
 
 def fits_segments(params: Linear, x: mx.array) -> bool:

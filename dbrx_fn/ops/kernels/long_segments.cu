@@ -20,8 +20,7 @@
 //   AHEAD: blocks of weights that a warp loads ahead. It divides their number.
 //   CLUSTER: blocks of threads, 1 or 2, that share a segment's rows: each copies a half to both. It divides the number
 //     of a segment's blocks.
-#include "hopper.cuh"
-#include "weights.cuh"
+#include "results.cuh"
 
 constexpr int ROWS = 256;                    // rows of a segment
 constexpr int HALF_BYTES = ROWS * 64 * 2;    // bytes of 64 entries of a segment's rows
@@ -130,11 +129,6 @@ __device__ __forceinline__ void multiply_columns(const Task &task, const Row &up
   multiply<COLUMNS>(task, upper, lower, sums);
 }
 
-// Two bfloat16 sums. The products are rounded before, as stock operations round them.
-__device__ __forceinline__ u32 add_pairs(u32 a, u32 b) {
-  return pack_bf16(low_to_float(a) + low_to_float(b), high_to_float(a) + high_to_float(b));
-}
-
 extern "C" __global__ void
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
@@ -214,11 +208,9 @@ __launch_bounds__(384, 1) long_segments(
   asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
 
 #if GATED
-  // The 64 results are the entries of half a block of w2's inner axis. A warp's 8 are neighbours in one quarter,
-  // ordered as activations_of pairs them.
+  // The 64 results are the entries of half a block of w2's inner axis.
   const int block = tile / 2, half = tile % 2, part = warp / 4, of_quarter = warp % 4;
-  const int order = NIBBLES ? group / 2 + 4 * (group % 2) : group;
-  const u64 row = first + block * 128 + 32 * of_quarter + 16 * half + 8 * part + order;
+  const u64 row = gated_row(first + block * 128, of_quarter, half, part, group);
   const Row upper = ROW(gate, row, inner, quarter), lower = ROW(up, row, inner, quarter);
 #else
   const u64 row = first + tile * 128 + 16 * warp + group;
@@ -240,16 +232,7 @@ __launch_bounds__(384, 1) long_segments(
     if (8 * i >= columns) break;
     const int slot = 8 * i + group;
 #if GATED
-    float values[2];
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const float gated = sums[4 * i + j];
-      values[j] = gated / (1 + __expf(-gated)) * sums[4 * i + 2 + j];
-    }
-    const u32 pair = transposed(pack_bf16(values[0], values[1]));
-    const int chunk = (4 * part + quarter) ^ (slot % 8);
-    const u32 to = buffers + slot * 128 + chunk * 16 + of_quarter * 4;
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(pair) : "memory");
+    store_gated(sums + 4 * i, buffers, of_quarter, part, slot, quarter);
 #else
     u32 pair = transposed(pack_bf16(sums[4 * i], sums[4 * i + 1]));
     u32 below = transposed(pack_bf16(sums[4 * i + 2], sums[4 * i + 3]));

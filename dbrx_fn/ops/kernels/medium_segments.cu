@@ -7,7 +7,7 @@
 // multiprocessor.
 //
 // Four warps are a group. A group computes 64 rows of the matrix. It computes only as many columns as the segment has
-// rows, in steps of 16. Each part's first warp starts the copies of B. (A warp for that alone would leave the others
+// rows: 8, or a multiple of 16. Each part's first warp starts the copies of B. (A warp for that alone would leave the others
 // fewer registers.)
 //
 // PARTS: groups with the same rows of the matrix divide the inner axis. Part p takes block p, then block p + PARTS, and
@@ -15,23 +15,32 @@
 //
 // GATED: as in long_segments.cu.
 //
-// Macros: those of weights.cuh.
+// Macros: those of weights.cuh, with FORMAT AFFINE4.
 //   ROWS: rows of a segment.
 //   GROUPS: groups in a block of threads, PARTS for each 64 rows of the matrix.
 //   AHEAD: a warp's blocks of weights in registers. PARTS * AHEAD divides the number of blocks.
 //   BLOCKS: blocks of threads per multiprocessor.
 //   GATED: 1 for silu(gate x) * (up x). Then PARTS is 1, and GROUPS 2 or 4.
 //   DENSE: 1 for a single matrix. All its segments but the last are full.
+//   RESIDUAL: 1 to add a residual to a single matrix's products.
 //   STAGES: a part's blocks of B in shared memory.
 #define WIDE_SCALES
-#include "hopper.cuh"
-#include "weights.cuh"
+#include "results.cuh"
 
 constexpr int HALF_BYTES = ROWS * 64 * 2;    // bytes of 64 entries of a segment's rows
 constexpr int BLOCK_BYTES = 2 * HALF_BYTES;  // bytes of 128 entries
 constexpr int TILES = GROUPS / PARTS;        // the block's rows of the matrix, in units of 64
 constexpr int LEAD = STAGES - 2;             // a part's blocks of B that are copied before they are needed
 
+template <>
+__device__ __forceinline__ void multiply_accumulate<8>(float *sums, const u32 *a, u64 b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3}, "
+      "{%4, %5, %6, %7}, %8, 1, 1, 1, 0;"
+      : SUMS4(sums, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
 template <>
 __device__ __forceinline__ void multiply_accumulate<16>(float *sums, const u32 *a, u64 b) {
   asm volatile(
@@ -76,12 +85,21 @@ struct Task {
   }
 };
 
+// Weights, or 2^-64 times them in fewer instructions.
+template <bool SCALED>
+__device__ __forceinline__ u32 operand(const Stored &stored, int step, int half) {
+  return SCALED ? scaled_weights_of(stored, step, half) : weights_of(stored, step, half);
+}
+
 // Multiplies a lane's two rows of weights by the segment's rows.
 template <int COLUMNS>
 __device__ __forceinline__ void multiply(const Task &task, Row upper, Row lower, float *sums) {
   u32 a[16];
-  // Operands must not be registers that a load in flight writes. Otherwise ptxas serializes the products.
-  const u32 zero = FORMAT == BFLOAT16 ? u32(task.blocks) >> 31 : 0;
+  // Blocks that are loaded at the same time. Memory gives longer stretches of a row faster, but with many columns the
+  // products wait for the weights.
+  constexpr int TOGETHER = PARTS == 1 && COLUMNS < 64 ? AHEAD : 1;
+  // Many columns leave no registers for the factors.
+  constexpr bool SCALED = COLUMNS <= 32;
   Stored above[AHEAD], below[AHEAD];
   upper.advance(task.part), lower.advance(task.part);
 #pragma unroll
@@ -116,13 +134,16 @@ __device__ __forceinline__ void multiply(const Task &task, Row upper, Row lower,
         if (half == 0 && (first >= PARTS * AHEAD || next) && task.lane == 0) arrive(task.empty + 8 * before);
 #pragma unroll
         for (int step = 0; step < 4; step++) {
-          a[4 * step] = weights_of(above[next], 4 * half + step, 0) | zero;
-          a[4 * step + 1] = weights_of(below[next], 4 * half + step, 0) | zero;
-          a[4 * step + 2] = weights_of(above[next], 4 * half + step, 1) | zero;
-          a[4 * step + 3] = weights_of(below[next], 4 * half + step, 1) | zero;
+          a[4 * step] = operand<SCALED>(above[next], 4 * half + step, 0);
+          a[4 * step + 1] = operand<SCALED>(below[next], 4 * half + step, 0);
+          a[4 * step + 2] = operand<SCALED>(above[next], 4 * half + step, 1);
+          a[4 * step + 3] = operand<SCALED>(below[next], 4 * half + step, 1);
         }
         hold<16>(a);
-        if (half) upper.reload(above[next], PARTS * next, more), lower.reload(below[next], PARTS * next, more);
+        if (half && next % TOGETHER == TOGETHER - 1)
+#pragma unroll
+          for (int i = next + 1 - TOGETHER; i <= next; i++)
+            upper.reload(above[i], PARTS * i, more), lower.reload(below[i], PARTS * i, more);
         hold<COLUMNS / 2>(sums);
         begin_products();
         const u64 b = swizzled_matrix(task.buffers + stage * BLOCK_BYTES + half * HALF_BYTES);
@@ -137,6 +158,9 @@ __device__ __forceinline__ void multiply(const Task &task, Row upper, Row lower,
   }
   wait_for_products<0>();
   hold<COLUMNS / 2>(sums);
+  if (SCALED)
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 2; i++) sums[i] *= 0x1p64f;
 }
 
 // Multiplies by the segment's first `columns` rows.
@@ -144,7 +168,7 @@ template <int COLUMNS>
 __device__ __forceinline__ void multiply_columns(const Task &task, const Row &upper, const Row &lower, float *sums,
                                                  int columns) {
   if constexpr (COLUMNS < ROWS) {
-    if (columns > COLUMNS) return multiply_columns<COLUMNS + 16>(task, upper, lower, sums, columns);
+    if (columns > COLUMNS) return multiply_columns<COLUMNS == 8 ? 16 : COLUMNS + 16>(task, upper, lower, sums, columns);
   }
   multiply<COLUMNS>(task, upper, lower, sums);
 }
@@ -158,6 +182,9 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, BLOCKS) medium_segmen
 #endif
 #if !DENSE
     const int *slot_pairs, const int *segment_experts,
+#endif
+#if RESIDUAL
+    const u16 *residual,
 #endif
     u16 *y, int count, int inner, int outer) {
   extern __shared__ __align__(1024) u8 shared[];
@@ -174,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, BLOCKS) medium_segmen
   const int real = __syncthreads_count(threadIdx.x < ROWS && slot_pairs[segment * ROWS + threadIdx.x] < count);
   if (real == 0) return;
 #endif
-  const int columns = (real + 15) / 16 * 16;
+  const int columns = real <= 8 ? 8 : (real + 15) / 16 * 16;
 
   const u32 buffers = shared_address(shared), full = buffers + PARTS * STAGES * BLOCK_BYTES;
   const u32 empty = full + 8 * PARTS * STAGES;
@@ -198,12 +225,10 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, BLOCKS) medium_segmen
                      of_tile == 0 && lane == 0};
 
 #if GATED
-  // The results are the entries of a half or a whole block of w2's inner axis. A warp's 8 are neighbours in one
-  // quarter, ordered as activations_of pairs them.
+  // The results are the entries of a half or a whole block of w2's inner axis.
   const int first_out = tile * 32 * TILES, block = first_out / 128;
   const int half = first_out / 64 % 2 + of_tile / 8, eight = of_tile / 4 % 2, of_quarter = of_tile % 4;
-  const int order = NIBBLES ? group / 2 + 4 * (group % 2) : group;
-  const u64 row = first + block * 128 + 32 * of_quarter + 16 * half + 8 * eight + order;
+  const u64 row = gated_row(first + block * 128, of_quarter, half, eight, group);
   const Row upper = ROW(gate, row, inner, quarter), lower = ROW(up, row, inner, quarter);
 #else
   const u64 row = first + tile * 64 * TILES + 16 * of_tile + group;
@@ -211,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, BLOCKS) medium_segmen
 #endif
 
   float sums[ROWS / 2];
-  multiply_columns<16>(task, upper, lower, sums, columns);
+  multiply_columns<8>(task, upper, lower, sums, columns);
 
   // From here on nothing reads B, so its place can be used.
 #if GATED || PARTS > 1
@@ -237,23 +262,19 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, BLOCKS) medium_segmen
     if (8 * i >= columns) break;
     const int slot = 8 * i + group;
 #if GATED
-    float values[2];
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const float gated = sums[4 * i + j];
-      values[j] = gated / (1 + __expf(-gated)) * sums[4 * i + 2 + j];
-    }
-    const u32 pair = transposed(pack_bf16(values[0], values[1]));
-    const int chunk = (4 * eight + quarter) ^ (slot % 8);
-    const u32 to = buffers + (of_tile / 8) * HALF_BYTES + slot * 128 + chunk * 16 + of_quarter * 4;
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(pair) : "memory");
+    store_gated(sums + 4 * i, buffers + of_tile / 8 * HALF_BYTES, of_quarter, eight, slot, quarter);
 #else
     // A lane's results: `row` and `row + 8` of the matrix, for two slots.
 #pragma unroll
     for (int below = 0; below < 2; below++) {
-      const u32 pair = transposed(pack_bf16(sums[4 * i + 2 * below], sums[4 * i + 2 * below + 1]));
-      u16 *out = y + u64(segment * ROWS + slot) * outer + tile * 64 * TILES + 16 * of_tile + 8 * below + 2 * quarter;
-      if (slot < real) *reinterpret_cast<u32 *>(out) = pair;
+      u32 pair = transposed(pack_bf16(sums[4 * i + 2 * below], sums[4 * i + 2 * below + 1]));
+      const u64 at = u64(segment * ROWS + slot) * outer + tile * 64 * TILES + 16 * of_tile + 8 * below + 2 * quarter;
+      if (slot < real) {
+#if RESIDUAL
+        pair = add_pairs(pair, *reinterpret_cast<const u32 *>(residual + at));
+#endif
+        *reinterpret_cast<u32 *>(y + at) = pair;
+      }
     }
 #endif
   }

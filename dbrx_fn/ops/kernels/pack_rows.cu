@@ -1,9 +1,7 @@
-// Packs rows for medium_segments.cu and long_segments.cu. In each segment, each block of 128 entries becomes two halves
-// of ROWS x 64 bfloat16 numbers. They are permuted as in weights.cuh, and swizzled as tensor cores read shared memory.
+// Packs rows for medium_segments.cu and long_segments.cu.
 //
-// Macros: those of weights.cuh, for the product's weights; ROWS of a segment; DENSE: 1 if a segment's rows are the next
-// ROWS rows of x.
-#include "weights.cuh"
+// Macros: those of packing.cuh; DENSE: 1 if a segment's rows are the next ROWS rows of x.
+#include "packing.cuh"
 
 // A thread takes 8 neighbouring entries of each quarter of a block: four chunks of 16 bytes.
 extern "C" __global__ void __launch_bounds__(256) pack_rows(
@@ -27,16 +25,13 @@ extern "C" __global__ void __launch_bounds__(256) pack_rows(
 #pragma unroll
     for (int quarter = 0; quarter < 4; quarter++)
       quarters[quarter] = load16(x + source * inner + block * 128 + 32 * quarter + 8 * eight);
-    const int segment = slot / ROWS, row = slot % ROWS;
-    u8 *to = packed + ((u64(segment) * (inner / 128) + block) * 2 + eight / 2) * (ROWS * 128) + row * 128;
 #pragma unroll
     for (int step = 0; step < 2; step++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const uint4 chunk = {activations_of(&quarters[0], step, half), activations_of(&quarters[1], step, half),
                              activations_of(&quarters[2], step, half), activations_of(&quarters[3], step, half)};
-        const int place = (4 * eight + 2 * step + half) % 8;
-        *reinterpret_cast<uint4 *>(to + ((place ^ (row % 8)) * 16)) = chunk;
+        *reinterpret_cast<uint4 *>(chunk_of(packed, slot, inner, block, eight, step, half)) = chunk;
       }
   }
 }

@@ -229,7 +229,11 @@ def takes_medium(matrix: Linear, inner: int) -> bool:
 
 
 def medium_segments(
-    packed: mx.array, *matrices: Linear, segments: Segments | None = None, tokens: int | None = None
+    packed: mx.array,
+    *matrices: Linear,
+    segments: Segments | None = None,
+    tokens: int | None = None,
+    residual: mx.array | None = None,
 ) -> mx.array:
     """`long_segments` for segments of `MEDIUM_ROWS` rows, and matrices that `takes_medium` accepts."""
     slots, inner = packed.shape
@@ -247,11 +251,12 @@ def medium_segments(
         "BLOCKS": 4 // groups,
         "GATED": int(gated),
         "DENSE": int(segments is None),
+        "RESIDUAL": int(residual is not None),
         "STAGES": stages,
     }
     return launch(
         Kernel("medium_segments", tuple(defines.items())),
-        [packed, *leaves(*matrices), *(segments.arrays if segments else ())],
+        [packed, *leaves(*matrices), *(segments.arrays if segments else ()), *_given(residual)],
         [((slots if tokens is None else tokens, outer), mx.bfloat16)],
         blocks=(count * outer // (height // 2 if gated else height), 1, 1),
         threads=128 * groups,
