@@ -1,13 +1,17 @@
 """The dispatch plan by its kernel is the plan by stock operations."""
 
+from collections.abc import Callable
 from inspect import unwrap
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from dbrx_fn.ops.formats import Format
 from dbrx_fn.ops.kernels.cuda_module import on_hopper
 from dbrx_fn.ops.kernels.dispatch import plan
+from dbrx_fn.ops.kernels.segments import LONG_ROWS, MEDIUM_ROWS, long_segments, medium_segments, pack_rows
+from tests.support.kernel_operands import matrix, normal
 
 pytestmark = pytest.mark.skipif(not on_hopper(), reason="the kernels are for Hopper GPUs")
 
@@ -23,3 +27,18 @@ def test_the_plan_is_the_stock_operations_plan(tokens: int, experts: int, top_k:
     expected = unwrap(plan)(top_experts, experts=experts, rows=rows)
     for name, ours, twin in zip(found._fields, found, expected, strict=True):
         assert np.array_equal(np.array(ours), np.array(twin)), name
+
+
+@pytest.mark.parametrize("multiply", [medium_segments, long_segments])
+def test_the_plan_is_right_behind_a_product_that_is_a_graph_of_its_own(multiply: Callable[..., mx.array]) -> None:
+    """MLX puts the plan's kernel into the product's CUDA graph. It would keep clusters of the product's blocks."""
+    params, rows = matrix(Format(4, 64), 0, 512, 512), MEDIUM_ROWS if multiply is medium_segments else LONG_ROWS
+    packed = pack_rows(normal(1, rows, 512), params, rows=rows)
+    top_experts = mx.random.randint(0, 16, (300, 4), key=mx.random.key(2)).astype(mx.uint32)
+    mx.eval(params, packed, top_experts)
+    expected = [np.array(part) for part in plan(top_experts, experts=16, rows=256)]
+    for _ in range(5):
+        mx.eval(multiply(packed, params))
+        found = plan(top_experts, experts=16, rows=256)
+        mx.eval(found)
+        assert all(map(np.array_equal, map(np.array, found), expected))

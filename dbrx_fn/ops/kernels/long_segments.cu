@@ -18,8 +18,6 @@
 //   RESIDUAL: 1 to add a residual to a single matrix's products.
 //   STAGES: blocks of B with 256 columns in shared memory.
 //   AHEAD: blocks of weights that a warp loads ahead. It divides their number.
-//   CLUSTER: blocks of threads, 1 or 2, that share a segment's rows: each copies a half to both. It divides the number
-//     of a segment's blocks.
 #include "results.cuh"
 
 constexpr int ROWS = 256;                    // rows of a segment
@@ -36,30 +34,6 @@ __host__ __device__ constexpr int wider(int columns) {
 // How many blocks of this number of columns are in shared memory.
 __host__ __device__ constexpr int stages_of(int columns) {
   return STAGES * ROWS / columns < MOST_STAGES ? STAGES * ROWS / columns : MOST_STAGES;
-}
-
-// Copies to the same place of both blocks of a cluster, and counts the bytes at the barriers of both.
-__device__ __forceinline__ void copy_to_both(u32 to, const void *from, u32 bytes, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
-          "r"(to),
-      "l"(from), "r"(bytes), "r"(barrier), "h"(u16(3))
-      : "memory");
-}
-
-// Arrives at a barrier of each block of the cluster.
-__device__ __forceinline__ void arrive_everywhere(u32 barrier) {
-#if CLUSTER == 1
-  arrive(barrier);
-#else
-#pragma unroll
-  for (int rank = 0; rank < CLUSTER; rank++)
-    asm volatile(
-        "{\n.reg .b32 there;\n"
-        "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank)
-        : "memory");
-#endif
 }
 
 struct Task {
@@ -92,7 +66,7 @@ __device__ __forceinline__ void multiply(const Task &task, const Row &upper, con
         // Now the products that read these registers are finished. Those of the half before still run.
         wait_for_products<1>();
         hold<16>(a[half]);
-        if (half && block && task.lane == 0) arrive_everywhere(task.empty + 8 * ((block - 1) % DEEP));
+        if (half && block && task.lane == 0) arrive(task.empty + 8 * ((block - 1) % DEEP));
 #pragma unroll
         for (int step = 0; step < 4; step++) {
           a[half][4 * step] = weights_of(above[next], 4 * half + step, 0) | zero;
@@ -129,11 +103,7 @@ __device__ __forceinline__ void multiply_columns(const Task &task, const Row &up
   multiply<COLUMNS>(task, upper, lower, sums);
 }
 
-extern "C" __global__ void
-#if CLUSTER > 1
-__cluster_dims__(CLUSTER, 1, 1)
-#endif
-__launch_bounds__(384, 1) long_segments(
+extern "C" __global__ void __launch_bounds__(384, 1) long_segments(
     const u8 *x,
 #if GATED
     MATRIX(gate), MATRIX(up),
@@ -150,12 +120,11 @@ __launch_bounds__(384, 1) long_segments(
   extern __shared__ __align__(1024) u8 shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quarter = lane % 4;
 
-  const int cluster = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
-  const int tiles = outer / (GATED ? 64 : 128) / CLUSTER;
-  const int neighbours = cluster / (NEIGHBOURS * tiles) * NEIGHBOURS;
+  const int tiles = outer / (GATED ? 64 : 128);
+  const int neighbours = blockIdx.x / (NEIGHBOURS * tiles) * NEIGHBOURS;
   const int side_by_side = min(NEIGHBOURS, segments - neighbours);
-  const int within = cluster - neighbours * tiles;
-  const int segment = neighbours + within % side_by_side, tile = within / side_by_side * CLUSTER + rank;
+  const int within = blockIdx.x - neighbours * tiles;
+  const int segment = neighbours + within % side_by_side, tile = within / side_by_side;
 
 #if DENSE
   const int real = min(ROWS, count - segment * ROWS);
@@ -172,15 +141,11 @@ __launch_bounds__(384, 1) long_segments(
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < MOST_STAGES; stage++) {
       init_barrier(full + 8 * stage, 1);
-      init_barrier(empty + 8 * stage, 8 * CLUSTER);
+      init_barrier(empty + 8 * stage, 8);
     }
     publish_to_copies();
   }
-#if CLUSTER == 1
   __syncthreads();
-#else
-  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
-#endif
 
   const u64 block_count = inner / 128;
   const Task task = {x + segment * block_count * BLOCK_BYTES, full, empty, buffers, inner, warp, lane};
@@ -192,14 +157,9 @@ __launch_bounds__(384, 1) long_segments(
         // The first time a stage is free, and this wait returns.
         wait(empty + 8 * stage, phase);
         arrive_expecting(full + 8 * stage, 2 * columns * 128);
-#if CLUSTER == 1
         for (int half = 0; half < 2; half++)
           copy_to_shared(buffers + (2 * stage + half) * columns * 128,
                          task.x + u64(block) * BLOCK_BYTES + half * HALF_BYTES, columns * 128, full + 8 * stage);
-#else
-        copy_to_both(buffers + (2 * stage + rank) * columns * 128,
-                     task.x + u64(block) * BLOCK_BYTES + rank * HALF_BYTES, columns * 128, full + 8 * stage);
-#endif
         if (++stage == stages) stage = 0, phase ^= 1;
       }
     }
@@ -219,9 +179,6 @@ __launch_bounds__(384, 1) long_segments(
 
   float sums[ROWS / 2];
   multiply_columns<64>(task, upper, lower, sums, columns);
-#if CLUSTER > 1
-  asm volatile("barrier.cluster.arrive;" ::: "memory");
-#endif
 #if GATED
   // The results take the place of the first blocks of B, once all warps have used them.
   asm volatile("bar.sync 1, 256;" ::: "memory");
@@ -256,9 +213,5 @@ __launch_bounds__(384, 1) long_segments(
     u8 *to = reinterpret_cast<u8 *>(y) + (segment * blocks_out + block) * BLOCK_BYTES + half * HALF_BYTES;
     copy_to_global(to, buffers, columns * 128);
   }
-#endif
-#if CLUSTER > 1
-  // The other block arrives at this one's barriers until then.
-  asm volatile("barrier.cluster.wait;" ::: "memory");
 #endif
 }

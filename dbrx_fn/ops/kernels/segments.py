@@ -289,11 +289,9 @@ def long_segments(
         "DENSE": int(segments is None),
         "RESIDUAL": int(residual is not None),
         "STAGES": _STAGES,
+        # bfloat16 leaves no registers for a second block ahead.
+        "AHEAD": 2 if matrices[0]["weight"].dtype != mx.bfloat16 and inner // INNER % 2 == 0 else 1,
     }
-    # Wider entries leave no registers for a second block ahead. Two blocks of threads that share rows need it
-    # (docs/performance.md, section 4).
-    ahead = 2 if defines["FORMAT"] != _DENSE and inner // INNER % 2 == 0 else 1
-    defines |= {"AHEAD": ahead, "CLUSTER": 2 if ahead == 2 and tiles % 2 == 0 else 1}
     return launch(
         Kernel("long_segments", tuple(defines.items())),
         [packed, *leaves(*matrices), *(segments.arrays if segments else ()), *_given(residual)],
