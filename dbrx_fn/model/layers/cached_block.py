@@ -78,7 +78,7 @@ def cached_block(
     first, ffn, slots = params["norm_attn_norm"], params["ffn"], positions["slots"]
     assert cache is not None
     assert slots is not None
-    at_once = x.shape[0] * x.shape[1] <= project_qkv.ROWS or linears.is_short(first["attn"]["Wqkv"], x)
+    at_once = linears.is_short(first["attn"]["Wqkv"], x)
     q, k, v = (_queries_of_few if at_once else _queries_of_many)(first, x, slots, config)
     keys = write(cache[0], k, slots["index"], slots["kept"])
     values = write(cache[1], v, slots["index"], slots["kept"])
