@@ -35,7 +35,7 @@ from dbrx_fn.runs.start import model_sums, start_parts
 from dbrx_fn.runs.together import Parallel, own_plan, whole_plan
 from dbrx_fn.runtime.device import memory_size
 from dbrx_fn.runtime.group import group
-from dbrx_fn.runtime.memory import wired
+from dbrx_fn.runtime.memory import limited, wired
 from dbrx_fn.training.memory_plan import plan_memory
 from dbrx_fn.training.shared_state import whole_state
 from dbrx_fn.training.step import Measured, State, init_state, learning_rate, train_step
@@ -81,12 +81,13 @@ def train(folder: RunFolder, plan: Plan, steps: int | None = None, parallel: Par
             folder.change_steps(steps)
     _tell(whole_plan(plan), data, start, planned, trained=sum(array.size for _, array in leaves(state["params"])))
     # Processes that share a run take less, each.
-    if start < done and group().size == 1:
-        _tell_memory(plan, state["params"], frozen)
+    alone = start < done and group().size == 1
+    within = limited(_told_memory(plan, state["params"], frozen)) if alone else nullcontext()
     # Only the loop may hold the first state. Another reference would keep its memory until the last step.
     first = [state]
     del state
-    state = _go_on(folder, plan, data, first.pop, frozen, start, replica)
+    with within:
+        state = _go_on(folder, plan, data, first.pop, frozen, start, replica)
     state = whole_state(state, plan.config)
     if group().leads:
         _finish(folder, whole_plan(plan), state, frozen)
@@ -141,8 +142,8 @@ def _tell(plan: Plan, data: _Data, start: int, planned: int | None, *, trained: 
         )
 
 
-def _tell_memory(plan: Plan, trained: Params, frozen: Params | None) -> None:
-    """Prints what the steps will take."""
+def _told_memory(plan: Plan, trained: Params, frozen: Params | None) -> int:
+    """Prints what the steps will take, and returns its bytes."""
     with _within_memory():
         needed = plan_memory(
             trained,
@@ -159,6 +160,7 @@ def _tell_memory(plan: Plan, trained: Params, frozen: Params | None) -> None:
     )
     if needed.peak > memory_size():
         print_message(f"warning: this machine has {_size(memory_size())}: take {_SMALLER}")
+    return needed.peak
 
 
 def _size(nbytes: int) -> str:

@@ -1,6 +1,7 @@
 """The device's memory: what stays resident on a Mac, what is given back, and how large one buffer may be.
 
-`docs/mac.md` has the reasons and sources for Macs. On CUDA only `release_when_full` does something, on a CPU nothing.
+`docs/mac.md` has the reasons and sources for Macs. On CUDA `release_when_full` and `limited` do something, on a CPU
+nothing.
 """
 
 import functools
@@ -27,6 +28,8 @@ _SYSTEM = 8 * _GIB
 """Memory left to macOS and other programs by the limit that `room_remedy` names."""
 _FULL = 0.92
 """The part of a CUDA device's memory above which unused buffers are given back."""
+_ROOM = 1.03
+"""The limit of `limited`, as a multiple of the memory that was planned."""
 _WORTH = _GIB
 """Fewer bytes of unused buffers stay, since every decoding step takes its own from them."""
 _SPAN = 256
@@ -106,6 +109,27 @@ def wired(weights: Any) -> Iterator[None]:
             mx.synchronize()
         finally:
             _wiring.end(user)
+
+
+@contextmanager
+def limited(nbytes: int) -> Iterator[None]:
+    """On a CUDA device, operations wait for those before them while more than `nbytes` and 3% are in use.
+
+    MLX starts operations long before the device gets to them, and takes the memory of each at once. That is up to 7 GiB
+    in a step of training DBRX (`docs/adapters.md`), though the device never needs it. A lower limit from before stays.
+    Up to half of the device's memory nothing waits, since small operations would take longer.
+    """
+    if backend() != "cuda":
+        yield
+        return
+    limit = max(int(_ROOM * nbytes), memory_size() // 2)
+    before = mx.set_memory_limit(limit)
+    try:
+        if before < limit:
+            mx.set_memory_limit(before)
+        yield
+    finally:
+        mx.set_memory_limit(before)
 
 
 def room_remedy(nbytes: int) -> str:

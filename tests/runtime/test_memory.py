@@ -33,7 +33,7 @@ from dbrx_fn.model.cache_rows import take_rows
 from dbrx_fn.model.transformer import forward, score
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.device import Backend, as_if, memory_size
-from dbrx_fn.runtime.memory import check_buffer, reading_device, room_remedy, wired
+from dbrx_fn.runtime.memory import check_buffer, limited, reading_device, room_remedy, wired
 from dbrx_fn.serving.engine import Engine
 from dbrx_fn.serving.limits import Limits
 from dbrx_fn.serving.request import Request
@@ -399,3 +399,17 @@ def test_a_nearly_full_cuda_device_gets_unused_buffers_back(
     with as_if(backend="cpu"):
         forward(PARAMS, mx.array([[1]]), init_cache(CONFIG, 1, 16))
     assert len(calls) == (chunks if given_back else 0)
+
+
+def test_training_on_cuda_stays_within_its_plan_and_gives_the_limit_back() -> None:
+    own = mx.get_memory_limit()
+    planned = int(0.9 * own)
+    with as_if(backend="cuda"), limited(planned):
+        assert planned < mx.get_memory_limit() < min(own, 1.05 * planned)
+        with limited(own):
+            assert mx.get_memory_limit() < own
+        with limited(0):
+            assert mx.get_memory_limit() == memory_size() // 2
+    assert mx.get_memory_limit() == own
+    with limited(planned):
+        assert mx.get_memory_limit() == own
