@@ -92,6 +92,9 @@ def launch(
 ) -> list[mx.array]:
     """Launches a kernel, lazily.
 
+    A kernel has no clusters of blocks. MLX puts kernels into CUDA graphs that it has made for others, without regard to
+    clusters, and those that come into the place of one with clusters then don't run as they should.
+
     Args:
         kernel: the kernel.
         inputs: arrays. Strided ones are copied.
