@@ -14,7 +14,7 @@ from dbrx_fn.ops.kernels.layer_norm import layer_norm
 from dbrx_fn.ops.kernels.segments import format_defines, leaves
 from dbrx_fn.runtime.compile import typed
 
-ROWS = 16
+_ROWS = 16
 """Up to this many rows, the kernel reads the matrix once."""
 _WARPS = 8
 
@@ -62,7 +62,7 @@ def project_qkv(
     tokens = batch * time
     # A single token is normalized by every block again. Several are normalized once, in a launch of their own.
     alone = tokens == 1
-    rows = 8 if tokens <= 8 else ROWS
+    rows = 8 if tokens <= 8 else _ROWS
     defines = format_defines(matrix, d_model) | {
         "WARPS": _WARPS,
         # Blocks per multiprocessor. With four, DBRX's all run at once, if there are registers for that.
