@@ -140,18 +140,22 @@ def flush(path: Path) -> None:
 def _hidden(path: Path, *, folder: bool) -> Iterator[tuple[Path, int]]:
     """Yields a new hidden folder or file beside `path`, locked during the block, then removed unless renamed."""
     while True:
-        beside = hidden_beside(path)
-        if folder:
-            beside.mkdir()
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        descriptor = os.open(beside, flags, 0o666)
+        beside, descriptor = hidden_beside(path), -1
+        if os.path.lexists(beside):
+            continue
         try:
+            # Ctrl-C may come as soon as the folder or file is there.
+            if folder:
+                beside.mkdir()
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            descriptor = os.open(beside, flags, 0o666)
             # Before it is locked it looks like a leftover, so another process may be removing it.
             if try_lock(descriptor) is not False and is_still(beside, os.fstat(descriptor)):
                 yield beside, descriptor
                 return
         finally:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
             with contextlib.suppress(OSError):
                 shutil.rmtree(beside) if folder else beside.unlink()
 

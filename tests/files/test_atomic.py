@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -189,4 +189,21 @@ def test_names_that_no_file_can_have(tmp_path: Path) -> None:
             write_file(tmp_path / name, b"")
         with pytest.raises(InputError, match="can't be a file's name"), new_folder(tmp_path / name):
             pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [lambda path: new_folder(path).__enter__(), lambda path: write_file(path, b"")])
+def test_ctrl_c_as_soon_as_the_hidden_name_is_there_leaves_nothing(
+    make: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = os.open
+
+    def interrupted(path: Path, *rest: int) -> int:
+        monkeypatch.undo()
+        os.close(found(path, *rest))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
