@@ -31,7 +31,7 @@ def test_the_plan_is_the_stock_operations_plan(tokens: int, experts: int, top_k:
 
 @pytest.mark.parametrize("multiply", [medium_segments, long_segments])
 def test_the_plan_is_right_behind_a_product_that_is_a_graph_of_its_own(multiply: Callable[..., mx.array]) -> None:
-    """MLX puts the plan's kernel into the product's CUDA graph. It would keep clusters of the product's blocks."""
+    """MLX puts the plan's kernel into the product's CUDA graph, where it would keep clusters that the product has."""
     params, rows = matrix(Format(4, 64), 0, 512, 512), MEDIUM_ROWS if multiply is medium_segments else LONG_ROWS
     packed = pack_rows(normal(1, rows, 512), params, rows=rows)
     top_experts = mx.random.randint(0, 16, (300, 4), key=mx.random.key(2)).astype(mx.uint32)

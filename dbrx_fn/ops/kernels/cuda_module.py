@@ -92,8 +92,9 @@ def launch(
 ) -> list[mx.array]:
     """Launches a kernel, lazily.
 
-    A kernel has no clusters of blocks. MLX puts kernels into CUDA graphs that it has made for others, without regard to
-    clusters, and those that come into the place of one with clusters then don't run as they should.
+    A kernel must have no clusters of blocks. MLX puts kernels into CUDA graphs that it made for other kernels, and the
+    shape of clusters isn't updated there. So the next kernel could run with these clusters and compute garbage
+    (`docs/performance.md`, section 4).
 
     Args:
         kernel: the kernel.
