@@ -95,7 +95,7 @@ def test_another_mix_needs_no_other_trace(caplog: pytest.LogCaptureFixture) -> N
         return [record.getMessage() for record in caplog.records]
 
     with as_if(backend="metal"):
-        assert "checking block" in signatures([0, 1, 2])
+        assert any(said.endswith(" block") for said in signatures([0, 1, 2]))
         assert not signatures([3, 3, 0])
         assert not signatures([0, 0, 0])
 

@@ -25,7 +25,6 @@ from dbrx_fn.serving.engine import Engine
 from dbrx_fn.serving.limits import Limits, default_limits
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.request import Event, Failed, PromptRead, Request, TokenMade
-from dbrx_fn.serving.warm_up import warm_up
 from tests.support.engine_requests import (
     CONFIG,
     EXACT,
@@ -36,6 +35,7 @@ from tests.support.engine_requests import (
     requests,
     served,
     tokens,
+    warmed_up,
 )
 
 
@@ -282,18 +282,16 @@ def test_limits_suit_the_machine() -> None:
 def test_nothing_is_traced_after_the_warm_up(
     machine: Backend, limits: Limits, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As checked on a CPU, where each signature is met as a GPU would trace it."""
+    """Where layers aren't compiled, each signature is checked as a GPU would trace it."""
     limits = replace(limits, capacity=1024, positions=16_384)
     config = replace(CONFIG, ffn=replace(CONFIG.ffn, moe_loss_weight=0.07 + limits.exact + 2 * (machine == "cuda")))
-    with as_if(backend=machine):
-        warm_up(PARAMS, config, limits)
+    prefixes = PrefixStore(config, "", chunk=128)
+    with as_if(backend=machine), warmed_up(PARAMS, config, limits, prefixes=prefixes) as engine:
+        events = Events(30)
         with caplog.at_level("DEBUG", logger="dbrx_fn.compile"):
-            events = Events(30)
-            asked = requests(30)
-            with Engine(PARAMS, config, limits, prefixes=PrefixStore(config, "", chunk=128)) as engine:
-                for number, request in enumerate(asked):
-                    engine.submit(replace(request, prompt=request.prompt[:600]), events.receiver(number))
-                events.wait(30)
+            for number, request in enumerate(requests(30)):
+                engine.submit(replace(request, prompt=request.prompt[:600]), events.receiver(number))
+            events.wait(30)
     assert not caplog.records
 
 

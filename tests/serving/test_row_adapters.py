@@ -19,9 +19,19 @@ from dbrx_fn.serving.limits import Limits
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.request import Event, PromptRead, Request, TokenMade
 from dbrx_fn.serving.row_adapters import RowAdapters
-from dbrx_fn.serving.warm_up import warm_up
 from tests.support.adapters import with_random_adapters, without_first_layer
-from tests.support.engine_requests import CONFIG, EXACT, FAST, PARAMS, Events, made, requests, tokens, without_prompts
+from tests.support.engine_requests import (
+    CONFIG,
+    EXACT,
+    FAST,
+    PARAMS,
+    Events,
+    made,
+    requests,
+    tokens,
+    warmed_up,
+    without_prompts,
+)
 
 HAMLET = with_random_adapters(PARAMS, CONFIG, ("attention", "experts"), rank=4, seed=1)
 LEAR = with_random_adapters(PARAMS, CONFIG, ("experts", "router", "head", "embedding"), rank=3, seed=2)
@@ -123,17 +133,15 @@ def test_a_second_turn_is_behind_its_own_adapter_s_answer_only() -> None:
 def test_nothing_is_traced_after_the_warm_up_when_the_mix_changes(
     machine: Backend, limits: Limits, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As checked on a CPU, where each signature is met as a GPU would trace it."""
+    """Where layers aren't compiled, each signature is checked as a GPU would trace it."""
     limits = replace(limits, rows=4, capacity=512, positions=8192)
     config = replace(CONFIG, ffn=replace(CONFIG.ffn, moe_loss_weight=0.27 + limits.exact + 2 * (machine == "cuda")))
-    with as_if(backend=machine):
-        warm_up(STACK, config, limits)
+    with as_if(backend=machine), warmed_up(STACK, config, limits, adapters=list(TREES)) as engine:
+        events = Events(30)
         with caplog.at_level("DEBUG", logger="dbrx_fn.compile"):
-            events = Events(30)
-            with Engine(STACK, config, limits, adapters=list(TREES)) as engine:
-                for number, request in enumerate(mixed(30)):
-                    engine.submit(replace(request, prompt=request.prompt[:400]), events.receiver(number))
-                events.wait(30)
+            for number, request in enumerate(mixed(30)):
+                engine.submit(replace(request, prompt=request.prompt[:400]), events.receiver(number))
+            events.wait(30)
     assert {record.getMessage() for record in caplog.records} <= {"checking pick_last"}
 
 
@@ -143,10 +151,12 @@ def test_layers_of_several_kinds_need_no_trace_after_the_warm_up(caplog: pytest.
     whole = with_random_adapters(init_params(config, mx.random.key(0)), config, ("experts",))
     tree = without_first_layer(whole, config)
     limits = replace(EXACT, rows=2, capacity=256)
-    with as_if(backend="metal"):
-        warm_up(tree, config, limits)
-        with caplog.at_level("DEBUG", logger="dbrx_fn.compile"), Engine(tree, config, limits) as engine:
-            list(engine.answer(Request(tokens(0, 200), max_tokens=3)))
+    with (
+        as_if(backend="metal"),
+        warmed_up(tree, config, limits) as engine,
+        caplog.at_level("DEBUG", logger="dbrx_fn.compile"),
+    ):
+        list(engine.answer(Request(tokens(0, 200), max_tokens=3)))
     assert {record.getMessage() for record in caplog.records} <= {"checking pick_last"}
 
 

@@ -1,6 +1,8 @@
 """A small model, requests of all kinds, and what an engine tells of them."""
 
 import queue
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -9,10 +11,13 @@ import numpy as np
 from dbrx_fn.generation.sampling import Sampling
 from dbrx_fn.model.config import AttnConfig, Config, FFNConfig
 from dbrx_fn.model.params import init_params
+from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.device import compiles
 from dbrx_fn.serving.engine import Engine
 from dbrx_fn.serving.limits import Limits
 from dbrx_fn.serving.prefix_store import PrefixStore
 from dbrx_fn.serving.request import Event, Failed, PromptRead, Request, TokenMade
+from dbrx_fn.serving.warm_up import warm_up
 
 CONFIG = Config(
     d_model=64,
@@ -32,6 +37,23 @@ EXACT = Limits(rows=8, positions=1 << 20, capacity=1024, exact=True, chunk=128)
 
 def tokens(seed: int, length: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng(seed).integers(0, 90, length).tolist())
+
+
+@contextmanager
+def warmed_up(
+    params: Params,
+    config: Config,
+    limits: Limits,
+    *,
+    prefixes: PrefixStore | None = None,
+    adapters: Sequence[str] = (),
+) -> Iterator[Engine]:
+    """An engine that has met all its signatures. By itself it meets them first only where layers are compiled."""
+    if not compiles():
+        warm_up(params, config, limits)
+    with Engine(params, config, limits, prefixes=prefixes, adapters=adapters) as engine:
+        engine.wait_until_ready()
+        yield engine
 
 
 def requests(count: int) -> list[Request]:
