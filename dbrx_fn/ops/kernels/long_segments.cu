@@ -17,7 +17,9 @@
 //   DENSE: 1 for a single matrix. All its segments but the last are full.
 //   RESIDUAL: 1 to add a residual to a single matrix's products.
 //   STAGES: blocks of B with 256 columns in shared memory.
-//   AHEAD: blocks of weights that a warp loads ahead. It divides their number.
+//   AHEAD, MOST_AHEAD: blocks of weights that a warp loads ahead with many and with few columns. Both divide the number
+//     of blocks.
+#define WIDE_SCALES
 #include "results.cuh"
 
 constexpr int ROWS = 256;                    // rows of a segment
@@ -46,19 +48,22 @@ struct Task {
 template <int COLUMNS>
 __device__ __forceinline__ void multiply(const Task &task, const Row &upper, const Row &lower, float *sums) {
   constexpr int DEEP = stages_of(COLUMNS);
+  // Many columns leave few registers for weights, and the most none for the factors of scaled ones.
+  constexpr int FETCHED = COLUMNS <= 160 ? MOST_AHEAD : AHEAD;
+  constexpr bool SCALED = FORMAT == AFFINE4 && COLUMNS < ROWS;
   const int blocks = task.inner / 128;
   u32 a[2][16];
   // Operands must not be registers that a load in flight writes. Otherwise ptxas serializes the products.
   const u32 zero = FORMAT == BFLOAT16 ? u32(task.inner) >> 31 : 0;
-  Stored above[AHEAD], below[AHEAD];
+  Stored above[FETCHED], below[FETCHED];
 #pragma unroll
-  for (int next = 0; next < AHEAD; next++) above[next] = upper.load(next), below[next] = lower.load(next);
+  for (int next = 0; next < FETCHED; next++) above[next] = upper.load(next), below[next] = lower.load(next);
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; i++) sums[i] = 0;
 
-  for (int first = 0; first < blocks; first += AHEAD) {
+  for (int first = 0; first < blocks; first += FETCHED) {
 #pragma unroll
-    for (int next = 0; next < AHEAD; next++) {
+    for (int next = 0; next < FETCHED; next++) {
       const int block = first + next, stage = block % DEEP;
       wait(task.full + 8 * stage, block / DEEP & 1);
 #pragma unroll
@@ -69,14 +74,14 @@ __device__ __forceinline__ void multiply(const Task &task, const Row &upper, con
         if (half && block && task.lane == 0) arrive(task.empty + 8 * ((block - 1) % DEEP));
 #pragma unroll
         for (int step = 0; step < 4; step++) {
-          a[half][4 * step] = weights_of(above[next], 4 * half + step, 0) | zero;
-          a[half][4 * step + 1] = weights_of(below[next], 4 * half + step, 0) | zero;
-          a[half][4 * step + 2] = weights_of(above[next], 4 * half + step, 1) | zero;
-          a[half][4 * step + 3] = weights_of(below[next], 4 * half + step, 1) | zero;
+          a[half][4 * step] = operand<SCALED>(above[next], 4 * half + step, 0) | zero;
+          a[half][4 * step + 1] = operand<SCALED>(below[next], 4 * half + step, 0) | zero;
+          a[half][4 * step + 2] = operand<SCALED>(above[next], 4 * half + step, 1) | zero;
+          a[half][4 * step + 3] = operand<SCALED>(below[next], 4 * half + step, 1) | zero;
         }
         hold<16>(a[half]);
         if (half) {
-          const int later = min(block + AHEAD, blocks - 1);
+          const int later = min(block + FETCHED, blocks - 1);
           above[next] = upper.load(later), below[next] = lower.load(later);
         }
         hold<COLUMNS / 2>(sums);
@@ -91,6 +96,9 @@ __device__ __forceinline__ void multiply(const Task &task, const Row &upper, con
   }
   wait_for_products<0>();
   hold<COLUMNS / 2>(sums);
+  if (SCALED)
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 2; i++) sums[i] *= 0x1p64f;
 }
 
 // Multiplies by the first `columns` rows of the segment, at least COLUMNS.

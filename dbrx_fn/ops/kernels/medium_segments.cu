@@ -85,12 +85,6 @@ struct Task {
   }
 };
 
-// Weights, or 2^-64 times them in fewer instructions.
-template <bool SCALED>
-__device__ __forceinline__ u32 operand(const Stored &stored, int step, int half) {
-  return SCALED ? scaled_weights_of(stored, step, half) : weights_of(stored, step, half);
-}
-
 // Multiplies a lane's two rows of weights by the segment's rows.
 template <int COLUMNS>
 __device__ __forceinline__ void multiply(const Task &task, Row upper, Row lower, float *sums) {

@@ -8,6 +8,7 @@ with row n in slot n.
 In a segment, real rows come first, then padding. Results of padding are not written, so they are undefined.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -283,14 +284,16 @@ def long_segments(
     """
     slots, inner = packed.shape
     outer, gated = matrices[0]["weight"].shape[-2], len(matrices) == 2
-    tiles = outer // (64 if gated else 128)
+    tiles, blocks = outer // (64 if gated else 128), inner // INNER
+    # bfloat16 leaves no registers for a second block ahead.
+    most_ahead = 1 if matrices[0]["weight"].dtype == mx.bfloat16 else math.gcd(blocks, 4)
     defines = format_defines(matrices[0], inner) | {
         "GATED": int(gated),
         "DENSE": int(segments is None),
         "RESIDUAL": int(residual is not None),
         "STAGES": _STAGES,
-        # bfloat16 leaves no registers for a second block ahead.
-        "AHEAD": 2 if matrices[0]["weight"].dtype != mx.bfloat16 and inner // INNER % 2 == 0 else 1,
+        "AHEAD": min(2, most_ahead),
+        "MOST_AHEAD": most_ahead,
     }
     return launch(
         Kernel("long_segments", tuple(defines.items())),

@@ -223,6 +223,15 @@ __device__ __forceinline__ u32 scaled_weights_of(const Stored &stored, int step,
 }
 #endif
 
+// `weights_of`, or with SCALED 2^-64 times them, where FORMAT allows it.
+template <bool SCALED>
+__device__ __forceinline__ u32 operand(const Stored &stored, int step, int half) {
+#if FORMAT == AFFINE4
+  if (SCALED) return scaled_weights_of(stored, step, half);
+#endif
+  return weights_of(stored, step, half);
+}
+
 // The two activations that multiply `weights_of(stored, step, half)`, from a lane's 32 entries of a row.
 __device__ __forceinline__ u32 activations_of(const uint4 *entries, int step, int half) {
 #if NIBBLES
