@@ -27,7 +27,7 @@ from dbrx_fn.model.recompute import recomputed
 from dbrx_fn.model.shapes import CHUNK_SIZE, chunk_widths, time_bucket
 from dbrx_fn.model.tree import Params
 from dbrx_fn.runtime.arguments import checked
-from dbrx_fn.runtime.memory import check_buffer, release_unused, release_when_full
+from dbrx_fn.runtime.memory import check_buffer, make_room, release_unused
 
 
 @overload
@@ -73,7 +73,7 @@ def forward(
     """Logits of the next token after each of `tokens`, which continue the sequences in `cache`.
 
     Tokens may be given in one call, in several, or one at a time; the logits agree up to rounding. Nothing waits for
-    the device.
+    the device, but for what `runtime.memory.make_room` does where memory is full.
 
     Args:
         params: the tree, as `load` or `init_params` makes it.
@@ -105,7 +105,7 @@ def forward(
     """
     real_lengths = _checked(params, tokens, cache, lengths, chunk_size)
     if (step := DecodeStep.of(params, tokens, cache, real_lengths)) is not None:
-        release_when_full()
+        make_room(*tokens.shape)
         done = step(real_lengths)
         return done if with_experts else done[:2]
     if not last_only:
@@ -115,7 +115,7 @@ def forward(
     pieces: list[mx.array] = []
     last, experts, start, tokens_held = None, None, 0, max(cache.lengths)
     for width in chunks:
-        release_when_full()
+        make_room(*tokens.shape)
         real = tuple(max(0, min(length - start, width)) for length in real_lengths)
         chunk = tokens[:, start : start + width]
         x, held, routing = run_layers(

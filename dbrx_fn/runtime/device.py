@@ -17,8 +17,8 @@ import mlx.core as mx
 
 Backend = Literal["metal", "cuda", "cpu"]
 
-# CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT in cuda.h.
-_MULTIPROCESSOR_COUNT = 16
+# CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT and CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT in cuda.h.
+_MULTIPROCESSOR_COUNT, _POOL_SIZE = 16, 5
 
 
 class Gpu(NamedTuple):
@@ -154,3 +154,27 @@ def memory_size() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     info = mx.device_info()
     return int(info.get("max_recommended_working_set_size") or info.get("total_memory") or info["memory_size"])
+
+
+def pool_size() -> int:
+    """The bytes that the memory pool of the first NVIDIA GPU has taken from it, 0 without such a GPU.
+
+    MLX allocates from this pool. Only the driver says how large it is.
+    """
+    pool = _memory_pool()
+    if pool is None:
+        return 0
+    driver, handle = pool
+    held = ctypes.c_uint64()
+    return 0 if driver.cuMemPoolGetAttribute(handle, _POOL_SIZE, ctypes.byref(held)) else held.value
+
+
+@functools.cache
+def _memory_pool() -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
+    handle = ctypes.c_void_p()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        failed = driver.cuInit(0) or driver.cuDeviceGetDefaultMemPool(ctypes.byref(handle), 0)
+    except (OSError, AttributeError):
+        return None
+    return None if failed else (driver, handle)

@@ -1,6 +1,6 @@
 """The device's memory: what stays resident on a Mac, what is given back, and how large one buffer may be.
 
-`docs/mac.md` has the reasons and sources for Macs. On CUDA `release_when_full` and `limited` do something, on a CPU
+`docs/mac.md` has the reasons and sources for Macs. On CUDA `make_room` and `limited` do something, on a CPU
 nothing.
 """
 
@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dbrx_fn.errors import DbrxError
-from dbrx_fn.runtime.device import backend, memory_size
+from dbrx_fn.runtime.device import backend, memory_size, pool_size
 
 _GIB = 2**30
 _LARGE = 1 / 16
@@ -27,11 +27,11 @@ _NEAR = 0.9
 _SYSTEM = 8 * _GIB
 """Memory left to macOS and other programs by the limit that `room_remedy` names."""
 _FULL = 0.92
-"""The part of a CUDA device's memory above which unused buffers are given back."""
+"""The part of a CUDA device's memory above which it is nearly full."""
 _ROOM = 1.03
 """The limit of `limited`, as a multiple of the memory that was planned."""
 _WORTH = _GIB
-"""Fewer bytes of unused buffers stay, since every decoding step takes its own from them."""
+"""Fewer unused bytes stay, since every decoding step takes its own from them."""
 _SPAN = 256
 """Tokens after which unused buffers are given back. mlx-lm uses the same number."""
 
@@ -158,16 +158,26 @@ def release_unused(before: int, after: int) -> None:
         mx.clear_cache()
 
 
-def release_when_full() -> None:
-    """Gives a CUDA device's unused buffers back to it when its memory is nearly full.
+def make_room(rows: int, time: int) -> None:
+    """Gives unused memory back to a CUDA device that is nearly full, before `time` tokens of each of `rows` sequences.
 
-    Above 95%, MLX gives all of them back each time that it needs a new one, and decoding takes up to a fifth longer
-    (`docs/serving.md`). A lower limit of MLX's would be worse: while arrays in use take more than that limit, MLX waits
-    for the device after every operation.
+    While MLX's memory pool holds more than 95% of the memory, MLX gives up all unused buffers each time that it needs a
+    new one. Buffers that the host wrote wait for the device then, and decoding several sequences takes up to a fifth
+    longer (`docs/performance.md`). The pool shrinks only when somebody waits for the device, so this waits. Other work
+    has no such buffers.
+
+    A lower limit of MLX's would be worse: while arrays in use take more than that limit, MLX waits for the device after
+    every operation.
     """
-    if backend() != "cuda" or (unused := mx.get_cache_memory()) < _WORTH:
+    if backend() != "cuda":
         return
-    if mx.get_active_memory() + unused > _FULL * _cuda_memory():
+    used, unused = mx.get_active_memory(), mx.get_cache_memory()
+    if rows > 1 and time == 1:
+        held = pool_size()
+        if held > mx.get_memory_limit() and held - used >= _WORTH:
+            mx.clear_cache()
+            mx.synchronize()
+    elif unused >= _WORTH and used + unused > _FULL * _cuda_memory():
         mx.clear_cache()
 
 

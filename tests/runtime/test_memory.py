@@ -1,6 +1,7 @@
 """What is asked of a Mac's memory: before, during and after all that runs a model, however it ends."""
 
 import contextvars
+import functools
 import gc
 import os
 import signal
@@ -32,7 +33,7 @@ from dbrx_fn.model.cache import grow_cache, init_cache
 from dbrx_fn.model.cache_rows import take_rows
 from dbrx_fn.model.transformer import forward, score
 from dbrx_fn.model.tree import Params
-from dbrx_fn.runtime.device import Backend, as_if, memory_size
+from dbrx_fn.runtime.device import Backend, as_if, memory_size, pool_size
 from dbrx_fn.runtime.memory import check_buffer, limited, reading_device, room_remedy, wired
 from dbrx_fn.serving.engine import Engine
 from dbrx_fn.serving.limits import Limits
@@ -378,27 +379,70 @@ def test_the_environment_can_forbid_it(value: str, calls: str) -> None:
     assert ("DBRX_FN_WIRED is 'off' where 0 or 1 is expected" in ran.stderr) == (value == "off")
 
 
+@pytest.fixture
+def cuda_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked of a CUDA device that has 100 GiB, of which MLX takes 95."""
+    calls = list[str]()
+    monkeypatch.setattr(dbrx_fn.runtime.memory, "_cuda_memory", lambda: 100 * GIB)
+    monkeypatch.setattr(mx, "get_memory_limit", lambda: 95 * GIB)
+    for name in ("clear_cache", "synchronize"):
+        monkeypatch.setattr(mx, name, functools.partial(calls.append, name))
+    return calls
+
+
+def holds(active: float, unused: float, pool: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the device hold so many GiB in use, unused, and in the pool."""
+    monkeypatch.setattr(mx, "get_active_memory", lambda: int(active * GIB))
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: int(unused * GIB))
+    monkeypatch.setattr(dbrx_fn.runtime.memory, "pool_size", lambda: int(pool * GIB))
+
+
 @pytest.mark.parametrize(
-    ("active", "unused", "given_back"),
-    [(0.90, 0.03, True), (0.88, 0.03, False), (0.93, 0.005, False), (0.5, 0.45, True), (0.0, 0.0, False)],
+    ("active", "unused", "given_back"), [(90, 3, True), (88, 3, False), (93, 0.5, False), (50, 45, True), (0, 0, False)]
 )
 @pytest.mark.parametrize(("time", "chunks"), [(1, 1), (5, 3)])
 def test_a_nearly_full_cuda_device_gets_unused_buffers_back(
-    active: float, unused: float, given_back: bool, time: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+    active: float,
+    unused: float,
+    given_back: bool,
+    time: int,
+    chunks: int,
+    cuda_calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Before a step, and before each chunk of a prompt. A little stays for the steps themselves."""
-    size, calls = max(memory_size(), 150 * GIB), list[str]()
-    monkeypatch.setattr(dbrx_fn.runtime.memory, "_cuda_memory", lambda: size)
-    monkeypatch.setattr(mx, "get_active_memory", lambda: int(active * size))
-    monkeypatch.setattr(mx, "get_cache_memory", lambda: int(unused * size))
-    monkeypatch.setattr(mx, "clear_cache", lambda: calls.append("clear_cache"))
+    """Before a sequence's step, and before each chunk of a prompt. A little stays for the steps themselves."""
+    holds(active, unused, 100, monkeypatch)
     with as_if(backend="cuda", kernels=False):
         logits, _ = forward(PARAMS, mx.array([[1] * time]), init_cache(CONFIG, 1, 16), chunk_size=2)
     assert mx.isfinite(logits).all()
-    assert calls == ["clear_cache"] * (chunks if given_back else 0)
+    assert cuda_calls == ["clear_cache"] * (chunks if given_back else 0)
     with as_if(backend="cpu"):
         forward(PARAMS, mx.array([[1]]), init_cache(CONFIG, 1, 16))
-    assert len(calls) == (chunks if given_back else 0)
+    assert len(cuda_calls) == (chunks if given_back else 0)
+
+
+@pytest.mark.parametrize(
+    ("active", "unused", "pool", "shrinks"),
+    [(90, 0.1, 95.1, True), (90, 0.1, 94.9, False), (94.5, 0.1, 95.1, False), (90, 4, 94, False)],
+)
+def test_a_full_pool_shrinks_before_several_sequences_decode(
+    active: float,
+    unused: float,
+    pool: float,
+    shrinks: bool,
+    cuda_calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    holds(active, unused, pool, monkeypatch)
+    with as_if(backend="cuda", kernels=False):
+        logits, _ = forward(PARAMS, mx.array([[1], [2]]), init_cache(CONFIG, 2, 16))
+    assert mx.isfinite(logits).all()
+    assert cuda_calls == (["clear_cache", "synchronize"] if shrinks else [])
+
+
+def test_only_an_nvidia_gpu_has_a_pool() -> None:
+    mx.eval(mx.ones(1 << 20))
+    assert (pool_size() > 0) == mx.cuda.is_available()
 
 
 def test_training_on_cuda_stays_within_its_plan_and_gives_the_limit_back() -> None:
