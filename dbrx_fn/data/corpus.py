@@ -17,6 +17,7 @@ from dbrx_fn.text.chat_format import CHATML, ChatFormat
 from dbrx_fn.text.chat_turns import taught_chats
 from dbrx_fn.text.conversation import SAID, mark, read_conversation
 from dbrx_fn.text.literal_text import any_of, clipped
+from dbrx_fn.text.valid_text import valid_text
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class _Reader:
 
     def _document(self, source: str, spans: tuple[tuple[str, bool], ...]) -> Document:
         """A document of raw text."""
-        valid = tuple((_valid(text), target) for text, target in spans)
+        valid = tuple((valid_text(text), target) for text, target in spans)
         document = Document(source, valid)
         if self._control_tokens:
             return document
@@ -301,11 +302,6 @@ def _cut(document: Document, share: float) -> tuple[Document, Document]:
         Document(document.source, ((text[:place], target),), clipped(document.literal, 0, place)),
         Document(document.source, ((text[place:], target),), clipped(document.literal, place, len(text))),
     )
-
-
-def _valid(text: str) -> str:
-    """The text with U+FFFD for lone surrogates, which JSON can spell but UTF-8 can't."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _listed(documents: Sequence[Document]) -> str:

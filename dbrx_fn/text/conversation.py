@@ -14,6 +14,7 @@ from dbrx_fn.files.json_file import shown
 from dbrx_fn.text.chat_format import DEFAULT_SYSTEM_PROMPT, ChatFormat
 from dbrx_fn.text.literal_chat import Marks
 from dbrx_fn.text.template_sandbox import compile_template, render
+from dbrx_fn.text.valid_text import valid_text
 
 BUILT_IN_ROLES = ("system", "user", "assistant")
 ROLES = (*BUILT_IN_ROLES, "developer", "tool", "function", "ipython", "observation")
@@ -290,8 +291,7 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        # JSON can hold lone surrogates, but UTF-8 can't.
-        return str.__str__(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return valid_text(value)
     if isinstance(value, int):
         if value.bit_length() > 64:
             raise InputError(f"{where} has a whole number of more than 64 bits: give it as a text.")

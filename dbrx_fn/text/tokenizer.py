@@ -13,6 +13,7 @@ from dbrx_fn.text.literal_text import Ranges, checked_ranges
 from dbrx_fn.text.tiktoken_vocabulary import CLASS, read_tiktoken
 from dbrx_fn.text.tokenizer_json import read_tokenizer_json
 from dbrx_fn.text.tokenizer_settings import Settings, read_text
+from dbrx_fn.text.valid_text import valid_text
 from dbrx_fn.text.vocabulary import Encode, Vocabulary
 
 
@@ -87,10 +88,10 @@ class Tokenizer:
             TokenizerError: if the library fails for this text.
         """
         ranges = checked_ranges(text, literal)
-        valid = _valid(text)
+        valid = valid_text(text)
         if len(valid) != len(text):
             # A pair of surrogates has become one character.
-            ranges = [(len(_valid(text[: start + 1])) - 1, len(_valid(text[:end]))) for start, end in ranges]
+            ranges = [(len(valid_text(text[: start + 1])) - 1, len(valid_text(text[:end]))) for start, end in ranges]
         tokens = self._encode(valid, ranges)
         return [*self._before, *tokens, *self._behind] if add_special_tokens else tokens
 
@@ -181,10 +182,6 @@ def read_vocabulary(folder: Path, settings: Settings) -> Vocabulary:
     )
 
 
-def _valid(text: str) -> str:
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def _read_stop_tokens(folder: Path, settings: Settings, vocabulary: Vocabulary) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         ids = Settings(folder / name).token_ids("eos_token_id")
@@ -212,7 +209,7 @@ def _read_chat_format(folder: Path, settings: Settings, vocabulary: Vocabulary) 
     else:
         template, source = _read_template(settings), f"'chat_template' in {settings.path}"
     return ChatFormat(
-        template=None if template is None else _valid(template),
+        template=None if template is None else valid_text(template),
         default_system=settings.flag("use_default_system_prompt", True),
         special_tokens=vocabulary.named,
         source=source,

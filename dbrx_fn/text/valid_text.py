@@ -1,0 +1,6 @@
+"""Text that UTF-8 can hold. JSON can spell lone surrogates, halves of characters, and then Python's texts hold them."""
+
+
+def valid_text(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate. A pair of them becomes its character."""
+    return str.__str__(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
