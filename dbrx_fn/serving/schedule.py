@@ -118,8 +118,15 @@ def never_fits(tokens: int, longest: int, limits: Limits) -> bool:
 
 
 def batch_rows(count: int, limits: Limits) -> int:
-    """Rows of a batch for `count` requests: a power of two or `Limits.rows`, so that there are few shapes."""
-    return limits.rows if limits.exact else min(limits.rows, 1 << (count - 1).bit_length())
+    """Rows of a batch for `count` requests: 1, 2, 4, 8, then at most four steps per doubling, so that shapes are few.
+
+    Idle rows cost a CPU as much as others (`docs/serving.md`), and take positions.
+    """
+    if limits.exact:
+        return limits.rows
+    power = 1 << (count - 1).bit_length()
+    step = min(power, max(4, power // 8))
+    return min(limits.rows, -(-count // step) * step)
 
 
 def row_capacity(room: int, limits: Limits) -> int:

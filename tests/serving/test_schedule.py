@@ -131,10 +131,12 @@ def test_what_never_fits_is_known_at_once() -> None:
     assert never_fits(2000, 2049, EXACT)
 
 
-@given(count=st.integers(1, 8))
-def test_there_are_few_batches(count: int) -> None:
-    assert batch_rows(count, FAST) in (1, 2, 4, 8)
-    assert batch_rows(count, FAST) >= count
+@given(count=st.integers(1, 256), most=st.integers(1, 256))
+def test_there_are_few_batches_and_few_idle_rows(count: int, most: int) -> None:
+    limits = replace(FAST, rows=max(count, most))
+    assert count <= batch_rows(count, limits) <= limits.rows
+    assert count <= 8 or batch_rows(count, limits) <= 4 / 3 * count
+    assert len({batch_rows(each, limits) for each in range(1, limits.rows + 1)}) <= 23
     assert batch_rows(min(count, 4), EXACT) == 4
 
 
