@@ -12,6 +12,7 @@ from dbrx_fn.checkpoints.layouts import WRITTEN, Written
 from dbrx_fn.checkpoints.tokenizer_files import readable_tokenizer
 from dbrx_fn.cli.command import Parser, program, run
 from dbrx_fn.cli.terminal import byte_progress, print_message, print_result, size_text
+from dbrx_fn.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(chosen: argparse.Namespace) -> None:
+    if chosen.out.suffix == ".gguf":
+        raise InputError(
+            f"{chosen.out} is the name of a GGUF file, and fuse writes a folder: name a folder for --out, and then"
+            f" `python -m dbrx_fn.convert FOLDER {chosen.out} --layout gguf` makes the file."
+        )
     require_free(chosen.out)
     source = open_checkpoint(chosen.model)
     request = Request(

@@ -95,6 +95,16 @@ def test_what_cannot_be_merged_leaves_nothing(tmp_path: Path, capsys: pytest.Cap
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_gguf_file_is_made_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written(tmp_path, None, "fused")
+    assert main([*words(tmp_path)[:-1], str(tmp_path / "out.gguf")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "is the name of a GGUF file, and fuse writes a folder: name a folder for --out" in err
+    assert f"`python -m dbrx_fn.convert FOLDER {tmp_path / 'out.gguf'} --layout gguf`" in err
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapters", "model"]
+
+
 def test_the_tokenizer_of_a_run_is_copied_with_its_chat_template(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
