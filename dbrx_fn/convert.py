@@ -31,6 +31,7 @@ from dbrx_fn.checkpoints.hub import checkpoint_path
 from dbrx_fn.checkpoints.layouts import WRITTEN
 from dbrx_fn.checkpoints.shards import SHARD_BYTES
 from dbrx_fn.checkpoints.tokenizer_files import readable_tokenizer
+from dbrx_fn.cli.adapter_option import OneFolder
 from dbrx_fn.cli.command import Parser, program, run
 from dbrx_fn.cli.quantize_options import FORMAT_HELP, add_quantize_options, chosen_quantization
 from dbrx_fn.cli.terminal import byte_progress, print_message, print_result, size_text
@@ -71,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--adapter-path",
+        action=OneFolder,
         type=Path,
         metavar="FOLDER",
         help="convert the source's adapters in this folder, and not the source, with --layout mlx-lm or peft",
@@ -172,6 +174,10 @@ def _run_adapters(chosen: argparse.Namespace) -> None:
         raise InputError(
             f"--adapter-path needs --layout {' or '.join(TENSORS)}, which write adapters without their model: python -m"
             " dbrx_fn.fuse merges them."
+        )
+    if chosen.folder.suffix == ".gguf":
+        raise InputError(
+            f"{chosen.folder} is the name of a GGUF file, and --layout {chosen.layout} writes a folder: name a folder."
         )
     given = [
         name for name in _NOT_OF_ADAPTERS if getattr(chosen, name) is not None and getattr(chosen, name) is not False

@@ -10,6 +10,7 @@ from dbrx_fn.checkpoints.conversion import Request, convert, plan_conversion, re
 from dbrx_fn.checkpoints.hub import SMALL
 from dbrx_fn.checkpoints.layouts import WRITTEN, Written
 from dbrx_fn.checkpoints.tokenizer_files import readable_tokenizer
+from dbrx_fn.cli.adapter_option import OneFolder
 from dbrx_fn.cli.command import Parser, program, run
 from dbrx_fn.cli.terminal import byte_progress, print_message, print_result, size_text
 from dbrx_fn.errors import InputError
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--adapter-path",
+        action=OneFolder,
         type=Path,
         required=True,
         metavar="FOLDER",

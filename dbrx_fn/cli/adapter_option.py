@@ -3,11 +3,27 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dbrx_fn.errors import InputError
 from dbrx_fn.files.json_file import shown, shown_path
 
 _WRITTEN_BY = "written by train --lora, mlx-lm or PEFT"
+
+
+class OneFolder(argparse.Action):
+    """Stores the folder of an option that can be given once. Otherwise argparse would drop all but the last."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Stores it, or raises `InputError` if there is one already."""
+        if (given := getattr(namespace, self.dest)) is not None:
+            raise InputError(
+                f"{option} is given twice, as {shown_path(given)} and {shown_path(values)}, where one folder is"
+                " expected: leave one out, or merge one into the model first (fuse)."
+            )
+        setattr(namespace, self.dest, values)
 
 
 def add_adapter_option(options: argparse.ArgumentParser, help: str = "") -> None:
@@ -19,6 +35,7 @@ def add_adapter_option(options: argparse.ArgumentParser, help: str = "") -> None
     """
     options.add_argument(
         "--adapter-path",
+        action=OneFolder,
         type=Path,
         metavar="FOLDER",
         help=f"adapters to load beside the model, {_WRITTEN_BY}{help and f'; {help}'}",

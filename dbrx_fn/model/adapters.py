@@ -22,6 +22,9 @@ from dbrx_fn.model.tree import Params
 from dbrx_fn.ops.formats import ADAPTER_LEAVES, dequantize_matrix, quantize_matrix
 from dbrx_fn.runtime.arguments import check_fields, checked
 
+SCALES = 1e-30, 1e30
+"""The smallest and the largest scale. Beyond them it would be zero or infinite in float32, or nearly so."""
+
 
 @dataclass(frozen=True)
 class Adapters:
@@ -51,9 +54,14 @@ class Adapters:
         if self.rank < 1:
             raise InputError(f"rank is {self.rank} where it must be at least 1.")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise InputError(f"alpha is {self.alpha} where it must be a positive number, or None.")
+            raise InputError(f"alpha is {self.alpha} where it must be a positive number.")
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise InputError(f"targets is {shown(self.targets)} where at least one, each once, is expected.")
+        if not SCALES[0] <= self.scale <= SCALES[1]:
+            raise InputError(
+                f"alpha is {self.alpha}, which makes a scale of {self.scale:g} where one from {SCALES[0]:g} to"
+                f" {SCALES[1]:g} is expected: take an alpha near the rank."
+            )
 
     @property
     def scale(self) -> float:

@@ -122,6 +122,18 @@ def test_adapters_that_cannot_be_used(command: str, adapters: str, refused: Refu
     assert WORDS[adapters] in refused(main, [*given, "--adapter-path", adapters])
 
 
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "serve"])
+def test_a_second_adapter_where_one_is_loaded(command: str, refused: Refused) -> None:
+    main, given = COMMANDS[command]
+    said = refused(main, [*given, "--adapter-path", "adapters", "--adapter-path", "of-another-rank"])
+    assert "--adapter-path is given twice, as adapters and of-another-rank, where one folder is expected" in said
+
+
+def test_adapters_in_a_gguf_file(refused: Refused) -> None:
+    said = refused(convert.main, ["model", "out.gguf", "--adapter-path", "adapters", "--layout", "mlx-lm"])
+    assert "out.gguf is the name of a GGUF file, and --layout mlx-lm writes a folder" in said
+
+
 def test_one_of_several_adapters_of_a_server(refused: Refused) -> None:
     given = [*COMMANDS["serve"][1], "--adapter-path", "good=adapters", "--adapter-path", "bad=half-a-file"]
     assert "damaged or cut short" in refused(serve.main, given)

@@ -115,6 +115,8 @@ def test_the_same_key_draws_the_same_adapters() -> None:
         ({"rank": 0}, "rank is 0 where it must be at least 1"),
         ({"rank": 4, "alpha": 0.0}, "alpha is 0.0 where it must be a positive number"),
         ({"rank": 4, "alpha": float("nan")}, "alpha is nan"),
+        ({"rank": 4, "alpha": 1e300}, "makes a scale of 2.5e+299 where one from 1e-30 to 1e+30 is expected"),
+        ({"rank": 4, "alpha": 1e-300}, "makes a scale of 2.5e-301 where"),
         ({"rank": 4, "targets": ()}, "targets is"),
         ({"rank": 4, "targets": ("attention", "attention")}, "targets is"),
         ({"rank": 4, "targets": ("mlp",)}, "targets names 'mlp' where experts, attention,"),
