@@ -26,7 +26,7 @@ from dbrx_fn.checkpoints.adapter_names import SETTINGS, TENSORS
 from dbrx_fn.checkpoints.adapter_reader import read_adapters, style_of
 from dbrx_fn.checkpoints.checkpoint import Checkpoint, LeafReader, require_fit
 from dbrx_fn.checkpoints.conversion_work import PLAN_KEYS, ConversionWork, conversion_work, is_converting
-from dbrx_fn.checkpoints.finite import not_finite
+from dbrx_fn.checkpoints.finite import is_finite, not_finite
 from dbrx_fn.checkpoints.layouts import Source, Written, sources
 from dbrx_fn.checkpoints.raw import Raw, of_raw, raw
 from dbrx_fn.checkpoints.saver import check_layout, header_texts, small_files
@@ -110,7 +110,7 @@ class Conversion:
 
 
 class _NotFiniteError(CheckpointError):
-    """Raised for the weights that `check` finds."""
+    """Raised for weights that `check` finds, and for those that merging makes."""
 
 
 def plan_conversion(source: Checkpoint, request: Request) -> Conversion:
@@ -326,6 +326,11 @@ def _matrices(conversion: Conversion, reader: LeafReader, linear: str) -> Iterat
             matrix = stored[weight] if before is None else dequantize_matrix(list(stored.values()), before, exact)
             if added is not None:
                 matrix = (matrix.astype(mx.float32) + added).astype(dtype)
+                if not is_finite(matrix):
+                    raise _NotFiniteError(
+                        f"{weight} merged with its adapter is NaN or infinite in {conversion.config.dtype}: convert the"
+                        " model with --dtype float32 --check first, and merge into that, or take other adapters."
+                    )
             made = [matrix] if after is None else quantize_matrix(matrix, after)
             yield {path: raw(part) for path, part in zip(companions(weight), made, strict=False)}
 

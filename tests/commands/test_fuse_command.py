@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -93,6 +94,19 @@ def test_what_cannot_be_merged_leaves_nothing(tmp_path: Path, capsys: pytest.Cap
     assert main(words(tmp_path)) == 2
     assert "exists already" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_sum_that_the_dtype_cannot_hold_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written(tmp_path, None, "split")
+    tensors = cast(dict[str, mx.array], mx.load(str(tmp_path / "adapters" / "adapters.safetensors")))
+    # Float32 holds each number, and not their products.
+    huge = {name: mx.full(leaf.shape, 1e38) for name, leaf in tensors.items() if "Wqkv" in name}
+    mx.save_safetensors(str(tmp_path / "adapters" / "adapters.safetensors"), tensors | huge)
+    assert main(words(tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"Wqkv.weight merged with its adapter is NaN or infinite in {CONFIG.dtype}" in said
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapters", "model"]
 
 
 def test_a_gguf_file_is_made_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
