@@ -86,7 +86,13 @@ def style_of(folder: Path) -> Style:
         CheckpointError: if it is none, or is one of both.
     """
     name = shown_path(folder)
-    found = [style for style, file in TENSORS.items() if (folder / file).exists()]
+    try:
+        found = [style for style, file in TENSORS.items() if (folder / file).exists()]
+    except OSError as error:
+        raise CheckpointError(
+            f"{name} can't be read ({error.strerror}) where a folder with adapters is expected: make it readable, or give"
+            " another."
+        ) from None
     if len(found) == 1:
         return found[0]
     if found:

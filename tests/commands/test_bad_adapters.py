@@ -67,6 +67,7 @@ WORDS = {
     "of-targets-that-do-not-exist": "names 'self_attn.q_proj', which is no linear of the model",
     "without-settings": "is missing, which gives adapters their scale",
     "model": "is a model where adapters are expected",
+    "n" * 300: "can't be read (File name too long) where a folder with adapters is expected",
     "nowhere": "doesn't exist where a folder with adapters is expected",
     "text.txt": "is a file where a folder with adapters is expected",
 }
