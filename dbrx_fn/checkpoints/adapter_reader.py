@@ -90,8 +90,8 @@ def style_of(folder: Path) -> Style:
         found = [style for style, file in TENSORS.items() if (folder / file).exists()]
     except OSError as error:
         raise CheckpointError(
-            f"{name} can't be read ({error.strerror}) where a folder with adapters is expected: make it readable, or give"
-            " another."
+            f"{name} can't be read ({error.strerror}) where a folder with adapters is expected: make it readable, or"
+            " give another."
         ) from None
     if len(found) == 1:
         return found[0]

@@ -51,7 +51,7 @@ def read_settings(file: Path, style: Style, n_layers: int) -> AdapterSettings:
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing, which gives adapters their scale: fetch it.") from None
     except OSError as error:
-        raise CheckpointError(f"{file} can't be read ({error.strerror}): make it readable, or fetch it again.") from None
+        raise CheckpointError(f"{file} can't be read ({error.strerror}): make it readable.") from None
     except ValueError as error:
         raise CheckpointError(f"{file} isn't valid JSON ({error}): fetch it again.") from None
     if not isinstance(settings, dict):
