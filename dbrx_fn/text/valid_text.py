@@ -2,5 +2,8 @@
 
 
 def valid_text(text: str) -> str:
-    """The text with U+FFFD for each lone surrogate. A pair of them becomes its character."""
+    """The text with U+FFFD for each lone surrogate. A pair of them becomes its character.
+
+    A template's text may be of a subclass. Its own methods aren't called.
+    """
     return str.__str__(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
