@@ -1,4 +1,4 @@
-"""The dispatch plan by its kernel is the plan by stock operations."""
+"""Dispatch plans by kernels are those of stock operations, or of NumPy."""
 
 from collections.abc import Callable
 from inspect import unwrap
@@ -9,24 +9,58 @@ import pytest
 
 from dbrx_fn.ops.formats import Format
 from dbrx_fn.ops.kernels.cuda_module import on_hopper
-from dbrx_fn.ops.kernels.dispatch import plan
+from dbrx_fn.ops.kernels.dispatch import packed_plan, plan
 from dbrx_fn.ops.kernels.segments import LONG_ROWS, MEDIUM_ROWS, long_segments, medium_segments, pack_rows
 from tests.support.kernel_operands import matrix, normal
 
 pytestmark = pytest.mark.skipif(not on_hopper(), reason="the kernels are for Hopper GPUs")
 
 
-@pytest.mark.parametrize("tokens", [2, 7, 33, 300, 3000])
-@pytest.mark.parametrize(("experts", "top_k"), [(16, 4), (6, 2), (32, 1)])
+def choices(tokens: int, experts: int, top_k: int) -> mx.array:
+    """An expert that gets nothing, one that gets most, and tokens that name one twice."""
+    top_experts = mx.random.randint(1, experts, (tokens, top_k), key=mx.random.key(tokens)).astype(mx.uint32)
+    return mx.where(mx.arange(tokens)[:, None] % 3 < 2, experts // 2, top_experts).astype(mx.uint32)
+
+
+some_routings = pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"),
+    [(tokens, *sizes) for tokens in (2, 7, 33, 300, 3000) for sizes in ((16, 4), (6, 2), (32, 1))],
+)
+
+
+@some_routings
 @pytest.mark.parametrize("rows", [8, 64, 256])
 def test_the_plan_is_the_stock_operations_plan(tokens: int, experts: int, top_k: int, rows: int) -> None:
-    top_experts = mx.random.randint(1, experts, (tokens, top_k), key=mx.random.key(tokens)).astype(mx.uint32)
-    # An expert that gets nothing, one that gets most, and tokens that name one twice.
-    top_experts = mx.where(mx.arange(tokens)[:, None] % 3 < 2, experts // 2, top_experts).astype(mx.uint32)
+    top_experts = choices(tokens, experts, top_k)
     found = plan(top_experts, experts=experts, rows=rows)
     expected = unwrap(plan)(top_experts, experts=experts, rows=rows)
     for name, ours, twin in zip(found._fields, found, expected, strict=True):
         assert np.array_equal(np.array(ours), np.array(twin)), name
+
+
+@some_routings
+@pytest.mark.parametrize(("rows", "unit"), [(64, 8), (256, 8), (4, 1)])
+def test_a_packed_plan_pads_each_expert_s_rows_to_the_next_unit(
+    tokens: int, experts: int, top_k: int, rows: int, unit: int
+) -> None:
+    top_experts = choices(tokens, experts, top_k)
+    segments, pair_slots = packed_plan(top_experts, experts=experts, rows=rows, unit=unit)
+    assert segments.first_slots is not None
+    slot_pairs, first_slots, of_segments = map(np.array, (segments.slot_pairs, segments.first_slots, segments.experts))
+    chosen = np.array(top_experts).reshape(-1)
+    segment, slot = 0, 0
+    for expert in range(experts):
+        pairs = np.flatnonzero(chosen == expert)
+        for first in range(0, pairs.size, rows):
+            part = pairs[first : first + rows]
+            assert (first_slots[segment], of_segments[segment]) == (slot, expert)
+            assert np.array_equal(slot_pairs[slot : slot + part.size], part)
+            end = slot - (-part.size // unit) * unit
+            assert (slot_pairs[slot + part.size : end] == chosen.size).all()
+            segment, slot = segment + 1, end
+    assert (first_slots[segment:] == slot).all()
+    assert (slot_pairs[slot:] == chosen.size).all()
+    assert np.array_equal(slot_pairs[np.array(pair_slots).reshape(-1)], np.arange(chosen.size))
 
 
 @pytest.mark.parametrize("multiply", [medium_segments, long_segments])

@@ -1,5 +1,8 @@
 // The dispatch plan (dbrx_fn/ops/dispatch.py) in one block: counts, offsets and slots.
 //
+// Each expert's slots begin at a multiple of `unit`. If that is a segment's length, all segments are that long. If it is
+// less, segments have less padding.
+//
 // A warp takes a stretch of the pairs, 32 at a time. First it counts each expert's pairs. Then it places them behind
 // those of the warps before it, so an expert's pairs keep their order.
 //
@@ -9,11 +12,12 @@
 constexpr int WARPS = 32;
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    dispatch(const u32 *top_experts, int *slot_pairs, int *segment_experts, int *pair_slots, int pairs, int segments,
-             int rows) {
+    dispatch(const u32 *top_experts, int *slot_pairs, int *segment_experts, int *first_slots, int *pair_slots, int pairs,
+             int slots, int segments, int rows, int unit) {
   // For each warp and expert: the number of pairs in the warp's stretch, then the slot of the warp's next one.
   __shared__ int places[WARPS][EXPERTS];
-  __shared__ int last_segments[EXPERTS];
+  // Where each expert's segments and slots end.
+  __shared__ int last_segments[EXPERTS], last_slots[EXPERTS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int stretch = (pairs + 32 * WARPS - 1) / (32 * WARPS) * 32;
   const int begin = warp * stretch, end = min(begin + stretch, pairs);
@@ -26,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     if (expert != ~0u && lane == __ffs(same) - 1) places[warp][expert] += __popc(same);
     __syncwarp();
   }
-  for (int slot = threadIdx.x; slot < segments * rows; slot += 32 * WARPS) slot_pairs[slot] = pairs;
+  for (int slot = threadIdx.x; slot < slots; slot += 32 * WARPS) slot_pairs[slot] = pairs;
   __syncthreads();
 
   // Warp w now has expert w, and its lanes have the stretches.
@@ -39,25 +43,30 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       const int earlier = __shfl_up_sync(~0u, before, step);
       if (lane >= step) before += earlier;
     }
-    if (lane == 31) last_segments[warp] = (before + rows - 1) / rows;
+    if (lane == 31) {
+      last_segments[warp] = (before + rows - 1) / rows;
+      last_slots[warp] = (before + unit - 1) / unit * unit;
+    }
     before -= count;
   }
   __syncthreads();
   if (warp == 0) {
-    int sum = lane < EXPERTS ? last_segments[lane] : 0;
+    int sum = lane < EXPERTS ? last_segments[lane] : 0, slot_sum = lane < EXPERTS ? last_slots[lane] : 0;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const int earlier = __shfl_up_sync(~0u, sum, step);
-      if (lane >= step) sum += earlier;
+      const int earlier = __shfl_up_sync(~0u, sum, step), earlier_slots = __shfl_up_sync(~0u, slot_sum, step);
+      if (lane >= step) sum += earlier, slot_sum += earlier_slots;
     }
-    if (lane < EXPERTS) last_segments[lane] = sum;
+    if (lane < EXPERTS) last_segments[lane] = sum, last_slots[lane] = slot_sum;
   }
   __syncthreads();
-  if (warp < EXPERTS) places[lane][warp] = (warp ? last_segments[warp - 1] : 0) * rows + before;
-  for (int segment = threadIdx.x; segment < segments; segment += 32 * WARPS) {
+  if (warp < EXPERTS) places[lane][warp] = (warp ? last_slots[warp - 1] : 0) + before;
+  for (int segment = threadIdx.x; segment <= segments; segment += 32 * WARPS) {
     int expert = 0;
     while (expert < EXPERTS - 1 && last_segments[expert] <= segment) expert++;
-    segment_experts[segment] = expert;
+    const int within = segment - (expert ? last_segments[expert - 1] : 0);
+    first_slots[segment] = min((expert ? last_slots[expert - 1] : 0) + within * rows, last_slots[expert]);
+    if (segment < segments) segment_experts[segment] = expert;
   }
   __syncthreads();
 

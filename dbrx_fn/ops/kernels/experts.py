@@ -14,7 +14,7 @@ import numpy as np
 from dbrx_fn.ops.formats import is_adapted
 from dbrx_fn.ops.kernels import combine
 from dbrx_fn.ops.kernels.cuda_module import on_gpu, on_hopper
-from dbrx_fn.ops.kernels.dispatch import plan
+from dbrx_fn.ops.kernels.dispatch import packed_plan, plan
 from dbrx_fn.ops.kernels.segments import (
     INNER,
     LONG_ROWS,
@@ -78,13 +78,14 @@ def mix_experts(
         hidden = short_gated(x, gate, up, segments)
         return short_mixed(hidden, down, segments, expert_weights, residual)
     rows = kernel_segment_rows(params, pairs)
-    slot_pairs, segment_experts, pair_slots = plan(top_experts, experts=experts, rows=rows)
-    segments = Segments(slot_pairs.reshape(-1), segment_experts, rows, pairs, top_k)
     if rows >= MEDIUM_ROWS:
+        segments, pair_slots = packed_plan(top_experts, experts=experts, rows=rows)
         multiply = medium_segments if rows == MEDIUM_ROWS else long_segments
         hidden = multiply(pack_rows(x, gate, segments, rows=rows), gate, up, segments=segments)
         said = multiply(hidden, down, segments=segments)
     else:
+        slot_pairs, segment_experts, pair_slots = plan(top_experts, experts=experts, rows=rows)
+        segments = Segments(slot_pairs.reshape(-1), segment_experts, rows, pairs, top_k)
         hidden = short_gated(x, gate, up, segments)
         said = short_slots(hidden, down, segments)
     return combine.combine(said, pair_slots, expert_weights, residual)

@@ -1,7 +1,7 @@
 // LayerNorm of one row per block. The row is read once; mean and variance are computed in float32 from registers.
 //
 // Macros: WIDTH of a row. A thread has 8 neighbouring entries, so a block has WIDTH / 8 threads. PACKED: 1 for results in
-// the layout of packing.cuh, whose macros it needs then.
+// the layout of packing.cuh, whose macros it needs then, and ROWS, the most rows of a segment.
 #if PACKED
 #include "packing.cuh"
 #else
@@ -32,12 +32,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) layer_norm(const u16 *x, c
                        values[2 * i + 1] * scale * high_to_float(factors[i]));
   const uint4 results = make_uint4(out[0], out[1], out[2], out[3]);
 #if PACKED
+  const Segment segment = dense_segment(blockIdx.x / ROWS, ROWS, gridDim.x);
   const int block = threadIdx.x / 16, quarter = threadIdx.x / 4 % 4, eight = threadIdx.x % 4;
 #pragma unroll
   for (int step = 0; step < 2; step++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      u8 *chunk = chunk_of(reinterpret_cast<u8 *>(y), blockIdx.x, WIDTH, block, eight, step, half);
+      u8 *chunk = chunk_of(reinterpret_cast<u8 *>(y), segment, blockIdx.x % ROWS, WIDTH, block, eight, step, half);
       *reinterpret_cast<u32 *>(chunk + 4 * quarter) = activations_of(&results, step, half);
     }
 #else

@@ -5,7 +5,7 @@ from jaxtyping import BFloat16
 
 from dbrx_fn.ops.formats import Linear
 from dbrx_fn.ops.kernels.cuda_module import Kernel, launch, on_gpu
-from dbrx_fn.ops.kernels.segments import format_defines
+from dbrx_fn.ops.kernels.segments import format_defines, padded
 from dbrx_fn.runtime.compile import typed
 
 
@@ -39,14 +39,14 @@ def packed_layer_norm(weight: mx.array, x: mx.array, matrix: Linear, *, eps: flo
         x: the rows.
         matrix: the matrix of the product.
         eps: the norm's epsilon.
-        rows: rows per segment.
+        rows: the most rows of a segment.
     """
     tokens, width = x.shape
     defines = format_defines(matrix, width) | {"ROWS": rows, "WIDTH": width, "PACKED": 1}
     return launch(
         Kernel("layer_norm", tuple(defines.items())),
         [x, weight],
-        [((-(-tokens // rows) * rows, width), mx.bfloat16)],
+        [((padded(tokens), width), mx.bfloat16)],
         blocks=(tokens, 1, 1),
         threads=width // 8,
         scalars=(eps,),

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from dbrx_fn.ops.formats import Linear
 from dbrx_fn.ops.kernels.cuda_module import on_gpu, on_hopper
-from dbrx_fn.ops.kernels.dispatch import plan
+from dbrx_fn.ops.kernels.dispatch import packed_plan
 from dbrx_fn.ops.kernels.layer_norm import packed_layer_norm
 from dbrx_fn.ops.kernels.segments import (
     INNER,
@@ -86,10 +86,12 @@ def segments_linear(params: Linear, x: mx.array, segment_experts: mx.array) -> m
     """
     count, rows, inner = x.shape
     slots = count * rows
-    joined = plan(segment_experts[:, None], experts=params["weight"].shape[0], rows=LONG_ROWS // rows)
-    # The segment that stands in each part of a long one, and its rows. Padding has numbers from `slots` on.
-    slot_rows = (joined.slot_pairs[..., None] * rows + mx.arange(rows, dtype=mx.int32)).reshape(-1)
-    segments = Segments(slot_rows, joined.segment_experts, LONG_ROWS, slots, 1)
+    joined, places = packed_plan(
+        segment_experts[:, None], experts=params["weight"].shape[0], rows=LONG_ROWS // rows, unit=1
+    )
+    assert joined.first_slots is not None
+    slot_rows = (joined.slot_pairs[:, None] * rows + mx.arange(rows, dtype=mx.int32)).reshape(-1)
+    segments = Segments(slot_rows, joined.experts, LONG_ROWS, slots, 1, joined.first_slots * rows)
     packed = pack_rows(x.reshape(slots, inner), params, segments, rows=LONG_ROWS)
     product = long_segments(packed, params, segments=segments)
-    return product.reshape(-1, rows, product.shape[-1])[joined.pair_slots.reshape(-1)]
+    return product.reshape(-1, rows, product.shape[-1])[places.reshape(-1)]

@@ -22,10 +22,9 @@
 #define WIDE_SCALES
 #include "results.cuh"
 
-constexpr int ROWS = 256;                    // rows of a segment
-constexpr int HALF_BYTES = ROWS * 64 * 2;    // bytes of 64 entries of a segment's rows
-constexpr int BLOCK_BYTES = 2 * HALF_BYTES;  // bytes of 128 entries
-constexpr int NEIGHBOURS = 4;                // segments whose blocks run side by side, to share weights in L2
+constexpr int ROWS = 256;                // the most rows of a segment
+constexpr int BLOCK_BYTES = ROWS * 256;  // bytes of 128 entries of that many rows
+constexpr int NEIGHBOURS = 4;            // segments whose blocks run side by side, to share weights in L2
 
 constexpr int MOST_STAGES = 8;
 
@@ -39,7 +38,6 @@ __host__ __device__ constexpr int stages_of(int columns) {
 }
 
 struct Task {
-  const u8 *x;  // the segment's packed rows
   u32 full, empty, buffers;
   int inner, warp, lane;
 };
@@ -119,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) long_segments(
     MATRIX(matrix),
 #endif
 #if !DENSE
-    const int *slot_pairs, const int *segment_experts,
+    const int *segment_experts, const int *first_slots,
 #endif
 #if RESIDUAL
     const u16 *residual,
@@ -132,18 +130,19 @@ extern "C" __global__ void __launch_bounds__(384, 1) long_segments(
   const int neighbours = blockIdx.x / (NEIGHBOURS * tiles) * NEIGHBOURS;
   const int side_by_side = min(NEIGHBOURS, segments - neighbours);
   const int within = blockIdx.x - neighbours * tiles;
-  const int segment = neighbours + within % side_by_side, tile = within / side_by_side;
+  const int number = neighbours + within % side_by_side, tile = within / side_by_side;
 
 #if DENSE
-  const int real = min(ROWS, count - segment * ROWS);
+  const Segment segment = dense_segment(number, ROWS, count);
+  const int stored = min(segment.rows, count - segment.first);
   const u64 first = 0;
 #else
-  // Padding comes last.
-  const int real = __syncthreads_count(threadIdx.x < ROWS && slot_pairs[segment * ROWS + threadIdx.x] < count);
-  if (real == 0) return;
-  const u64 first = u64(segment_experts[segment]) * outer;
+  const Segment segment = planned_segment(first_slots, number);
+  if (segment.rows == 0) return;
+  const int stored = segment.rows;
+  const u64 first = u64(segment_experts[number]) * outer;
 #endif
-  const int columns = wider(real - 1);
+  const int columns = wider(segment.rows - 1);
 
   const u32 buffers = shared_address(shared), full = buffers + STAGES * BLOCK_BYTES, empty = full + 8 * MOST_STAGES;
   if (threadIdx.x == 0) {
@@ -155,19 +154,19 @@ extern "C" __global__ void __launch_bounds__(384, 1) long_segments(
   }
   __syncthreads();
 
-  const u64 block_count = inner / 128;
-  const Task task = {x + segment * block_count * BLOCK_BYTES, full, empty, buffers, inner, warp, lane};
+  const Task task = {full, empty, buffers, inner, warp, lane};
   if (warp >= 8) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (warp == 8 && lane == 0) {
       const int stages = stages_of(columns);
-      for (int block = 0, stage = 0, phase = 1; block < int(block_count); block++) {
+      for (int block = 0, stage = 0, phase = 1; block < inner / 128; block++) {
         // The first time a stage is free, and this wait returns.
         wait(empty + 8 * stage, phase);
-        arrive_expecting(full + 8 * stage, 2 * columns * 128);
+        // Columns beyond the segment's rows keep what was there. Nothing reads their products.
+        arrive_expecting(full + 8 * stage, 2 * segment.rows * 128);
         for (int half = 0; half < 2; half++)
-          copy_to_shared(buffers + (2 * stage + half) * columns * 128,
-                         task.x + u64(block) * BLOCK_BYTES + half * HALF_BYTES, columns * 128, full + 8 * stage);
+          copy_to_shared(buffers + (2 * stage + half) * columns * 128, x + segment.half_block(inner, block, half),
+                         segment.rows * 128, full + 8 * stage);
         if (++stage == stages) stage = 0, phase ^= 1;
       }
     }
@@ -201,9 +200,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) long_segments(
 #else
     u32 pair = transposed(pack_bf16(sums[4 * i], sums[4 * i + 1]));
     u32 below = transposed(pack_bf16(sums[4 * i + 2], sums[4 * i + 3]));
-    const u64 at = (u64(segment) * ROWS + slot) * outer + tile * 128 + 16 * warp + 2 * quarter;
+    const u64 at = u64(segment.first + slot) * outer + tile * 128 + 16 * warp + 2 * quarter;
     u16 *out = y + at;
-    if (slot < real) {
+    if (slot < stored) {
 #if RESIDUAL
       pair = add_pairs(pair, *reinterpret_cast<const u32 *>(residual + at));
       below = add_pairs(below, *reinterpret_cast<const u32 *>(residual + at + 8));
@@ -217,9 +216,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) long_segments(
   publish_to_copies();
   asm volatile("bar.sync 1, 256;" ::: "memory");
   if (threadIdx.x == 0) {
-    const u64 blocks_out = outer / 128;
-    u8 *to = reinterpret_cast<u8 *>(y) + (segment * blocks_out + block) * BLOCK_BYTES + half * HALF_BYTES;
-    copy_to_global(to, buffers, columns * 128);
+    copy_to_global(reinterpret_cast<u8 *>(y) + segment.half_block(outer, block, half), buffers, segment.rows * 128);
   }
 #endif
 }

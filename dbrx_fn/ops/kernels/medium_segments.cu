@@ -16,7 +16,7 @@
 // GATED: as in long_segments.cu.
 //
 // Macros: those of weights.cuh, with FORMAT AFFINE4.
-//   ROWS: rows of a segment.
+//   ROWS: the most rows of a segment.
 //   GROUPS: groups in a block of threads, PARTS for each 64 rows of the matrix.
 //   AHEAD: a warp's blocks of weights in registers. PARTS * AHEAD divides the number of blocks.
 //   BLOCKS: blocks of threads per multiprocessor.
@@ -27,7 +27,7 @@
 #define WIDE_SCALES
 #include "results.cuh"
 
-constexpr int HALF_BYTES = ROWS * 64 * 2;    // bytes of 64 entries of a segment's rows
+constexpr int HALF_BYTES = ROWS * 64 * 2;    // bytes of 64 entries of that many rows
 constexpr int BLOCK_BYTES = 2 * HALF_BYTES;  // bytes of 128 entries
 constexpr int TILES = GROUPS / PARTS;        // the block's rows of the matrix, in units of 64
 constexpr int LEAD = STAGES - 2;             // a part's blocks of B that are copied before they are needed
@@ -70,18 +70,19 @@ __device__ __forceinline__ void multiply_accumulate<48>(float *sums, const u32 *
 }
 
 struct Task {
-  const u8 *x;  // the segment's packed rows
+  const u8 *x;
+  Segment segment;
   u32 full, empty, buffers;
-  int blocks, part, lane;
+  int inner, blocks, part, lane;
   bool copies;  // whether this thread starts its part's copies
 
-  // Starts to copy a block of the rows.
-  __device__ __forceinline__ void copy(int block, int stage, int columns) const {
-    const u32 arrived = full + 8 * stage, to = buffers + stage * BLOCK_BYTES;
-    const u8 *from = x + u64(block) * BLOCK_BYTES;
-    arrive_expecting(arrived, 2 * columns * 128);
-    copy_to_shared(to, from, columns * 128, arrived);
-    copy_to_shared(to + HALF_BYTES, from + HALF_BYTES, columns * 128, arrived);
+  // Starts to copy a block of the rows. Columns beyond them keep what was there. Nothing reads their products.
+  __device__ __forceinline__ void copy(int block, int stage) const {
+    const u32 arrived = full + 8 * stage, to = buffers + stage * BLOCK_BYTES, bytes = segment.rows * 128;
+    const u8 *from = x + segment.half_block(inner, block, 0);
+    arrive_expecting(arrived, 2 * bytes);
+    copy_to_shared(to, from, bytes, arrived);
+    copy_to_shared(to + HALF_BYTES, from + bytes, bytes, arrived);
   }
 };
 
@@ -99,7 +100,7 @@ __device__ __forceinline__ void multiply(const Task &task, Row upper, Row lower,
 #pragma unroll
   for (int i = 0; i < AHEAD; i++) above[i] = upper.load(PARTS * i), below[i] = lower.load(PARTS * i);
   if (task.copies)
-    for (int i = 0; i < LEAD && task.part + PARTS * i < task.blocks; i++) task.copy(task.part + PARTS * i, i, COLUMNS);
+    for (int i = 0; i < LEAD && task.part + PARTS * i < task.blocks; i++) task.copy(task.part + PARTS * i, i);
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; i++) sums[i] = 0;
 
@@ -115,7 +116,7 @@ __device__ __forceinline__ void multiply(const Task &task, Row upper, Row lower,
         const int coming = first + PARTS * (next + LEAD), to = stage < 2 ? stage + LEAD : stage - 2;
         if (coming < task.blocks) {
           wait(task.empty + 8 * to, stage < 2 ? phase ^ 1 : phase);
-          task.copy(coming, to, COLUMNS);
+          task.copy(coming, to);
         }
       }
       __syncwarp();
@@ -175,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, BLOCKS) medium_segmen
     MATRIX(matrix),
 #endif
 #if !DENSE
-    const int *slot_pairs, const int *segment_experts,
+    const int *segment_experts, const int *first_slots,
 #endif
 #if RESIDUAL
     const u16 *residual,
@@ -184,18 +185,19 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, BLOCKS) medium_segmen
   extern __shared__ __align__(1024) u8 shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quarter = lane % 4;
   const int tiles = outer / (GATED ? 32 * TILES : 64 * TILES);
-  const int segment = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+  const int number = blockIdx.x / tiles, tile = blockIdx.x % tiles;
 
 #if DENSE
-  const int real = min(ROWS, count - segment * ROWS);
+  const Segment segment = dense_segment(number, ROWS, count);
+  const int stored = min(segment.rows, count - segment.first);
   const u64 first = 0;
 #else
-  const u64 first = u64(segment_experts[segment]) * outer;
-  // Padding comes last.
-  const int real = __syncthreads_count(threadIdx.x < ROWS && slot_pairs[segment * ROWS + threadIdx.x] < count);
-  if (real == 0) return;
+  const Segment segment = planned_segment(first_slots, number);
+  const u64 first = u64(segment_experts[number]) * outer;
+  if (segment.rows == 0) return;
+  const int stored = segment.rows;
 #endif
-  const int columns = real <= 8 ? 8 : (real + 15) / 16 * 16;
+  const int columns = segment.rows == 8 ? 8 : (segment.rows + 15) / 16 * 16;
 
   const u32 buffers = shared_address(shared), full = buffers + PARTS * STAGES * BLOCK_BYTES;
   const u32 empty = full + 8 * PARTS * STAGES;
@@ -209,10 +211,12 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, BLOCKS) medium_segmen
   __syncthreads();
 
   const int part = warp / 4 % PARTS, of_tile = warp / (4 * PARTS) * 4 + warp % 4;
-  const Task task = {x + u64(segment) * (inner / 128) * BLOCK_BYTES,
+  const Task task = {x,
+                     segment,
                      full + 8 * part * STAGES,
                      empty + 8 * part * STAGES,
                      buffers + part * STAGES * BLOCK_BYTES,
+                     inner,
                      inner / 128,
                      part,
                      lane,
@@ -262,8 +266,8 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, BLOCKS) medium_segmen
 #pragma unroll
     for (int below = 0; below < 2; below++) {
       u32 pair = transposed(pack_bf16(sums[4 * i + 2 * below], sums[4 * i + 2 * below + 1]));
-      const u64 at = u64(segment * ROWS + slot) * outer + tile * 64 * TILES + 16 * of_tile + 8 * below + 2 * quarter;
-      if (slot < real) {
+      const u64 at = u64(segment.first + slot) * outer + tile * 64 * TILES + 16 * of_tile + 8 * below + 2 * quarter;
+      if (slot < stored) {
 #if RESIDUAL
         pair = add_pairs(pair, *reinterpret_cast<const u32 *>(residual + at));
 #endif
@@ -277,8 +281,8 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, BLOCKS) medium_segmen
   __syncthreads();
   if (threadIdx.x < TILES / 2) {
     const int of_half = first_out / 64 % 2 + threadIdx.x;
-    u8 *to = reinterpret_cast<u8 *>(y) + (u64(segment) * (outer / 128) + block) * BLOCK_BYTES + of_half * HALF_BYTES;
-    copy_to_global(to, buffers + threadIdx.x * HALF_BYTES, columns * 128);
+    copy_to_global(reinterpret_cast<u8 *>(y) + segment.half_block(outer, block, of_half),
+                   buffers + threadIdx.x * HALF_BYTES, segment.rows * 128);
   }
 #endif
 }

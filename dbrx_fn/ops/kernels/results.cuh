@@ -4,7 +4,7 @@
 // Macros: those of weights.cuh, for the product's weights.
 #pragma once
 #include "hopper.cuh"
-#include "weights.cuh"
+#include "packing.cuh"
 
 // The matrix's row for a lane of a gated product, among the 128 rows whose results are a block of w2's inner axis. A
 // warp's 8 results are neighbours in one quarter of the block, ordered as `activations_of` pairs them: `half` and

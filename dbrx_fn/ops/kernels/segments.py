@@ -5,7 +5,7 @@ arithmetic; the last two are for Hopper GPUs only. All read weights as stored an
 so a dequantized matrix is never written to memory. The `.cu` files say how. A single matrix is treated as one expert,
 with row n in slot n.
 
-In a segment, real rows come first, then padding. Results of padding are not written, so they are undefined.
+In a segment, real rows come first, then padding. Results of padding are undefined.
 """
 
 import math
@@ -18,7 +18,9 @@ from dbrx_fn.ops.formats import Linear, Mode, format_of
 from dbrx_fn.ops.kernels.cuda_module import Kernel, launch, multiprocessors, on_hopper
 
 MEDIUM_ROWS, LONG_ROWS = 64, 256
-"""Rows per medium and per long segment. Short segments have 8 or 16."""
+"""The most rows of a medium and of a long segment. Short segments have 8 or 16."""
+PADDED_ROWS = 8
+"""Medium and long segments have a multiple of this many rows, with padding."""
 MATRIX_ROWS = {"short": 16, "medium": 128, "long": 128}
 """The number of a matrix's rows must be a multiple of this. For gated matrices, half of it is enough."""
 INNER = 128
@@ -34,12 +36,14 @@ _STAGES, _STAGE_BYTES, _BARRIER_BYTES = 3, LONG_ROWS * 256, 128
 
 @dataclass(frozen=True)
 class Segments:
-    """The plan of `dbrx_fn.ops.dispatch`, as the kernels read it.
+    """A plan of `dbrx_fn.ops.kernels.dispatch`, as the kernels read it.
 
-    `slot_pairs`: int32 `[segments * rows]`, the (token, choice) pair in each slot. Padding has numbers from `pairs` on.
+    `slot_pairs`: int32 `[slots]`, the (token, choice) pair in each slot. Padding has numbers from `pairs` on.
     `experts`: int32 or uint32 `[segments]`, each segment's expert.
-    `rows`: number of rows per segment.
+    `rows`: the number of rows of each short segment; the most rows of a medium or long one.
     `pairs`: number of pairs, `top_k` for each token.
+    `first_slots`: int32 `[segments + 1]`, the first slot of each medium or long segment. The last one ends at the last
+        number. Short segments lie one behind the other.
     """
 
     slot_pairs: mx.array
@@ -47,6 +51,7 @@ class Segments:
     rows: int
     pairs: int
     top_k: int
+    first_slots: mx.array | None = None
 
     @property
     def count(self) -> int:
@@ -54,9 +59,14 @@ class Segments:
         return self.experts.size
 
     @property
-    def arrays(self) -> list[mx.array]:
-        """The arrays that a kernel reads."""
+    def of_slots(self) -> list[mx.array]:
+        """What short segments read."""
         return [self.slot_pairs, self.experts]
+
+    @property
+    def of_segments(self) -> list[mx.array]:
+        """What medium and long segments read."""
+        return [self.experts, *_given(self.first_slots)]
 
 
 def kernel_format(params: Linear, inner: int) -> tuple[int, int] | None:
@@ -93,7 +103,7 @@ def short_dense(x: mx.array, matrix: Linear, residual: mx.array | None = None) -
 def short_gated(x: mx.array, gate: Linear, up: Linear, segments: Segments) -> mx.array:
     """`silu(gate x) * (up x)` for each slot's expert: tokens `x` `[tokens inner]` to bfloat16 `[slots outer]`."""
     return _short_segments(
-        [x, *leaves(gate, up), *segments.arrays],
+        [x, *leaves(gate, up), *segments.of_slots],
         (segments.count * segments.rows, gate["weight"].shape[-2]),
         gate,
         source="TOKENS",
@@ -106,7 +116,7 @@ def short_gated(x: mx.array, gate: Linear, up: Linear, segments: Segments) -> mx
 def short_slots(x: mx.array, matrix: Linear, segments: Segments) -> mx.array:
     """Slots `x` `[slots inner]` times their experts' matrices, as bfloat16 `[slots outer]`."""
     return _short_segments(
-        [x, *leaves(matrix), *segments.arrays],
+        [x, *leaves(matrix), *segments.of_slots],
         (segments.count * segments.rows, matrix["weight"].shape[-2]),
         matrix,
         source="SLOTS",
@@ -129,7 +139,7 @@ def short_mixed(
     """
     outer = matrix["weight"].shape[-2]
     return _short_segments(
-        [x, *leaves(matrix), *segments.arrays, expert_weights, *_given(residual)],
+        [x, *leaves(matrix), *segments.of_slots, expert_weights, *_given(residual)],
         (1, outer) if residual is None else residual.shape,
         matrix,
         source="SLOTS",
@@ -207,19 +217,23 @@ def pack_rows(x: mx.array, matrix: Linear, segments: Segments | None = None, *, 
         x: bfloat16 `[tokens inner]`.
         matrix: the matrix of the product. Its format determines the order.
         segments: each row's expert; `None` for a single matrix.
-        rows: rows per segment, `MEDIUM_ROWS` or `LONG_ROWS`.
+        rows: the most rows of a segment, `MEDIUM_ROWS` or `LONG_ROWS`.
     """
     tokens, inner = x.shape
     defines = format_defines(matrix, inner) | {"DENSE": int(segments is None), "ROWS": rows}
-    slots = rows * (segments.count if segments else -(-tokens // rows))
     return launch(
         Kernel("pack_rows", tuple(defines.items())),
-        [x, *([segments.slot_pairs] if segments else ())],
-        [((slots, inner), mx.bfloat16)],
-        blocks=(slots, 1, 1),
+        [x, *([segments.slot_pairs, *_given(segments.first_slots)] if segments else ())],
+        [((segments.slot_pairs.size if segments else padded(tokens), inner), mx.bfloat16)],
+        blocks=(segments.count * rows if segments else tokens, 1, 1),
         threads=256,
         scalars=(segments.pairs if segments else tokens, segments.top_k if segments else 1, inner),
     )[0]
+
+
+def padded(rows: int) -> int:
+    """Rows with the padding of medium and long segments."""
+    return -(-rows // PADDED_ROWS) * PADDED_ROWS
 
 
 def takes_medium(matrix: Linear, inner: int) -> bool:
@@ -236,10 +250,10 @@ def medium_segments(
     tokens: int | None = None,
     residual: mx.array | None = None,
 ) -> mx.array:
-    """`long_segments` for segments of `MEDIUM_ROWS` rows, and matrices that `takes_medium` accepts."""
+    """`long_segments` for segments of at most `MEDIUM_ROWS` rows, and matrices that `takes_medium` accepts."""
     slots, inner = packed.shape
     outer, gated = matrices[0]["weight"].shape[-2], len(matrices) == 2
-    count, blocks = slots // MEDIUM_ROWS, inner // INNER
+    count, blocks = segments.count if segments else -(-slots // MEDIUM_ROWS), inner // INNER
     # If all tiles of 64 rows can run at once, each takes a multiprocessor, whose groups divide the inner axis.
     divided = segments is None and outer // 64 * count <= multiprocessors() and blocks % 8 == 0
     groups, parts, stages, most_ahead = (4, 4, 3, 2) if divided else (2, 1, 4, 4)
@@ -257,7 +271,7 @@ def medium_segments(
     }
     return launch(
         Kernel("medium_segments", tuple(defines.items())),
-        [packed, *leaves(*matrices), *(segments.arrays if segments else ()), *_given(residual)],
+        [packed, *leaves(*matrices), *(segments.of_segments if segments else ()), *_given(residual)],
         [((slots if tokens is None else tokens, outer), mx.bfloat16)],
         blocks=(count * outer // (height // 2 if gated else height), 1, 1),
         threads=128 * groups,
@@ -285,6 +299,7 @@ def long_segments(
     slots, inner = packed.shape
     outer, gated = matrices[0]["weight"].shape[-2], len(matrices) == 2
     tiles, blocks = outer // (64 if gated else 128), inner // INNER
+    count = segments.count if segments else -(-slots // LONG_ROWS)
     # bfloat16 leaves no registers for a second block ahead.
     most_ahead = 1 if matrices[0]["weight"].dtype == mx.bfloat16 else math.gcd(blocks, 4)
     defines = format_defines(matrices[0], inner) | {
@@ -297,11 +312,11 @@ def long_segments(
     }
     return launch(
         Kernel("long_segments", tuple(defines.items())),
-        [packed, *leaves(*matrices), *(segments.arrays if segments else ()), *_given(residual)],
+        [packed, *leaves(*matrices), *(segments.of_segments if segments else ()), *_given(residual)],
         [((slots if tokens is None else tokens, outer), mx.bfloat16)],
-        blocks=(slots // LONG_ROWS * tiles, 1, 1),
+        blocks=(count * tiles, 1, 1),
         threads=384,
-        scalars=(segments.pairs if segments else tokens or slots, slots // LONG_ROWS, inner, outer),
+        scalars=(segments.pairs if segments else tokens or slots, count, inner, outer),
         shared_memory=_STAGES * _STAGE_BYTES + _BARRIER_BYTES,
     )[0]
 
