@@ -1,19 +1,23 @@
 // The dispatch plan (dbrx_fn/ops/dispatch.py) in one block: counts, offsets and slots.
 //
-// Each expert's slots begin at a multiple of `unit`. If that is a segment's length, all segments are that long. If it is
-// less, segments have less padding.
-//
 // A warp takes a stretch of the pairs, 32 at a time. First it counts each expert's pairs. Then it places them behind
 // those of the warps before it, so an expert's pairs keep their order.
 //
 // Macros: EXPERTS, at most 32.
+//   PACKED: 0 if all segments have `rows` slots. 1 if an expert's last one has only as many as it needs, a multiple of
+//     `unit`.
 #include "common.cuh"
 
 constexpr int WARPS = 32;
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    dispatch(const u32 *top_experts, int *slot_pairs, int *segment_experts, int *first_slots, int *pair_slots, int pairs,
-             int slots, int segments, int rows, int unit) {
+    dispatch(const u32 *top_experts, int *segment_experts, int *pair_slots,
+#if PACKED
+             int *pair_segments, int *first_slots,
+#else
+             int *slot_pairs,
+#endif
+             int pairs, int segments, int rows, int unit) {
   // For each warp and expert: the number of pairs in the warp's stretch, then the slot of the warp's next one.
   __shared__ int places[WARPS][EXPERTS];
   // Where each expert's segments and slots end.
@@ -30,7 +34,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     if (expert != ~0u && lane == __ffs(same) - 1) places[warp][expert] += __popc(same);
     __syncwarp();
   }
-  for (int slot = threadIdx.x; slot < slots; slot += 32 * WARPS) slot_pairs[slot] = pairs;
+#if !PACKED
+  for (int slot = threadIdx.x; slot < segments * rows; slot += 32 * WARPS) slot_pairs[slot] = pairs;
+#endif
   __syncthreads();
 
   // Warp w now has expert w, and its lanes have the stretches.
@@ -60,13 +66,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     if (lane < EXPERTS) last_segments[lane] = sum, last_slots[lane] = slot_sum;
   }
   __syncthreads();
-  if (warp < EXPERTS) places[lane][warp] = (warp ? last_slots[warp - 1] : 0) + before;
-  for (int segment = threadIdx.x; segment <= segments; segment += 32 * WARPS) {
+  const auto first_slot = [&](int expert) { return expert ? last_slots[expert - 1] : 0; };
+  const auto first_segment = [&](int expert) { return expert ? last_segments[expert - 1] : 0; };
+  if (warp < EXPERTS) places[lane][warp] = first_slot(warp) + before;
+  for (int segment = threadIdx.x; segment < segments + PACKED; segment += 32 * WARPS) {
     int expert = 0;
     while (expert < EXPERTS - 1 && last_segments[expert] <= segment) expert++;
-    const int within = segment - (expert ? last_segments[expert - 1] : 0);
-    first_slots[segment] = min((expert ? last_slots[expert - 1] : 0) + within * rows, last_slots[expert]);
     if (segment < segments) segment_experts[segment] = expert;
+#if PACKED
+    // Unused segments at the end begin where the last one ends.
+    first_slots[segment] = min(first_slot(expert) + (segment - first_segment(expert)) * rows, last_slots[expert]);
+#endif
   }
   __syncthreads();
 
@@ -79,8 +89,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     __syncwarp();
     if (expert != ~0u) {
       if (lane == __ffs(same) - 1) places[warp][expert] += __popc(same);
-      slot_pairs[slot] = pair;
       pair_slots[pair] = slot;
+#if PACKED
+      pair_segments[pair] = first_segment(expert) + (slot - first_slot(expert)) / rows;
+#else
+      slot_pairs[slot] = pair;
+#endif
     }
     __syncwarp();
   }

@@ -79,10 +79,10 @@ def mix_experts(
         return short_mixed(hidden, down, segments, expert_weights, residual)
     rows = kernel_segment_rows(params, pairs)
     if rows >= MEDIUM_ROWS:
-        segments, pair_slots = packed_plan(top_experts, experts=experts, rows=rows)
+        packed = packed_plan(top_experts, experts=experts, rows=rows)
         multiply = medium_segments if rows == MEDIUM_ROWS else long_segments
-        hidden = multiply(pack_rows(x, gate, segments, rows=rows), gate, up, segments=segments)
-        said = multiply(hidden, down, segments=segments)
+        hidden = multiply(pack_rows(x, gate, packed, rows=rows), gate, up, segments=packed)
+        said, pair_slots = multiply(hidden, down, segments=packed), packed.pair_slots
     else:
         slot_pairs, segment_experts, pair_slots = plan(top_experts, experts=experts, rows=rows)
         segments = Segments(slot_pairs.reshape(-1), segment_experts, rows, pairs, top_k)

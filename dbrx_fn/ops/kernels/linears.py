@@ -13,7 +13,7 @@ from dbrx_fn.ops.kernels.segments import (
     LONG_ROWS,
     MATRIX_ROWS,
     MEDIUM_ROWS,
-    Segments,
+    PackedSegments,
     kernel_format,
     long_segments,
     medium_segments,
@@ -86,12 +86,17 @@ def segments_linear(params: Linear, x: mx.array, segment_experts: mx.array) -> m
     """
     count, rows, inner = x.shape
     slots = count * rows
-    joined, places = packed_plan(
-        segment_experts[:, None], experts=params["weight"].shape[0], rows=LONG_ROWS // rows, unit=1
+    joined = packed_plan(segment_experts[:, None], experts=params["weight"].shape[0], rows=LONG_ROWS // rows, unit=1)
+    # From segments to their rows, each of which is a row of x with one choice.
+    of_rows = mx.arange(rows, dtype=mx.int32)
+    segments = PackedSegments(
+        joined.experts,
+        (joined.pair_slots * rows + of_rows).reshape(-1, 1),
+        mx.repeat(joined.pair_segments, rows, axis=0),
+        joined.first_slots * rows,
+        slots,
+        LONG_ROWS,
     )
-    assert joined.first_slots is not None
-    slot_rows = (joined.slot_pairs[:, None] * rows + mx.arange(rows, dtype=mx.int32)).reshape(-1)
-    segments = Segments(slot_rows, joined.experts, LONG_ROWS, slots, 1, joined.first_slots * rows)
     packed = pack_rows(x.reshape(slots, inner), params, segments, rows=LONG_ROWS)
     product = long_segments(packed, params, segments=segments)
-    return product.reshape(-1, rows, product.shape[-1])[places.reshape(-1)]
+    return product[segments.pair_slots.reshape(count, rows)]

@@ -36,14 +36,12 @@ _STAGES, _STAGE_BYTES, _BARRIER_BYTES = 3, LONG_ROWS * 256, 128
 
 @dataclass(frozen=True)
 class Segments:
-    """A plan of `dbrx_fn.ops.kernels.dispatch`, as the kernels read it.
+    """The plan of `dbrx_fn.ops.dispatch`, as short segments read it.
 
-    `slot_pairs`: int32 `[slots]`, the (token, choice) pair in each slot. Padding has numbers from `pairs` on.
+    `slot_pairs`: int32 `[segments * rows]`, the (token, choice) pair in each slot. Padding has numbers from `pairs` on.
     `experts`: int32 or uint32 `[segments]`, each segment's expert.
-    `rows`: the number of rows of each short segment; the most rows of a medium or long one.
+    `rows`: number of rows per segment.
     `pairs`: number of pairs, `top_k` for each token.
-    `first_slots`: int32 `[segments + 1]`, the first slot of each medium or long segment. The last one ends at the last
-        number. Short segments lie one behind the other.
     """
 
     slot_pairs: mx.array
@@ -51,7 +49,6 @@ class Segments:
     rows: int
     pairs: int
     top_k: int
-    first_slots: mx.array | None = None
 
     @property
     def count(self) -> int:
@@ -59,14 +56,39 @@ class Segments:
         return self.experts.size
 
     @property
-    def of_slots(self) -> list[mx.array]:
-        """What short segments read."""
+    def arrays(self) -> list[mx.array]:
+        """The arrays that a kernel reads."""
         return [self.slot_pairs, self.experts]
 
+
+@dataclass(frozen=True)
+class PackedSegments:
+    """The plan of `dbrx_fn.ops.kernels.dispatch.packed_plan`, for medium and long segments.
+
+    `experts`: int32 `[segments]`, each segment's expert.
+    `pair_slots`: int32 `[tokens top_k]`, the slot of each (token, choice) pair.
+    `pair_segments`: int32 `[tokens top_k]`, the segment of each pair.
+    `first_slots`: int32 `[segments + 1]`, each segment's first slot. The last number is where the last segment ends.
+    `slots`: number of slots, enough for every routing.
+    `rows`: the most rows of a segment.
+    """
+
+    experts: mx.array
+    pair_slots: mx.array
+    pair_segments: mx.array
+    first_slots: mx.array
+    slots: int
+    rows: int
+
     @property
-    def of_segments(self) -> list[mx.array]:
-        """What medium and long segments read."""
-        return [self.experts, *_given(self.first_slots)]
+    def count(self) -> int:
+        """Number of segments."""
+        return self.experts.size
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The arrays that a product reads."""
+        return [self.experts, self.first_slots]
 
 
 def kernel_format(params: Linear, inner: int) -> tuple[int, int] | None:
@@ -103,7 +125,7 @@ def short_dense(x: mx.array, matrix: Linear, residual: mx.array | None = None) -
 def short_gated(x: mx.array, gate: Linear, up: Linear, segments: Segments) -> mx.array:
     """`silu(gate x) * (up x)` for each slot's expert: tokens `x` `[tokens inner]` to bfloat16 `[slots outer]`."""
     return _short_segments(
-        [x, *leaves(gate, up), *segments.of_slots],
+        [x, *leaves(gate, up), *segments.arrays],
         (segments.count * segments.rows, gate["weight"].shape[-2]),
         gate,
         source="TOKENS",
@@ -116,7 +138,7 @@ def short_gated(x: mx.array, gate: Linear, up: Linear, segments: Segments) -> mx
 def short_slots(x: mx.array, matrix: Linear, segments: Segments) -> mx.array:
     """Slots `x` `[slots inner]` times their experts' matrices, as bfloat16 `[slots outer]`."""
     return _short_segments(
-        [x, *leaves(matrix), *segments.of_slots],
+        [x, *leaves(matrix), *segments.arrays],
         (segments.count * segments.rows, matrix["weight"].shape[-2]),
         matrix,
         source="SLOTS",
@@ -139,7 +161,7 @@ def short_mixed(
     """
     outer = matrix["weight"].shape[-2]
     return _short_segments(
-        [x, *leaves(matrix), *segments.of_slots, expert_weights, *_given(residual)],
+        [x, *leaves(matrix), *segments.arrays, expert_weights, *_given(residual)],
         (1, outer) if residual is None else residual.shape,
         matrix,
         source="SLOTS",
@@ -210,24 +232,25 @@ def _short_segments(
     )[0]
 
 
-def pack_rows(x: mx.array, matrix: Linear, segments: Segments | None = None, *, rows: int) -> mx.array:
+def pack_rows(x: mx.array, matrix: Linear, segments: PackedSegments | None = None, *, rows: int) -> mx.array:
     """Permutes rows into the layout of `medium_segments` or `long_segments`, bfloat16 `[slots inner]` (pack_rows.cu).
 
     Args:
         x: bfloat16 `[tokens inner]`.
         matrix: the matrix of the product. Its format determines the order.
-        segments: each row's expert; `None` for a single matrix.
+        segments: each row's experts; `None` for a single matrix.
         rows: the most rows of a segment, `MEDIUM_ROWS` or `LONG_ROWS`.
     """
     tokens, inner = x.shape
     defines = format_defines(matrix, inner) | {"DENSE": int(segments is None), "ROWS": rows}
+    plan = [segments.pair_slots, segments.pair_segments, segments.first_slots] if segments else []
     return launch(
         Kernel("pack_rows", tuple(defines.items())),
-        [x, *([segments.slot_pairs, *_given(segments.first_slots)] if segments else ())],
-        [((segments.slot_pairs.size if segments else padded(tokens), inner), mx.bfloat16)],
-        blocks=(segments.count * rows if segments else tokens, 1, 1),
+        [x, *plan],
+        [((segments.slots if segments else padded(tokens), inner), mx.bfloat16)],
+        blocks=(tokens, 1, 1),
         threads=256,
-        scalars=(segments.pairs if segments else tokens, segments.top_k if segments else 1, inner),
+        scalars=(segments.pair_slots.shape[1] if segments else 1, inner),
     )[0]
 
 
@@ -246,7 +269,7 @@ def takes_medium(matrix: Linear, inner: int) -> bool:
 def medium_segments(
     packed: mx.array,
     *matrices: Linear,
-    segments: Segments | None = None,
+    segments: PackedSegments | None = None,
     tokens: int | None = None,
     residual: mx.array | None = None,
 ) -> mx.array:
@@ -271,11 +294,11 @@ def medium_segments(
     }
     return launch(
         Kernel("medium_segments", tuple(defines.items())),
-        [packed, *leaves(*matrices), *(segments.of_segments if segments else ()), *_given(residual)],
+        [packed, *leaves(*matrices), *(segments.arrays if segments else ()), *_given(residual)],
         [((slots if tokens is None else tokens, outer), mx.bfloat16)],
         blocks=(count * outer // (height // 2 if gated else height), 1, 1),
         threads=128 * groups,
-        scalars=(segments.pairs if segments else tokens or slots, inner, outer),
+        scalars=(tokens or slots, inner, outer),
         shared_memory=parts * stages * (MEDIUM_ROWS * 256 + 16),
     )[0]
 
@@ -283,7 +306,7 @@ def medium_segments(
 def long_segments(
     packed: mx.array,
     *matrices: Linear,
-    segments: Segments | None = None,
+    segments: PackedSegments | None = None,
     tokens: int | None = None,
     residual: mx.array | None = None,
 ) -> mx.array:
@@ -312,11 +335,11 @@ def long_segments(
     }
     return launch(
         Kernel("long_segments", tuple(defines.items())),
-        [packed, *leaves(*matrices), *(segments.of_segments if segments else ()), *_given(residual)],
+        [packed, *leaves(*matrices), *(segments.arrays if segments else ()), *_given(residual)],
         [((slots if tokens is None else tokens, outer), mx.bfloat16)],
         blocks=(count * tiles, 1, 1),
         threads=384,
-        scalars=(segments.pairs if segments else tokens or slots, count, inner, outer),
+        scalars=(tokens or slots, count, inner, outer),
         shared_memory=_STAGES * _STAGE_BYTES + _BARRIER_BYTES,
     )[0]
 
