@@ -51,9 +51,8 @@ def norm_router(
     d_model = x.shape[-1]
     tokens = x.size // d_model
     experts = router.shape[0]
-    # Three tokens share one read of the router, if there are more tokens than multiprocessors. Four would need more
-    # shared memory than a block may have without asking.
-    together = 1 if tokens <= multiprocessors() else 3
+    # Four tokens share one read of the router, if there are more tokens than multiprocessors.
+    together = 1 if tokens <= multiprocessors() else 4
     defines: dict[str, int | str] = {
         "WIDTH": d_model,
         "EXPERTS": experts,
@@ -73,5 +72,6 @@ def norm_router(
         blocks=(-(-tokens // together), 1, 1),
         threads=d_model // 8,
         scalars=(tokens, eps, 1.0 if order is None else float(order)),
+        shared_memory=together * (d_model + 32) * 2,
     )
     return normed, expert_weights, logits, top_experts
