@@ -54,7 +54,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     norm_router(const u16 *x, const u16 *weight, const u16 *router, u16 *normed, u16 *expert_weights, float *logits,
                 u32 *top_experts, int tokens, float eps, float order) {
   __shared__ float of_warps[2][WARPS][TOKENS], products[WARPS][TOKENS][16 * TILES];
-  extern __shared__ __align__(16) u16 shared[][PITCH];
+#if TOKENS == 1
+  __shared__ __align__(16) u16 shared[TOKENS][PITCH];
+#else
+  extern __shared__ __align__(16) u16 shared[][PITCH];  // for TOKENS
+#endif
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quarter = lane % 4;
   const int first = blockIdx.x * TOKENS, entry = 8 * threadIdx.x;
 

@@ -51,8 +51,8 @@ def norm_router(
     d_model = x.shape[-1]
     tokens = x.size // d_model
     experts = router.shape[0]
-    # Four tokens share one read of the router, if there are more tokens than multiprocessors.
-    together = 1 if tokens <= multiprocessors() else 4
+    # Several tokens share one read of the router, if there are more tokens than multiprocessors. Six spill registers.
+    together = 1 if tokens <= multiprocessors() else 5
     defines: dict[str, int | str] = {
         "WIDTH": d_model,
         "EXPERTS": experts,
@@ -72,6 +72,6 @@ def norm_router(
         blocks=(-(-tokens // together), 1, 1),
         threads=d_model // 8,
         scalars=(tokens, eps, 1.0 if order is None else float(order)),
-        shared_memory=together * (d_model + 32) * 2,
+        shared_memory=together * (d_model + 32) * 2 if together > 1 else 0,
     )
     return normed, expert_weights, logits, top_experts
