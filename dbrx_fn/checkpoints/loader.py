@@ -20,6 +20,7 @@ from dbrx_fn.model.config import Config, Dtype
 from dbrx_fn.model.params import Leaf, nest, param_spec, quantized_spec
 from dbrx_fn.model.shard import WHOLE, Shard, in_words, working_sizes
 from dbrx_fn.model.tree import Params
+from dbrx_fn.ops.kernels.cuda_module import on_gpu
 from dbrx_fn.runtime.arguments import checked
 from dbrx_fn.runtime.device import backend, memory_size
 from dbrx_fn.runtime.memory import check_buffer, reading_device, room_remedy
@@ -89,18 +90,21 @@ def computing_dtype(path_or_repo: str | Path) -> Dtype | None:
     """The dtype to `load` a checkpoint in for fast computation. `None` means as stored.
 
     On a CPU that is float32, if it fits in memory: MLX multiplies only float32 there, and would convert other dtypes at
-    every product (docs/performance.md).
+    every product (docs/performance.md). On a GPU with this project's kernels float16 becomes bfloat16, since kernels
+    take no float16. GGUF's quantized types have float16 scales.
 
     Raises:
         ConfigError, CheckpointError: as in `load`.
     """
-    if backend() != "cpu":
+    if backend() != "cpu" and not on_gpu():
         return None
     checkpoint = open_checkpoint(path_or_repo)
     # A checkpoint of mixed dtypes is refused on every machine, unless the user asks for a conversion.
-    mixed = checkpoint.mixed and checkpoint.layout != "gguf"
-    fits = not mixed and checkpoint.nbytes("float32") <= memory_size()
-    return "float32" if fits else None
+    if checkpoint.mixed and checkpoint.layout != "gguf":
+        return None
+    if backend() != "cpu":
+        return "bfloat16" if checkpoint.config.dtype == "float16" else None
+    return "float32" if checkpoint.nbytes("float32") <= memory_size() else None
 
 
 @checked

@@ -12,6 +12,8 @@ import pytest
 from dbrx_fn.checkpoints.loader import computing_dtype, load
 from dbrx_fn.model.config import Dtype
 from dbrx_fn.model.params import check_params, param_count
+from dbrx_fn.ops.kernels.cuda_module import on_gpu
+from dbrx_fn.runtime.device import as_if
 from tests.support import checkpoints, oracle
 from tests.support.loading import (
     DTYPES,
@@ -175,3 +177,12 @@ def test_a_cpu_computes_in_float32_where_that_fits(tmp_path: Path) -> None:
     config = full_size(tmp_path / "large")
     assert 4 * param_count(config) > MEMORY
     assert computing_dtype(tmp_path / "large") is None
+
+
+@pytest.mark.skipif(not on_gpu(), reason="needs a GPU that the kernels run on")
+def test_a_gpu_with_kernels_computes_in_bfloat16_where_float16_is_stored(tmp_path: Path) -> None:
+    for dtype in ("float32", "float16", "bfloat16"):
+        checkpoints.write_fused(tmp_path / dtype, RAW, TENSORS, dtype=dtype)
+        assert computing_dtype(tmp_path / dtype) == ("bfloat16" if dtype == "float16" else None)
+    with as_if(kernels=False):
+        assert computing_dtype(tmp_path / "float16") is None
