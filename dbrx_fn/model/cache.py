@@ -137,7 +137,7 @@ def write(
 ) -> Keys:
     """Writes each row's `new` keys (or values) at `index`. Slots where `kept` is true keep their old contents."""
     # CUDA writes one number a thread, so wide numbers are written faster.
-    wide = backend() == "cuda" and new.shape[2] > 1 and new.shape[3] % 4 == 0
+    wide = backend() == "cuda" and new.shape[3] % 4 == 0
     dtype = held.dtype
     if wide:
         held, new = held.view(mx.uint64), new.view(mx.uint64)
