@@ -45,6 +45,23 @@ class Dispatch(NamedTuple):
     pair_slots: mx.array
 
 
+class PackedDispatch(NamedTuple):
+    """A plan whose segments have only the rows that they need. Slots are numbered across all segments.
+
+    `segment_experts`: int `[segments]`, each segment's expert, ascending.
+    `pair_slots`: int `[tokens top_k]`, the slot of each pair.
+    `pair_segments`: int `[tokens top_k]`, the segment of each pair.
+    `first_slots`: int `[segments + 1]`, each segment's first slot. The last number is where the last segment ends.
+    `slots`: a number of slots that is enough for every routing.
+    """
+
+    segment_experts: mx.array
+    pair_slots: mx.array
+    pair_segments: mx.array
+    first_slots: mx.array
+    slots: int
+
+
 @typed
 def dispatch(top_experts: Integer[mx.array, "tokens top_k"], *, experts: int, rows: int) -> Dispatch:
     """Plans segments of `rows` rows, each for one of `experts` experts."""
@@ -73,6 +90,48 @@ def dispatch(top_experts: Integer[mx.array, "tokens top_k"], *, experts: int, ro
     segment_experts = (mx.arange(segments, dtype=mx.int32)[:, None] >= last_segments).sum(axis=1)
     segment_experts = mx.minimum(segment_experts, experts - 1)
     return Dispatch(slot_pairs.reshape(segments, rows), segment_experts, pair_slots.reshape(top_experts.shape))
+
+
+@typed
+def packed_dispatch(
+    top_experts: Integer[mx.array, "tokens top_k"], *, experts: int, rows: int, unit: int
+) -> PackedDispatch:
+    """Plans segments of at most `rows` rows, each for one of `experts` experts.
+
+    An expert's segments but the last have `rows` rows. The last one has the rest, rounded up to a multiple of `unit`.
+    """
+    pairs = top_experts.size
+    expert_of_pair = top_experts.reshape(-1).astype(mx.int32)
+    order = mx.argsort(expert_of_pair).astype(mx.int32)
+    tokens_per_expert = (expert_of_pair[:, None] == mx.arange(experts, dtype=mx.int32)).sum(axis=0)
+    slots_per_expert = (tokens_per_expert + (unit - 1)) // unit * unit
+    segments_per_expert = (tokens_per_expert + (rows - 1)) // rows
+    last_slots, last_segments = mx.cumsum(slots_per_expert), mx.cumsum(segments_per_expert)
+    first_slots, first_segments = last_slots - slots_per_expert, last_segments - segments_per_expert
+
+    sorted_experts = expert_of_pair[order]
+    first_rows = mx.cumsum(tokens_per_expert) - tokens_per_expert
+    nth = mx.arange(pairs, dtype=mx.int32) - first_rows[sorted_experts]
+    pair_slots = mx.put_along_axis(mx.zeros(pairs, mx.int32), order, first_slots[sorted_experts] + nth, axis=0)
+    of_sorted = first_segments[sorted_experts] + nth // rows
+    pair_segments = mx.put_along_axis(mx.zeros(pairs, mx.int32), order, of_sorted, axis=0)
+
+    # Unused segments at the end get the last expert, and begin where its slots end.
+    numbers = mx.arange(segment_count(pairs, experts, rows) + 1, dtype=mx.int32)
+    of_segments = mx.minimum((numbers[:, None] >= last_segments).sum(axis=1), experts - 1)
+    begins = first_slots[of_segments] + (numbers - first_segments[of_segments]) * rows
+    return PackedDispatch(
+        of_segments[:-1].astype(mx.int32),
+        pair_slots.reshape(top_experts.shape),
+        pair_segments.reshape(top_experts.shape),
+        mx.minimum(begins, last_slots[of_segments]),
+        packed_slots(pairs, experts, unit),
+    )
+
+
+def packed_slots(pairs: int, experts: int, unit: int) -> int:
+    """How many slots are enough for every routing, if each expert's are a multiple of `unit`."""
+    return (pairs + (unit - 1) * min(experts, pairs)) // unit * unit
 
 
 def segment_count(pairs: int, experts: int, rows: int) -> int:

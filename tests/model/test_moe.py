@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dbrx_fn.model.config import Activation, Dtype, FFNConfig
 from dbrx_fn.model.layers.moe import moe
 from dbrx_fn.ops.activations import ACTIVATIONS
-from dbrx_fn.ops.dispatch import dispatch, segment_rows
+from dbrx_fn.ops.dispatch import dispatch, packed_dispatch, segment_rows
 from dbrx_fn.ops.experts import combine, gather_segments, gather_weights, mix_experts
 from dbrx_fn.ops.linear import expert_linear, linear
 from dbrx_fn.runtime.blas import FAST_BLAS
@@ -118,6 +118,27 @@ def test_dispatch_gives_each_pair_a_slot_of_its_own(rows: int, routing: tuple[Ar
     assert segment_experts.min() >= 0
     assert segment_experts.max() < experts
     assert (slot_pairs == pairs).sum() == slot_pairs.size - pairs
+
+
+@pytest.mark.parametrize(("rows", "unit"), [(1, 1), (4, 1), (4, 2), (8, 8), (64, 8)])
+@any_routing(60)
+def test_packed_segments_have_only_the_slots_that_they_need(rows: int, unit: int, routing: tuple[Array, int]) -> None:
+    top_experts, experts = routing
+    plan = packed_dispatch(mx.array(top_experts), experts=experts, rows=rows, unit=unit)
+    segment_experts, first_slots = np.array(plan.segment_experts), np.array(plan.first_slots)
+    pair_slots, pair_segments = np.array(plan.pair_slots).ravel(), np.array(plan.pair_segments).ravel()
+    segment, slot = 0, 0
+    for expert in range(experts):
+        pairs = np.flatnonzero(top_experts.ravel() == expert)
+        for first in range(0, pairs.size, rows):
+            part = pairs[first : first + rows]
+            assert (first_slots[segment], segment_experts[segment]) == (slot, expert)
+            np.testing.assert_array_equal(pair_slots[part], slot + np.arange(part.size))
+            assert (pair_segments[part] == segment).all()
+            segment, slot = segment + 1, slot - (-part.size // unit) * unit
+    assert (first_slots[segment:] == slot).all()
+    assert slot <= plan.slots
+    assert segment <= segment_experts.size == first_slots.size - 1
 
 
 def test_the_number_of_segments_does_not_depend_on_the_routing() -> None:

@@ -40,25 +40,14 @@ def test_the_plan_is_the_stock_operations_plan(tokens: int, experts: int, top_k:
 
 @some_routings
 @pytest.mark.parametrize(("rows", "unit"), [(64, 8), (256, 8), (4, 1)])
-def test_a_packed_plan_pads_each_expert_s_rows_to_the_next_unit(
+def test_the_packed_plan_is_the_stock_operations_plan(
     tokens: int, experts: int, top_k: int, rows: int, unit: int
 ) -> None:
     top_experts = choices(tokens, experts, top_k)
     found = packed_plan(top_experts, experts=experts, rows=rows, unit=unit)
-    of_segments, first_slots = np.array(found.experts), np.array(found.first_slots)
-    pair_slots, pair_segments = np.array(found.pair_slots).reshape(-1), np.array(found.pair_segments).reshape(-1)
-    chosen = np.array(top_experts).reshape(-1)
-    segment, slot = 0, 0
-    for expert in range(experts):
-        pairs = np.flatnonzero(chosen == expert)
-        for first in range(0, pairs.size, rows):
-            part = pairs[first : first + rows]
-            assert (first_slots[segment], of_segments[segment]) == (slot, expert)
-            assert np.array_equal(pair_slots[part], slot + np.arange(part.size))
-            assert (pair_segments[part] == segment).all()
-            segment, slot = segment + 1, slot - (-part.size // unit) * unit
-    assert (first_slots[segment:] == slot).all()
-    assert slot <= found.slots
+    expected = unwrap(packed_plan)(top_experts, experts=experts, rows=rows, unit=unit)
+    for name, ours, twin in zip(found._fields, found, expected, strict=True):
+        assert np.array_equal(np.array(ours), np.array(twin)), name
 
 
 @pytest.mark.parametrize("multiply", [medium_segments, long_segments])

@@ -2,9 +2,8 @@
 
 import mlx.core as mx
 
-from dbrx_fn.ops.dispatch import Dispatch, dispatch, segment_count
+from dbrx_fn.ops.dispatch import Dispatch, PackedDispatch, dispatch, packed_dispatch, packed_slots, segment_count
 from dbrx_fn.ops.kernels.cuda_module import Kernel, launch, on_gpu
-from dbrx_fn.ops.kernels.segments import PADDED_ROWS, PackedSegments
 from dbrx_fn.ops.twin import with_kernel
 
 _MOST_EXPERTS = 32
@@ -22,28 +21,23 @@ def _kernel(top_experts: mx.array, *, experts: int, rows: int) -> Dispatch:
     return Dispatch(slot_pairs.reshape(-1, rows), segment_experts, pair_slots)
 
 
-plan = with_kernel(_kernel, fits=_fits, gradients=False)(dispatch)
-"""`dbrx_fn.ops.dispatch.dispatch`, for what runs on kernels."""
+def _fits_packed(top_experts: mx.array, *, experts: int, rows: int, unit: int) -> bool:
+    return on_gpu() and experts <= _MOST_EXPERTS
 
 
-def packed_plan(top_experts: mx.array, *, experts: int, rows: int, unit: int = PADDED_ROWS) -> PackedSegments:
-    """A plan with little padding, for medium and long segments.
-
-    An expert's segments but the last have `rows` rows. The last one has the rest, rounded up to a multiple of `unit`.
-
-    Args:
-        top_experts: `[tokens top_k]`.
-        experts: the number of experts, at most 32.
-        rows: the most rows of a segment.
-        unit: what each segment's number of rows is a multiple of.
-    """
+def _packed_kernel(top_experts: mx.array, *, experts: int, rows: int, unit: int) -> PackedDispatch:
     pairs = top_experts.size
     more = [top_experts.shape, (segment_count(pairs, experts, rows) + 1,)]
-    of_segments, pair_slots, pair_segments, first_slots = _launch(
+    segment_experts, pair_slots, pair_segments, first_slots = _launch(
         top_experts, more, experts=experts, rows=rows, unit=unit, packed=True
     )
-    slots = (pairs + (unit - 1) * min(experts, pairs)) // unit * unit
-    return PackedSegments(of_segments, pair_slots, pair_segments, first_slots, slots, rows)
+    return PackedDispatch(segment_experts, pair_slots, pair_segments, first_slots, packed_slots(pairs, experts, unit))
+
+
+plan = with_kernel(_kernel, fits=_fits, gradients=False)(dispatch)
+"""`dbrx_fn.ops.dispatch.dispatch`, for what runs on kernels."""
+packed_plan = with_kernel(_packed_kernel, fits=_fits_packed, gradients=False)(packed_dispatch)
+"""`dbrx_fn.ops.dispatch.packed_dispatch`, for what runs on kernels."""
 
 
 def _launch(

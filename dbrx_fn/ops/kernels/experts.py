@@ -19,6 +19,7 @@ from dbrx_fn.ops.kernels.segments import (
     INNER,
     LONG_ROWS,
     MEDIUM_ROWS,
+    PADDED_ROWS,
     Segments,
     kernel_format,
     long_segments,
@@ -79,7 +80,7 @@ def mix_experts(
         return short_mixed(hidden, down, segments, expert_weights, residual)
     rows = kernel_segment_rows(params, pairs)
     if rows >= MEDIUM_ROWS:
-        packed = packed_plan(top_experts, experts=experts, rows=rows)
+        packed = packed_plan(top_experts, experts=experts, rows=rows, unit=PADDED_ROWS)
         multiply = medium_segments if rows == MEDIUM_ROWS else long_segments
         hidden = multiply(pack_rows(x, gate, packed, rows=rows), gate, up, segments=packed)
         said, pair_slots = multiply(hidden, down, segments=packed), packed.pair_slots

@@ -4,6 +4,7 @@ from typing import Literal
 
 import mlx.core as mx
 
+from dbrx_fn.ops.dispatch import PackedDispatch
 from dbrx_fn.ops.formats import Linear
 from dbrx_fn.ops.kernels.cuda_module import on_gpu, on_hopper
 from dbrx_fn.ops.kernels.dispatch import packed_plan
@@ -13,7 +14,6 @@ from dbrx_fn.ops.kernels.segments import (
     LONG_ROWS,
     MATRIX_ROWS,
     MEDIUM_ROWS,
-    PackedSegments,
     kernel_format,
     long_segments,
     medium_segments,
@@ -89,13 +89,12 @@ def segments_linear(params: Linear, x: mx.array, segment_experts: mx.array) -> m
     joined = packed_plan(segment_experts[:, None], experts=params["weight"].shape[0], rows=LONG_ROWS // rows, unit=1)
     # From segments to their rows, each of which is a row of x with one choice.
     of_rows = mx.arange(rows, dtype=mx.int32)
-    segments = PackedSegments(
-        joined.experts,
+    segments = PackedDispatch(
+        joined.segment_experts,
         (joined.pair_slots * rows + of_rows).reshape(-1, 1),
         mx.repeat(joined.pair_segments, rows, axis=0),
         joined.first_slots * rows,
         slots,
-        LONG_ROWS,
     )
     packed = pack_rows(x.reshape(slots, inner), params, segments, rows=LONG_ROWS)
     product = long_segments(packed, params, segments=segments)

@@ -8,7 +8,7 @@
 // For TOKENS = 1 and at most 16 experts, the router's rows are loaded before the norm is known, since reading them
 // takes longer than the norm. Half of them go to registers (all that fit), the other half to L2.
 //
-// Macros: WIDTH; EXPERTS, at most 32; TOP_K; TOKENS, at most 8.
+// Macros: WIDTH; EXPERTS, at most 32; TOP_K; TOKENS, at most 8. Several tokens' rows are dynamic shared memory.
 //   NORM: the divisor of the chosen experts' weights. NONE divides by nothing, SUM by their sum, ORDER by their norm of
 //     any order. Only ORDER needs powers, which are a fifth of the code that MLX hashes at each launch.
 #include "common.cuh"
@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
 #if TOKENS == 1
   __shared__ __align__(16) u16 shared[TOKENS][PITCH];
 #else
-  extern __shared__ __align__(16) u16 shared[][PITCH];  // for TOKENS
+  extern __shared__ __align__(16) u16 shared[][PITCH];
 #endif
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quarter = lane % 4;
   const int first = blockIdx.x * TOKENS, entry = 8 * threadIdx.x;

@@ -72,6 +72,7 @@ def norm_router(
         blocks=(-(-tokens // together), 1, 1),
         threads=d_model // 8,
         scalars=(tokens, eps, 1.0 if order is None else float(order)),
+        # A single token's row is declared in the source. Each row has PITCH numbers of 2 bytes.
         shared_memory=together * (d_model + 32) * 2 if together > 1 else 0,
     )
     return normed, expert_weights, logits, top_experts

@@ -14,6 +14,7 @@ from typing import Literal
 
 import mlx.core as mx
 
+from dbrx_fn.ops.dispatch import PackedDispatch
 from dbrx_fn.ops.formats import Linear, Mode, format_of
 from dbrx_fn.ops.kernels.cuda_module import Kernel, launch, multiprocessors, on_hopper
 
@@ -59,36 +60,6 @@ class Segments:
     def arrays(self) -> list[mx.array]:
         """The arrays that a kernel reads."""
         return [self.slot_pairs, self.experts]
-
-
-@dataclass(frozen=True)
-class PackedSegments:
-    """The plan of `dbrx_fn.ops.kernels.dispatch.packed_plan`, for medium and long segments.
-
-    `experts`: int32 `[segments]`, each segment's expert.
-    `pair_slots`: int32 `[tokens top_k]`, the slot of each (token, choice) pair.
-    `pair_segments`: int32 `[tokens top_k]`, the segment of each pair.
-    `first_slots`: int32 `[segments + 1]`, each segment's first slot. The last number is where the last segment ends.
-    `slots`: number of slots, enough for every routing.
-    `rows`: the most rows of a segment.
-    """
-
-    experts: mx.array
-    pair_slots: mx.array
-    pair_segments: mx.array
-    first_slots: mx.array
-    slots: int
-    rows: int
-
-    @property
-    def count(self) -> int:
-        """Number of segments."""
-        return self.experts.size
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """The arrays that a product reads."""
-        return [self.experts, self.first_slots]
 
 
 def kernel_format(params: Linear, inner: int) -> tuple[int, int] | None:
@@ -232,7 +203,7 @@ def _short_segments(
     )[0]
 
 
-def pack_rows(x: mx.array, matrix: Linear, segments: PackedSegments | None = None, *, rows: int) -> mx.array:
+def pack_rows(x: mx.array, matrix: Linear, segments: PackedDispatch | None = None, *, rows: int) -> mx.array:
     """Permutes rows into the layout of `medium_segments` or `long_segments`, bfloat16 `[slots inner]` (pack_rows.cu).
 
     Args:
@@ -269,14 +240,14 @@ def takes_medium(matrix: Linear, inner: int) -> bool:
 def medium_segments(
     packed: mx.array,
     *matrices: Linear,
-    segments: PackedSegments | None = None,
+    segments: PackedDispatch | None = None,
     tokens: int | None = None,
     residual: mx.array | None = None,
 ) -> mx.array:
     """`long_segments` for segments of at most `MEDIUM_ROWS` rows, and matrices that `takes_medium` accepts."""
     slots, inner = packed.shape
     outer, gated = matrices[0]["weight"].shape[-2], len(matrices) == 2
-    count, blocks = segments.count if segments else -(-slots // MEDIUM_ROWS), inner // INNER
+    count, blocks = segments.segment_experts.size if segments else -(-slots // MEDIUM_ROWS), inner // INNER
     # If all tiles of 64 rows can run at once, each takes a multiprocessor, whose groups divide the inner axis.
     divided = segments is None and outer // 64 * count <= multiprocessors() and blocks % 8 == 0
     groups, parts, stages, most_ahead = (4, 4, 3, 2) if divided else (2, 1, 4, 4)
@@ -294,7 +265,7 @@ def medium_segments(
     }
     return launch(
         Kernel("medium_segments", tuple(defines.items())),
-        [packed, *leaves(*matrices), *(segments.arrays if segments else ()), *_given(residual)],
+        [packed, *leaves(*matrices), *_plan_of(segments), *_given(residual)],
         [((slots if tokens is None else tokens, outer), mx.bfloat16)],
         blocks=(count * outer // (height // 2 if gated else height), 1, 1),
         threads=128 * groups,
@@ -306,7 +277,7 @@ def medium_segments(
 def long_segments(
     packed: mx.array,
     *matrices: Linear,
-    segments: PackedSegments | None = None,
+    segments: PackedDispatch | None = None,
     tokens: int | None = None,
     residual: mx.array | None = None,
 ) -> mx.array:
@@ -322,7 +293,7 @@ def long_segments(
     slots, inner = packed.shape
     outer, gated = matrices[0]["weight"].shape[-2], len(matrices) == 2
     tiles, blocks = outer // (64 if gated else 128), inner // INNER
-    count = segments.count if segments else -(-slots // LONG_ROWS)
+    count = segments.segment_experts.size if segments else -(-slots // LONG_ROWS)
     # bfloat16 leaves no registers for a second block ahead.
     most_ahead = 1 if matrices[0]["weight"].dtype == mx.bfloat16 else math.gcd(blocks, 4)
     defines = format_defines(matrices[0], inner) | {
@@ -335,13 +306,17 @@ def long_segments(
     }
     return launch(
         Kernel("long_segments", tuple(defines.items())),
-        [packed, *leaves(*matrices), *(segments.arrays if segments else ()), *_given(residual)],
+        [packed, *leaves(*matrices), *_plan_of(segments), *_given(residual)],
         [((slots if tokens is None else tokens, outer), mx.bfloat16)],
         blocks=(count * tiles, 1, 1),
         threads=384,
         scalars=(tokens or slots, count, inner, outer),
         shared_memory=_STAGES * _STAGE_BYTES + _BARRIER_BYTES,
     )[0]
+
+
+def _plan_of(segments: PackedDispatch | None) -> list[mx.array]:
+    return [] if segments is None else [segments.segment_experts, segments.first_slots]
 
 
 def leaves(*matrices: Linear) -> list[mx.array]:
