@@ -29,6 +29,7 @@ from dbrx_fn.errors import InputError
 from dbrx_fn.model.config import Config
 from dbrx_fn.model.costs import Formats
 from dbrx_fn.model.tree import Params
+from dbrx_fn.runtime.cores import usable_cores
 
 NAME = "llama.cpp"
 _INSTALL = "pip install llama-cpp-python (it compiles llama.cpp for minutes)"
@@ -133,7 +134,7 @@ class Context:
         self.size = capacity, sequences
         settings.n_ctx = capacity * sequences
         settings.n_seq_max = sequences
-        settings.n_threads = settings.n_threads_batch = _cores()
+        settings.n_threads = settings.n_threads_batch = usable_cores()
         settings.n_batch = max(settings.n_batch, sequences)
         self._most = int(settings.n_batch)
         self._context = library.llama_init_from_model(model, settings)
@@ -252,10 +253,6 @@ def _library() -> Any:
 def _silent(library: Any) -> Any:
     """A callback that drops llama.cpp's log. It has to live as long as the library."""
     return library.llama_log_callback(lambda level, text, data: None)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _runs_repacked(file: Path) -> bool:

@@ -6,7 +6,6 @@ GPU some 90 us.
 """
 
 import functools
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import numpy as np
 from dbrx_fn.model.config import Dtype
 from dbrx_fn.ops.kernels.cuda_module import on_gpu
 from dbrx_fn.ops.kernels.read_memory import read_memory, wave
+from dbrx_fn.runtime.cores import usable_cores
 from dbrx_fn.runtime.device import backend, memory_size
 
 _MIB = 2**20
@@ -136,7 +136,7 @@ def _gpu_memory_rate(size: int) -> float:
 
 def _cpu_memory_rate(size: int) -> float:
     """The highest rate on a CPU. NumPy reads and copies on all cores, since MLX uses one core, except for products."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     parts = [np.ones(size // cores // 4, np.float32) for _ in range(cores)]
     width = 1024
     matrix, row = mx.ones((size // width // 4, width)), mx.ones((1, width))

@@ -13,6 +13,7 @@ import importlib.util
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import chain
 from pathlib import Path
 from typing import cast
@@ -31,10 +32,12 @@ from dbrx_fn.errors import CheckpointError, ConfigError
 from dbrx_fn.files.json_file import shown
 from dbrx_fn.model.config import AttnConfig, Config, Dtype, FFNConfig
 from dbrx_fn.model.params import listed
+from dbrx_fn.runtime.cores import usable_cores
 
 _LAYER_NORM_EPSILON = 1e-5
-# Their floats, 2 MiB at most, stay in a core's caches (docs/checkpoints.md).
-_BLOCKS_AT_ONCE = 2**11
+# What a core makes at once, in bytes. Smaller pieces wait for the interpreter lock, larger ones don't fit the caches
+# (docs/checkpoints.md).
+_PIECE = 2**20
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
@@ -152,19 +155,43 @@ class GgufArrays(Mapping[str, mx.array]):
             return blocks.reshape(-1).view(_BITS[kind.size]), getattr(mx, kind.dtype)
         if kind.form is None:
             dtype = getattr(mx, self._floats)
-            return _in_pieces(blocks, lambda piece: raw(mx.array(floats_of_blocks(piece, kind)).astype(dtype))), dtype
+            # MLX starts a thread for each one that uses it and never ends it, so one core does this.
+            made = _in_pieces(blocks, lambda piece: raw(mx.array(floats_of_blocks(piece, kind)).astype(dtype)), 1)
+            return made, dtype
         leaf = "weight" if name == entry.name else name.rpartition(".")[2]
-        made = _in_pieces(blocks, lambda piece: leaf_of_blocks(piece, kind, leaf))
+        made = _in_pieces(blocks, lambda piece: leaf_of_blocks(piece, kind, leaf), usable_cores())
         return made.view(_BITS[made.itemsize]), getattr(mx, self._headers[name][1].dtype)
 
 
-def _in_pieces(blocks: NDArray[np.uint8], make: Callable[[NDArray[np.uint8]], Raw]) -> Raw:
-    """What `make` makes of blocks, `[block item]`, piece by piece to save memory."""
-    first = make(blocks[:_BLOCKS_AT_ONCE])
-    whole = np.empty((len(blocks), first.shape[1]), first.dtype)
-    whole[: len(first)] = first
-    for start in range(_BLOCKS_AT_ONCE, len(blocks), _BLOCKS_AT_ONCE):
-        whole[start : start + _BLOCKS_AT_ONCE] = make(blocks[start : start + _BLOCKS_AT_ONCE])
+def _in_pieces(blocks: NDArray[np.uint8], make: Callable[[NDArray[np.uint8]], Raw], cores: int) -> Raw:
+    """What `make` makes of blocks, `[block item]`.
+
+    Cores share the pieces, since NumPy releases the interpreter lock while it computes. Small pieces save memory.
+    """
+    # NumPy's functions are slower on its class of mapped files.
+    blocks = np.asarray(blocks)
+    one = make(blocks[:1])
+    whole = np.empty((len(blocks), one.shape[1]), one.dtype)
+    count = _PIECE // one.nbytes
+    starts = range(0, len(blocks), count)
+    left = iter(starts)
+
+    def work() -> None:
+        for start in left:
+            whole[start : start + count] = make(blocks[start : start + count])
+
+    threads = min(cores, len(starts))
+    if threads == 1:
+        work()
+        return whole
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for worker in as_completed([pool.submit(work) for _ in range(threads)]):
+                worker.result()
+        finally:
+            # After an error or Ctrl-C no thread takes another piece.
+            for _ in left:
+                pass
     return whole
 
 

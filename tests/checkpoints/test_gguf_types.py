@@ -1,7 +1,13 @@
 """Every tensor type of GGUF is read: exactly into a format where there is one, and else into floats."""
 
+import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +15,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
+from hypothesis import given
+from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
+from dbrx_fn.checkpoints import gguf_file
 from dbrx_fn.checkpoints.checkpoint import LeafReader, open_checkpoint
 from dbrx_fn.checkpoints.conversion import Request, convert, plan_conversion
 from dbrx_fn.checkpoints.gguf_blocks import floats_of_blocks, leaf_of_blocks
@@ -84,6 +93,102 @@ def test_any_blocks_have_the_values_that_the_gguf_package_gives_them(kind: GGMLQ
     with np.errstate(all="ignore"):
         expected = quants.dequantize(blocks, kind)
     assert same(floats_of_blocks(blocks, found) if found.form is None else of_format(blocks, found), expected)
+
+
+@given(st.sampled_from(["Q4_0", "Q4_1", "Q4_K", "MXFP4"]), st.integers(1, 300), st.integers(0, 2**32 - 1))
+def test_half_bytes_are_packed_as_if_each_were_moved_on_its_own(name: str, count: int, seed: int) -> None:
+    kind = next(kind for kind in TYPES.values() if kind.name == name)
+    blocks = np.random.default_rng(seed).integers(0, 256, (count, kind.size), dtype=np.uint8)
+    # The entries are a block's last bytes: the lower halves of each run, and then the upper ones.
+    run = 32 if name == "Q4_K" else 16
+    runs = blocks[:, -kind.items // 2 :].reshape(-1, run)
+    entries = np.concatenate([runs & 15, runs >> 4], axis=1).reshape(count, -1, 8).astype(np.uint32)
+    expected = (entries << np.arange(0, 32, 4, dtype=np.uint32)).sum(axis=-1, dtype=np.uint32)
+    assert np.array_equal(leaf_of_blocks(blocks, kind, "weight"), expected)
+
+
+@contextmanager
+def on_cores(count: int) -> Iterator[None]:
+    """Lets this thread, and those that it starts, use so many cores."""
+    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < count:
+        pytest.skip(f"this test needs {count} cores and a system that can tell them")
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def soon(holds: Callable[[], bool]) -> bool:
+    """Whether a condition holds within 20 s."""
+    deadline = time.monotonic() + 20
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return holds()
+
+
+def large_tensor(file: Path, kind: GGMLQuantizationType) -> NDArray[np.uint8]:
+    """Writes a tensor that becomes several pieces, the last of them smaller. Returns its blocks."""
+    blocks = random_blocks(kind, (1100, 8192), np.random.default_rng(0))
+    writer = GGUFWriter(file, "dbrx")
+    writer.add_tensor("output.weight", blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return blocks.reshape(-1, TYPES[kind].size)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q5_K", "Q6_K"])
+def test_pieces_made_on_any_cores_are_the_whole(tmp_path: Path, name: str, cores: int) -> None:
+    kind = GGMLQuantizationType[name]
+    found, file = TYPES[kind], tmp_path / "a.gguf"
+    blocks = large_tensor(file, kind)
+    with on_cores(cores):
+        arrays = dict(open_gguf(file))
+    for path, array in arrays.items():
+        leaf = "weight" if path == "output.weight" else path.rpartition(".")[2]
+        expected = leaf_of_blocks(blocks, found, leaf) if found.form else floats_of_blocks(blocks, found)
+        assert np.array(array).tobytes() == expected.tobytes(), path
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system doesn't list threads")
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K"])
+def test_reading_leaves_no_threads(tmp_path: Path, name: str) -> None:
+    large_tensor(tmp_path / "a.gguf", GGMLQuantizationType[name])
+    arrays = open_gguf(tmp_path / "a.gguf", "float16")
+    with on_cores(2):
+        dict(arrays)
+        before = len(os.listdir("/proc/self/task"))
+        dict(arrays)
+    # The system may list a thread for a moment after its end.
+    assert soon(lambda: len(os.listdir("/proc/self/task")) <= before)
+
+
+@pytest.mark.parametrize("stop", [MemoryError, KeyboardInterrupt])
+def test_an_error_or_ctrl_c_ends_all_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
+    large_tensor(tmp_path / "a.gguf", GGMLQuantizationType.Q8_0)
+    arrays, calls, before = open_gguf(tmp_path / "a.gguf"), count(), threading.active_count()
+
+    def fails(blocks: NDArray[np.uint8], kind: BlockType, leaf: str) -> NDArray[Any]:
+        time.sleep(0.02)
+        if next(calls) == 2:
+            if stop is MemoryError:
+                raise MemoryError("no room")
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return leaf_of_blocks(blocks, kind, leaf)
+
+    monkeypatch.setattr(gguf_file, "leaf_of_blocks", fails)
+    with on_cores(2), pytest.raises(stop):
+        arrays["output.weight"]
+    # Ctrl-C may come while a thread starts: then nobody joins it, but it ends.
+    assert soon(lambda: threading.active_count() == before)
+    # There are nine pieces.
+    assert next(calls) < 7
 
 
 def test_the_newest_types_have_the_values_that_ggml_gives_them() -> None:

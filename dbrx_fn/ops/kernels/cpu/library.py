@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from dbrx_fn.ops.kernels.cpu.build import MLX_VERSION, BuildError, built_library
+from dbrx_fn.runtime.cores import usable_cores
 from dbrx_fn.runtime.device import as_if, backend, on_cpu, takes_kernels
 
 logger = logging.getLogger("dbrx_fn.kernels")
@@ -201,7 +202,7 @@ def _load() -> ctypes.PyDLL:
 def default_threads() -> int:
     """DBRX_FN_THREADS, or the number of cores that this process may use."""
     wanted = os.environ.get("DBRX_FN_THREADS", "")
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    cores = usable_cores()
     if not wanted:
         return min(cores, _MOST_THREADS)
     if not wanted.isdecimal() or not 1 <= int(wanted) <= _MOST_THREADS:
