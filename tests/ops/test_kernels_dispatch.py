@@ -1,4 +1,4 @@
-"""Dispatch plans by kernels are those of stock operations, or of NumPy."""
+"""Dispatch plans by kernels are those of stock operations."""
 
 from collections.abc import Callable
 from inspect import unwrap

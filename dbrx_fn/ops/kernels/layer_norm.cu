@@ -1,7 +1,7 @@
 // LayerNorm of one row per block. The row is read once; mean and variance are computed in float32 from registers.
 //
 // Macros: WIDTH of a row. A thread has 8 neighbouring entries, so a block has WIDTH / 8 threads. PACKED: 1 for results in
-// the layout of packing.cuh, whose macros it needs then, and ROWS, the most rows of a segment.
+// the layout of packing.cuh. Then it needs that file's macros, and ROWS, the most rows of a segment.
 #if PACKED
 #include "packing.cuh"
 #else

@@ -7,8 +7,8 @@
 // multiprocessor.
 //
 // Four warps are a group. A group computes 64 rows of the matrix. It computes only as many columns as the segment has
-// rows: 8, or a multiple of 16. Each part's first warp starts the copies of B. (A warp for that alone would leave the others
-// fewer registers.)
+// rows: 8, or a multiple of 16. Each part's first warp starts the copies of B. (A warp for that alone would leave the
+// others fewer registers.)
 //
 // PARTS: groups with the same rows of the matrix divide the inner axis. Part p takes block p, then block p + PARTS, and
 // so on. This keeps all multiprocessors busy if the matrix has few rows.

@@ -28,7 +28,7 @@ __device__ __forceinline__ Segment dense_segment(int number, int most, int token
   return {first, min(most, (tokens - first + 7) / 8 * 8)};
 }
 
-// Where the chunk of 16 bytes of a segment's row lies that has the pairs `activations_of(quarter's entries, step, half)`
+// The place of one chunk, 16 bytes of a segment's row. It has the pairs `activations_of(quarter's entries, step, half)`
 // of all four quarters of a block, for the 8 entries `eight` of each quarter. `step` is 0 or 1.
 __device__ __forceinline__ u8 *chunk_of(u8 *packed, Segment segment, int row, int inner, int block, int eight, int step,
                                         int half) {
