@@ -89,7 +89,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="dtype to load the parameters in (default: as stored, but float32 on a CPU if memory allows)",
+        help="dtype to load the parameters in (default: as stored, but float32 on a CPU if memory allows, and bfloat16"
+        " for float16 on a GPU with this package's kernels)",
     )
     _add_limits(options)
     _add_prompt_cache(options)

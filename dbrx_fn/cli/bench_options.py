@@ -12,6 +12,10 @@ from dbrx_fn.model.config import Dtype
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 Run = Callable[[argparse.Namespace], None]
+_DTYPE_HELP = (
+    "dtype of all floats (default: the model's own, but float32 on a CPU, and bfloat16 for a float16 checkpoint on a"
+    " GPU with this package's kernels)"
+)
 
 
 def add_inference_options(commands: Commands, run: Run, peers: Sequence[str]) -> None:
@@ -28,11 +32,7 @@ def add_inference_options(commands: Commands, run: Run, peers: Sequence[str]) ->
     add_adapter_option(inference, "bounds don't count them")
     add("--shape", help="measure random weights instead: dbrx, small, 1.3b, or the path of a config.json")
     add("--layers", type=int, help="keep only this many of the model's first layers")
-    add(
-        "--dtype",
-        choices=get_args(Dtype),
-        help="dtype of all floats (default: the model's own, but float32 on a CPU)",
-    )
+    add("--dtype", choices=get_args(Dtype), help=_DTYPE_HELP)
     add_quantize_options(inference)
     add("--prompt", type=int, nargs="+", default=[128, 1024], help="prompt lengths in tokens (default: 128 1024)")
     add(
@@ -166,7 +166,7 @@ def add_speculation_options(commands: Commands, run: Run) -> None:
     add = speculation.add_argument
     add("--shape", default="small", help="dbrx, small, 1.3b, or the path of a config.json (default: %(default)s)")
     add("--layers", type=int, help="keep only this many of the model's first layers")
-    add("--dtype", choices=get_args(Dtype), help="dtype of all floats (default: the model's own, but float32 on a CPU)")
+    add("--dtype", choices=get_args(Dtype), help=_DTYPE_HELP)
     add_quantize_options(speculation)
     add("--prompt", type=int, default=512, help="tokens before a text, at least 300 (default: %(default)s)")
     add("--tokens", type=int, default=400, help="tokens of a text (default: %(default)s)")

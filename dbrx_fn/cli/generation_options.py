@@ -53,7 +53,8 @@ def add_generation_options(options: argparse.ArgumentParser, most_tokens: int = 
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="dtype to load the parameters in (default: as stored, but float32 on a CPU if memory allows)",
+        help="dtype to load the parameters in (default: as stored, but float32 on a CPU if memory allows, and bfloat16"
+        " for float16 on a GPU with this package's kernels)",
     )
     speculation = options.add_argument_group("speculation", "Several drafted tokens are verified in one pass.")
     speculation.add_argument(
