@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,7 +160,11 @@ def test_a_run_killed_anywhere_ends_as_one_that_nobody_disturbed(
     draw = random.Random(seed)
     places: Counter[str] = Counter()
     aims = AIMS[::2] if adapts else AIMS
-    for aim in aims:
+    # On a busy machine a small checkpoint can be whole before the kill comes. A few more tries leave steps to the run.
+    tries: Iterable[Aim] = chain(aims, repeat("write", 6))
+    for aim in tries:
+        if places.total() >= len(aims) and places["a checkpoint's write"]:
+            break
         life = Life(killed, command(killed, keep=2))
         assert life.kill(aim, draw), f"it ended by itself, after {places}: {life.log.read_text()}"
         places[life.place()] += 1
@@ -173,7 +178,7 @@ def test_a_run_killed_anywhere_ends_as_one_that_nobody_disturbed(
         assert contents(killed / part) == contents(undisturbed / part)
     assert metrics(killed) == metrics(undisturbed)
     assert [name for folder in (tmp_path, killed, killed / "checkpoints") for name in left_in(folder)] == []
-    assert places.total() == len(aims)
+    assert places.total() >= len(aims)
     assert places["a checkpoint's write"]
     for place, count in places.items():
         measured(f"kills in {place}", count)
