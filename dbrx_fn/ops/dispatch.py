@@ -67,42 +67,31 @@ def dispatch(top_experts: Integer[mx.array, "tokens top_k"], *, experts: int, ro
     """Plans segments of `rows` rows, each for one of `experts` experts."""
     pairs = top_experts.size
     segments = segment_count(pairs, experts, rows)
-
-    expert_of_pair = top_experts.reshape(-1).astype(mx.int32)
-    order = mx.argsort(expert_of_pair).astype(mx.int32)
     if rows == 1:
+        expert_of_pair = top_experts.reshape(-1).astype(mx.int32)
+        order = mx.argsort(expert_of_pair).astype(mx.int32)
         # Without padding, slots are sorted pairs. The shortcut saves operations, whose number bounds decoding.
         pair_slots = mx.argsort(order).astype(mx.int32)
         return Dispatch(order[:, None], expert_of_pair[order], pair_slots.reshape(top_experts.shape))
 
-    # Counted by comparison: a scatter-add of many pairs of one expert would serialize on a GPU.
-    tokens_per_expert = (expert_of_pair[:, None] == mx.arange(experts, dtype=mx.int32)).sum(axis=0)
-    segments_per_expert = (tokens_per_expert + (rows - 1)) // rows
-    last_segments = mx.cumsum(segments_per_expert)
-
-    first_rows = mx.cumsum(tokens_per_expert) - tokens_per_expert
-    first_slots = (last_segments - segments_per_expert) * rows
-    slots = mx.arange(pairs, dtype=mx.int32) + (first_slots - first_rows)[expert_of_pair[order]]
-
-    slot_pairs = mx.put_along_axis(mx.full(segments * rows, pairs, mx.int32), slots, order, axis=0)
-    pair_slots = mx.put_along_axis(mx.zeros(pairs, mx.int32), order, slots, axis=0)
-    # Unused segments at the end get the last expert.
-    segment_experts = (mx.arange(segments, dtype=mx.int32)[:, None] >= last_segments).sum(axis=1)
-    segment_experts = mx.minimum(segment_experts, experts - 1)
-    return Dispatch(slot_pairs.reshape(segments, rows), segment_experts, pair_slots.reshape(top_experts.shape))
+    plan = packed_dispatch(top_experts, experts=experts, rows=rows, unit=rows)
+    of_pairs, slots = mx.arange(pairs, dtype=mx.int32), plan.pair_slots.reshape(-1)
+    slot_pairs = mx.put_along_axis(mx.full(segments * rows, pairs, mx.int32), slots, of_pairs, axis=0)
+    return Dispatch(slot_pairs.reshape(segments, rows), plan.segment_experts, plan.pair_slots)
 
 
 @typed
 def packed_dispatch(
     top_experts: Integer[mx.array, "tokens top_k"], *, experts: int, rows: int, unit: int
 ) -> PackedDispatch:
-    """Plans segments of at most `rows` rows, each for one of `experts` experts.
+    """Plans segments of at most `rows` rows, each for one of `experts` experts, for kernels that read their lengths.
 
     An expert's segments but the last have `rows` rows. The last one has the rest, rounded up to a multiple of `unit`.
     """
     pairs = top_experts.size
     expert_of_pair = top_experts.reshape(-1).astype(mx.int32)
     order = mx.argsort(expert_of_pair).astype(mx.int32)
+    # Counted by comparison: a scatter-add of many pairs of one expert would serialize on a GPU.
     tokens_per_expert = (expert_of_pair[:, None] == mx.arange(experts, dtype=mx.int32)).sum(axis=0)
     slots_per_expert = (tokens_per_expert + (unit - 1)) // unit * unit
     segments_per_expert = (tokens_per_expert + (rows - 1)) // rows

@@ -54,7 +54,7 @@ def fits(params: Mapping[str, Any], dtype: mx.Dtype, *, activation: str, top_k: 
 
 
 def kernel_segment_rows(params: Mapping[str, Any], pairs: int) -> int:
-    """The number of rows per segment, for `pairs` pairs of several tokens. `docs/performance.md` has the times."""
+    """The most rows of a segment, for `pairs` pairs of several tokens. `docs/performance.md` has the times."""
     average, d_model = pairs / params["w1"]["weight"].shape[0], params["w2"]["weight"].shape[1]
     if takes_medium(params["w1"], d_model):
         return 8 if average <= 5 else MEDIUM_ROWS if average <= 64 else LONG_ROWS
